@@ -1,0 +1,783 @@
+# Copyright 2026 The TA-LLaVA Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""TA-LLaVA model ("Instruction-aware Visual Feature Extraction for Multimodal Large Language Model").
+
+Conventions of this file. B: batch, S: sequence columns (prefix, text and padding), L: prefix tokens, I: images of a
+row, M: visual tokens of one image, d: width of the language model. The sequence of a row is `[Y, BOS, text]`: the
+prefix Y stands on the L columns of the placeholder token, before all text. A row without placeholders is text only.
+
+Y is computed in the prefill: between the layers of the language model it reads the instruction through one adapter
+and the image through the other. What the layers write of it lives in the ordinary KV cache, so that a decode step is
+the unchanged language model on one token.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
+
+from .configuration_ta_llava import TaLlavaConfig
+
+
+@dataclass
+class TaLlavaModelOutputWithPast(BaseModelOutputWithPast):
+    r"""
+    Outputs of [`TaLlavaModel`]. `hidden_states` and `attentions` are those of the language model; `hidden_states[i + 1]`
+    is the state after layer i and after the adapter that follows it.
+
+    image_hidden_states (`torch.FloatTensor` of shape `(batch_size, images * visual_tokens, hidden_size)`, *optional*):
+        The visual tokens V that the prefix read, zeros where a row has fewer images than others.
+    """
+
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+@dataclass
+class TaLlavaCausalLMOutputWithPast(ModelOutput):
+    r"""
+    Outputs of [`TaLlavaForConditionalGeneration`].
+
+    loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
+        Next-token cross entropy over the labels that are not -100.
+    logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
+        Prediction scores before softmax, prefix columns included.
+    past_key_values (`Cache`, *optional*):
+        The ordinary cache of the language model; the first `num_prefix_tokens` columns of a row hold its prefix.
+    image_hidden_states (`torch.FloatTensor` of shape `(batch_size, images * visual_tokens, hidden_size)`, *optional*):
+        The visual tokens V that the prefix read, zeros where a row has fewer images than others.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+def adapter_after_layer(layer_idx: int, num_layers: int, adapter_interval: int) -> str | None:
+    """
+    Which adapter follows a layer of the language model (Algorithm 1 of the paper): `"text"` after layers with
+    `layer_idx % adapter_interval == 0`, `"vision"` where it is 1, never after the last layer.
+    """
+    if layer_idx == num_layers - 1:
+        return None
+    return {0: "text", 1: "vision"}.get(layer_idx % adapter_interval)
+
+
+def find_response_start(marker_matches: torch.Tensor, instruction_scope: str) -> torch.Tensor:
+    """
+    Column at which the instruction of each row ends: that of the last token of its first (or last) response marker.
+
+    Args:
+        marker_matches (`torch.BoolTensor` of shape `(marker_length, batch_size, sequence_length)`):
+            `marker_matches[t]` says which columns hold the t-th token of the marker.
+        instruction_scope (`str`):
+            `"first"` or `"last"` marker of the row.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch_size,)`: the column, `sequence_length` for a row without a marker.
+    """
+    marker_length, batch_size, sequence_length = marker_matches.shape
+    columns = torch.arange(sequence_length, device=marker_matches.device)
+    if sequence_length < marker_length:
+        return columns.new_full((batch_size,), sequence_length)
+    num_starts = sequence_length - marker_length + 1
+    complete = marker_matches[0, :, :num_starts]
+    for offset in range(1, marker_length):
+        complete = complete & marker_matches[offset, :, offset : offset + num_starts]
+    last_token = columns[marker_length - 1 :]
+    if instruction_scope == "first":
+        return torch.where(complete, last_token, sequence_length).amin(dim=-1)
+    end = torch.where(complete, last_token, -1).amax(dim=-1)
+    return torch.where(end < 0, sequence_length, end)
+
+
+def non_padding_columns(
+    attention_mask: torch.Tensor | dict | None, batch_size: int, sequence_length: int, device: torch.device
+) -> torch.Tensor:
+    """
+    Which columns of a prefill are not padding, `(B, S)`, whatever form the mask has come in: none, `(B, S)`, or what
+    `generate()` prepares for a static cache, `(B or 1, 1, S, cache length)`, boolean or additive, or a dict of those.
+    """
+    if isinstance(attention_mask, dict):
+        attention_mask = next((mask for mask in attention_mask.values() if mask is not None), None)
+    if attention_mask is None:
+        return torch.ones(batch_size, sequence_length, dtype=torch.bool, device=device)
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() not in (2, 4):
+        raise ValueError(
+            f"`attention_mask` must have shape ({batch_size}, {sequence_length}) with 1 for tokens and 0 for padding, got "
+            f"{tuple(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask)}."
+        )
+    if attention_mask.dim() == 2:
+        if attention_mask.shape != (batch_size, sequence_length):
+            raise ValueError(
+                f"`attention_mask` has shape {tuple(attention_mask.shape)}, the text {(batch_size, sequence_length)}."
+            )
+        return attention_mask.to(device).bool()
+    # Every token reads itself, whether the mask is causal or a sliding window; no token reads padding.
+    own = attention_mask[:, 0].diagonal(dim1=-2, dim2=-1)[:, :sequence_length].to(device)
+    return (own if own.dtype == torch.bool else own == 0).expand(batch_size, -1)
+
+
+def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of `states` `(B, heads, length, head_dim)` by `cos`, `sin` `(B or 1, length, head_dim)`."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    first, second = states.chunk(2, dim=-1)
+    return states * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def replace_prefix(hidden_states: torch.Tensor, columns: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
+    """Copy of `hidden_states` `(B, S, d)` with `prefix` `(B, L, d)` on the given `columns` `(B, L)` of each row."""
+    index = columns.unsqueeze(-1).expand_as(prefix)
+    return hidden_states.scatter(1, index, prefix.to(hidden_states.dtype))
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Grouped-query attention with soft-capping; `attention_mask` is boolean, True where a key may be read."""
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class TaLlavaCrossAttention(nn.Module):
+    """
+    The self-attention of a layer of the language model, turned cross-attentive: the same projections, head layout,
+    scaling, soft-capping and query/key norms, but no causal mask and no sliding window.
+    """
+
+    def __init__(self, self_attn: nn.Module):
+        super().__init__()
+        self.config = self_attn.config
+        self.head_dim = self_attn.head_dim
+        self.num_key_value_groups = self_attn.num_key_value_groups
+        self.scaling = self_attn.scaling
+        self.softcap = getattr(self_attn, "attn_logit_softcapping", None)
+        self.attention_dropout = self_attn.attention_dropout
+        self.is_causal = False
+        self.q_proj, self.k_proj = self_attn.q_proj, self_attn.k_proj
+        self.v_proj, self.o_proj = self_attn.v_proj, self_attn.o_proj
+        self.q_norm = getattr(self_attn, "q_norm", None)
+        self.k_norm = getattr(self_attn, "k_norm", None)
+
+    def project_keys_values(
+        self, source: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values `(B, kv_heads, length, head_dim)` of a `source` `(B, length, d)`."""
+        shape = (*source.shape[:-1], -1, self.head_dim)
+        key = self.k_proj(source).view(shape)
+        if self.k_norm is not None:
+            key = self.k_norm(key)
+        value = self.v_proj(source).view(shape)
+        return apply_rotary(key.transpose(1, 2), cos, sin), value.transpose(1, 2)
+
+    def forward(
+        self,
+        prefix: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+    ) -> torch.Tensor:
+        query = self.q_proj(prefix).view(*prefix.shape[:-1], -1, self.head_dim)
+        if self.q_norm is not None:
+            query = self.q_norm(query)
+        query = apply_rotary(query.transpose(1, 2), cos, sin)
+
+        # The L queries are few: SDPA serves every backbone but those that soft-cap, which it cannot express.
+        implementation = self.config._attn_implementation
+        implementation = "eager" if self.softcap is not None or implementation == "eager" else "sdpa"
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        output, _ = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.attention_dropout if self.training else 0.0,
+            softcap=self.softcap,
+            is_causal=False,
+        )
+        return self.o_proj(output.reshape(*prefix.shape[:-1], -1))
+
+
+class TaLlavaAdapter(nn.Module):
+    """
+    Cross-attention block through which the prefix reads one modality. It is made of the parts of a new layer of the
+    language model, in that layer's own order: norm on both sides, cross-attention, residual, norm, MLP, residual, and
+    Gemma's norms after attention and MLP where the layer has them.
+    """
+
+    def __init__(self, decoder_layer: nn.Module):
+        super().__init__()
+        self.cross_attn = TaLlavaCrossAttention(decoder_layer.self_attn)
+        self.mlp = decoder_layer.mlp
+        self.input_layernorm = decoder_layer.input_layernorm
+        if hasattr(decoder_layer, "pre_feedforward_layernorm"):  # Gemma-2 and later: a norm before and after each part
+            self.post_attention_layernorm = decoder_layer.post_attention_layernorm
+            self.pre_feedforward_layernorm = decoder_layer.pre_feedforward_layernorm
+            self.post_feedforward_layernorm = decoder_layer.post_feedforward_layernorm
+        else:  # Llama and its kin: what they call `post_attention_layernorm` is the norm before the MLP
+            self.post_attention_layernorm = nn.Identity()
+            self.pre_feedforward_layernorm = decoder_layer.post_attention_layernorm
+            self.post_feedforward_layernorm = nn.Identity()
+
+    def project_keys_values(
+        self, source: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a `source` `(B, length, d)`; see [`TaLlavaCrossAttention`]."""
+        return self.cross_attn.project_keys_values(self.input_layernorm(source), cos, sin)
+
+    def forward(
+        self,
+        prefix: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+    ) -> torch.Tensor:
+        """
+        Args:
+            prefix (`torch.FloatTensor` of shape `(B, L, d)`): The prefix Y.
+            key, value (`torch.FloatTensor` of shape `(B, kv_heads, length, head_dim)`): From `project_keys_values`.
+            attention_mask (`torch.BoolTensor` of shape `(B, 1, 1, length)`, *optional*): True where a key is read.
+            cos, sin (`torch.FloatTensor` of shape `(1, L, head_dim)`): Rotary embedding of the queries 0..L-1.
+        """
+        attended = self.cross_attn(self.input_layernorm(prefix), key, value, attention_mask, cos, sin)
+        prefix = prefix + self.post_attention_layernorm(attended)
+        return prefix + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(prefix)))
+
+
+class PrefixReader:
+    """
+    What the prefix reads in one forward pass, and where it stands: made by the model, handed to the layers of the
+    language model, which call it with their output.
+
+    Args:
+        columns (`torch.LongTensor` of shape `(B, L)`): Columns of the prefix in the sequence.
+        has_prefix (`torch.BoolTensor` of shape `(B,)`): Rows that have one. Others stay as they are.
+        instruction_mask (`torch.BoolTensor` of shape `(B, S)`): The instruction tokens.
+        instruction_rotary, prefix_rotary: Pairs (cos, sin) of shapes `(B, S, head_dim)` and `(1, L, head_dim)`.
+        visual_states (tuple of `torch.FloatTensor`, *optional*): Keys and values of the visual tokens, computed once.
+        visual_mask (`torch.BoolTensor` of shape `(B, I * M)`, *optional*): The visual tokens of real images.
+    """
+
+    def __init__(
+        self,
+        text_adapter: TaLlavaAdapter,
+        vision_adapter: TaLlavaAdapter,
+        columns: torch.Tensor,
+        has_prefix: torch.Tensor,
+        instruction_mask: torch.Tensor,
+        instruction_rotary: tuple[torch.Tensor, torch.Tensor],
+        prefix_rotary: tuple[torch.Tensor, torch.Tensor],
+        visual_states: tuple[torch.Tensor, torch.Tensor] | None = None,
+        visual_mask: torch.Tensor | None = None,
+    ):
+        self.text_adapter, self.vision_adapter = text_adapter, vision_adapter
+        self.columns, self.has_prefix = columns, has_prefix
+        self.instruction_mask, self.instruction_rotary = instruction_mask, instruction_rotary
+        self.prefix_rotary = prefix_rotary
+        self.visual_states, self.visual_mask = visual_states, visual_mask
+
+    def __call__(self, hidden_states: torch.Tensor, source: str) -> torch.Tensor:
+        """Returns `hidden_states` `(B, S, d)` after the prefix in it has read from `source`, `"text"` or `"vision"`."""
+        if source == "vision" and self.visual_states is None:
+            return hidden_states
+        index = self.columns.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1])
+        prefix = hidden_states.gather(1, index)
+        if source == "text":
+            adapter, mask = self.text_adapter, self.instruction_mask
+            key, value = adapter.project_keys_values(hidden_states, *self.instruction_rotary)
+        else:
+            adapter, mask = self.vision_adapter, self.visual_mask
+            key, value = self.visual_states
+        # A row that has nothing to read keeps its prefix. Its mask is opened, since attention over no key gives nan.
+        reads = self.has_prefix & mask.any(dim=-1)
+        attention_mask = (mask | ~reads[:, None])[:, None, None, :]
+        updated = adapter(prefix, key, value, attention_mask, *self.prefix_rotary)
+        return replace_prefix(hidden_states, self.columns, torch.where(reads[:, None, None], updated, prefix))
+
+
+def prefix_reading_layer_class(layer_class: type[nn.Module]) -> type[nn.Module]:
+    """
+    Subclass of a decoder layer class after whose forward the prefix reads. It keeps the name of its parent, by which
+    device placement and sharding find layers, and without a `prefix_reader` it is its parent.
+    """
+
+    class PrefixReadingLayer(layer_class):
+        prefix_source: str | None = None
+
+        def forward(self, hidden_states, *args, prefix_reader: PrefixReader | None = None, **kwargs):
+            hidden_states = super().forward(hidden_states, *args, **kwargs)
+            if prefix_reader is None or self.prefix_source is None:
+                return hidden_states
+            return prefix_reader(hidden_states, self.prefix_source)
+
+    PrefixReadingLayer.__name__ = layer_class.__name__
+    PrefixReadingLayer.__qualname__ = layer_class.__qualname__
+    return PrefixReadingLayer
+
+
+class TaLlavaPreTrainedModel(PreTrainedModel):
+    config: TaLlavaConfig
+    config_class = TaLlavaConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TaLlavaAdapter"]
+    _skip_keys_device_placement = ["past_key_values"]
+
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        # The adapters are made of the language model's parts and start as its layers do (Gemma's norms at zero).
+        self.base_model.language_model._init_weights(module)
+
+    def initialize_weights(self):
+        # For code outside the library, containers without parameters of their own are passed over, and some library
+        # models initialise through these: let the sub-models do their own part first.
+        self.base_model.vision_tower.initialize_weights()
+        self.base_model.language_model.initialize_weights()
+        super().initialize_weights()
+
+    def save_pretrained(self, save_directory, **kwargs):
+        if self._auto_class is not None:
+            # The library writes the entry of one auto class only.
+            self.config.auto_map = {
+                "AutoConfig": "configuration_ta_llava.TaLlavaConfig",
+                "AutoModel": "modeling_ta_llava.TaLlavaModel",
+                "AutoModelForImageTextToText": "modeling_ta_llava.TaLlavaForConditionalGeneration",
+                "AutoProcessor": "processing_ta_llava.TaLlavaProcessor",
+            }
+        super().save_pretrained(save_directory, **kwargs)
+
+
+class TaLlavaModel(TaLlavaPreTrainedModel):
+    """Vision tower, projector, prefix, the two adapters and the language model, without a language modelling head."""
+
+    def __init__(self, config: TaLlavaConfig):
+        super().__init__(config)
+        text_config = config.text_config
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.language_model = AutoModel.from_config(text_config)
+
+        vision_width, width = config.vision_config.hidden_size, text_config.hidden_size
+        if config.projector_type == "linear":
+            self.multi_modal_projector = nn.Linear(vision_width, width)
+        else:
+            self.multi_modal_projector = nn.Sequential(
+                nn.Linear(vision_width, width), nn.GELU(), nn.Linear(width, width)
+            )
+        self.prefix_embedding = nn.Embedding(config.num_prefix_tokens, width)
+
+        layers = self.language_model.layers
+        layer_class = type(layers[0])
+        self.text_adapter = TaLlavaAdapter(layer_class(text_config, layer_idx=0))
+        self.vision_adapter = TaLlavaAdapter(layer_class(text_config, layer_idx=0))
+
+        prefix_reading_class = prefix_reading_layer_class(layer_class)
+        for layer_idx, layer in enumerate(layers):
+            layer.__class__ = prefix_reading_class
+            layer.prefix_source = adapter_after_layer(layer_idx, len(layers), config.adapter_interval)
+
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.language_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.FloatTensor, image_mask: torch.Tensor | None = None, **kwargs
+    ) -> tuple | BaseModelOutputWithPooling:
+        """
+        Visual tokens of images: the hidden state `vision_feature_layer` of the vision tower, projected to the width
+        of the language model.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(B, I, 3, H, W)` or `(N, 3, H, W)`):
+                Normalised images as the processor writes them.
+            image_mask (`torch.Tensor` of shape `(B, I)`, *optional*):
+                1 for real images, 0 for filler, which is left out. Defaults to all real.
+
+        Returns:
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: the outputs of the tower; `pooler_output` is
+            a list of visual tokens `(M, d)`, one tensor per real image, row by row.
+        """
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"`pixel_values` must be floating point (normalised images), got {pixel_values.dtype}. Let the processor "
+                "prepare them: `processor(images=..., text=...)`."
+            )
+        # A model spread over devices moves its inputs by itself.
+        if pixel_values.device != self.vision_tower.device and not hasattr(self.vision_tower, "_hf_hook"):
+            raise ValueError(
+                f"`pixel_values` is on {pixel_values.device}, the model on {self.vision_tower.device}. Move the inputs: "
+                "`inputs.to(model.device)`."
+            )
+        pixel_values = pixel_values.to(self.vision_tower.dtype)
+        if pixel_values.dim() == 5:
+            pixel_values = pixel_values.flatten(0, 1)
+        if image_mask is not None:
+            pixel_values = pixel_values[image_mask.flatten().bool()]
+        kwargs["output_hidden_states"] = True
+        outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
+        visual_tokens = outputs.hidden_states[self.config.vision_feature_layer]
+        if self.config.vision_feature_select_strategy == "default":
+            visual_tokens = visual_tokens[:, 1:]
+        outputs.pooler_output = list(self.multi_modal_projector(visual_tokens))
+        return outputs
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        **kwargs,
+    ) -> tuple | TaLlavaModelOutputWithPast:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, S)`):
+                Token ids; rows with images begin, after any padding, with `num_prefix_tokens` placeholders.
+            pixel_values (`torch.FloatTensor` of shape `(B, I, 3, H, W)`, or `(B, 3, H, W)` for one image a row):
+                Normalised images. Not looked at when the cache already holds the prefix.
+            image_mask (`torch.Tensor` of shape `(B, I)`, *optional*):
+                1 for real images, 0 for filler. Defaults to all real.
+            attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*):
+                1 for tokens, 0 for padding. The masks that `generate()` prepares are understood too.
+            inputs_embeds (`torch.FloatTensor` of shape `(B, S, d)`, *optional*):
+                Instead of `input_ids`. Placeholders and response marker are then the columns that equal the embeddings
+                of their tokens.
+
+        Raises:
+            `ValueError`: Wrong number of placeholders or images, images of a wrong shape, dtype or device, or a
+            sequence longer than the context of the language model.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of `input_ids` or `inputs_embeds`.")
+        if inputs_embeds is None:
+            if input_ids.dtype not in (torch.int64, torch.int32):
+                raise ValueError(f"`input_ids` must hold token ids of dtype torch.int64, got {input_ids.dtype}.")
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        visual_tokens = None
+        if self._is_prefill(past_key_values, pixel_values):
+            max_length = self.config.text_config.max_position_embeddings
+            if inputs_embeds.shape[1] > max_length:
+                raise ValueError(
+                    f"The sequence has {inputs_embeds.shape[1]} tokens, the context of the language model "
+                    f"{max_length} (`text_config.max_position_embeddings`). Shorten the prompt."
+                )
+            inputs_embeds, visual_tokens, kwargs["prefix_reader"] = self._prepare_prefix(
+                input_ids, inputs_embeds, pixel_values, image_mask, attention_mask
+            )
+
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return TaLlavaModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=visual_tokens,
+        )
+
+    @staticmethod
+    def _is_prefill(past_key_values: Cache | None, pixel_values: torch.Tensor | None) -> bool:
+        """Whether the sequence starts at its beginning, where the prefix is; else it is in the cache already."""
+        if past_key_values is None:
+            return True
+        if torch.compiler.is_compiling():  # the length of a static cache is a tensor; generate() prefills with images
+            return pixel_values is not None
+        return bool(past_key_values.get_seq_length() == 0)
+
+    def _prepare_prefix(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        image_mask: torch.Tensor | None,
+        attention_mask: torch.Tensor | dict | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, PrefixReader | None]:
+        """
+        Returns the embeddings with the prefix on the columns of the placeholders, the visual tokens, and the reader
+        that the layers call; no reader for a batch of text only.
+        """
+        batch_size, sequence_length = inputs_embeds.shape[:2]
+        device, num_prefix_tokens = inputs_embeds.device, self.config.num_prefix_tokens
+
+        def columns_of(token_id: int) -> torch.Tensor:
+            if input_ids is not None:
+                return input_ids == token_id
+            embedding = self.get_input_embeddings()(torch.tensor(token_id, device=device))
+            return (inputs_embeds == embedding.to(inputs_embeds.dtype)).all(dim=-1)
+
+        is_prefix = columns_of(self.config.image_token_id)
+        has_prefix = is_prefix.any(dim=-1)
+        text_mask = non_padding_columns(attention_mask, batch_size, sequence_length, device) & ~is_prefix
+        if not torch.compiler.is_compiling():  # these look at values, which a compiled graph must not wait for
+            if pixel_values is None and not has_prefix.any():
+                return inputs_embeds, None, None
+            self._check_placeholders(is_prefix, text_mask)
+        if pixel_values is not None and pixel_values.dim() == 4:
+            pixel_values = pixel_values.unsqueeze(1)
+        if pixel_values is not None:
+            self._check_images(pixel_values, image_mask, has_prefix)
+
+        # Rows without a prefix get any L columns, whose states stay as they are.
+        start = is_prefix.int().argmax(dim=-1, keepdim=True)
+        columns = start + torch.arange(num_prefix_tokens, device=device)
+        prefix = self._embed_prefix().to(device, inputs_embeds.dtype)
+        prefix = torch.where(
+            has_prefix[:, None, None], prefix, inputs_embeds.gather(1, columns[:, :, None].expand(-1, -1, prefix.shape[-1]))
+        )
+
+        markers = torch.stack([columns_of(token_id) for token_id in self.config.response_marker_ids]) & text_mask
+        response_start = find_response_start(markers, self.config.instruction_scope)
+        before_response = torch.arange(sequence_length, device=device) < response_start[:, None]
+        instruction_mask = text_mask & before_response
+
+        visual_tokens = visual_mask = visual_states = None
+        if pixel_values is not None:
+            visual_tokens, visual_mask = self._visual_tokens(pixel_values, image_mask)
+            visual_tokens = visual_tokens.to(device, inputs_embeds.dtype)
+            visual_states = self.vision_adapter.project_keys_values(
+                visual_tokens, *self._rotary_embedding(visual_tokens, visual_mask)
+            )
+        reader = PrefixReader(
+            self.text_adapter,
+            self.vision_adapter,
+            columns=columns,
+            has_prefix=has_prefix,
+            instruction_mask=instruction_mask,
+            instruction_rotary=self._rotary_embedding(inputs_embeds, instruction_mask),
+            prefix_rotary=self._rotary_embedding(prefix, torch.ones_like(columns[:1])),
+            visual_states=visual_states,
+            visual_mask=visual_mask,
+        )
+        return replace_prefix(inputs_embeds, columns, prefix), visual_tokens, reader
+
+    def _embed_prefix(self) -> torch.Tensor:
+        """The learned prefix `(1, L, d)`, scaled as the language model scales its embeddings (Gemma: by sqrt(d))."""
+        prefix = self.prefix_embedding.weight[None]
+        scale = getattr(self.get_input_embeddings(), "embed_scale", None)
+        return prefix if scale is None else prefix * torch.as_tensor(scale, device=prefix.device).to(prefix.dtype)
+
+    def _rotary_embedding(self, states: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotary embedding inside an adapter: the tokens that `mask` `(B, length)` keeps count 0, 1, ..."""
+        position_ids = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+        return self.language_model.rotary_emb(states, position_ids)
+
+    def _visual_tokens(
+        self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Visual tokens of rows `(B, I * M, d)`, their images one after the other, and which are real `(B, I * M)`."""
+        batch_size, num_images = pixel_values.shape[:2]
+        if image_mask is None:
+            image_mask = torch.ones(batch_size, num_images, dtype=torch.bool, device=pixel_values.device)
+        image_mask = image_mask.to(pixel_values.device).bool()
+        if torch.compiler.is_compiling():  # selecting the real images would need their number
+            features = torch.stack(self.get_image_features(pixel_values, return_dict=True).pooler_output)
+        else:
+            real = torch.stack(self.get_image_features(pixel_values, image_mask, return_dict=True).pooler_output)
+            features = real.new_zeros(batch_size * num_images, *real.shape[1:])
+            features = features.masked_scatter(image_mask.flatten()[:, None, None], real)
+        num_tokens = features.shape[1]
+        mask = image_mask.repeat_interleave(num_tokens, dim=1)
+        return features.reshape(batch_size, num_images * num_tokens, -1), mask.to(features.device)
+
+    def _check_placeholders(self, is_prefix: torch.Tensor, text_mask: torch.Tensor):
+        """Raises unless every row has no placeholder or exactly L of them, together and before all text."""
+        num_prefix_tokens = self.config.num_prefix_tokens
+        for row, count in enumerate(is_prefix.sum(dim=-1).tolist()):
+            if count not in (0, num_prefix_tokens):
+                raise ValueError(
+                    f"Row {row} has {count} placeholder tokens (id {self.config.image_token_id}), but a row with images "
+                    f"needs {num_prefix_tokens} (`num_prefix_tokens`) whatever the number of its images, and a row "
+                    "without images none. Let the processor write them."
+                )
+        prefix_seen = is_prefix.int().cumsum(dim=-1)
+        inside = (prefix_seen > 0) & (prefix_seen < num_prefix_tokens)
+        before = (prefix_seen == 0) & is_prefix.any(dim=-1, keepdim=True)
+        misplaced = (inside & ~is_prefix) | (before & text_mask)
+        if misplaced.any():
+            row = int(misplaced.any(dim=-1).int().argmax())
+            raise ValueError(
+                f"Row {row} has other tokens before or between its {num_prefix_tokens} placeholder tokens. They stand "
+                "together before all text, the BOS token included. Let the processor write them."
+            )
+
+    @staticmethod
+    def _check_images(pixel_values: torch.Tensor, image_mask: torch.Tensor | None, has_prefix: torch.Tensor):
+        """Raises unless exactly the rows with placeholders have images."""
+        batch_size = has_prefix.shape[0]
+        if pixel_values.dim() != 5 or pixel_values.shape[0] != batch_size:
+            raise ValueError(
+                f"`pixel_values` has shape {tuple(pixel_values.shape)}, but the text has {batch_size} rows: expected "
+                f"({batch_size}, images, 3, height, width), or ({batch_size}, 3, height, width) for one image a row."
+            )
+        if image_mask is not None and image_mask.shape != pixel_values.shape[:2]:
+            raise ValueError(
+                f"`image_mask` has shape {tuple(image_mask.shape)}, `pixel_values` holds rows x images of "
+                f"{tuple(pixel_values.shape[:2])}. They must agree; the processor makes both."
+            )
+        if torch.compiler.is_compiling():
+            return
+        num_images = torch.full_like(has_prefix, pixel_values.shape[1], dtype=torch.long)
+        if image_mask is not None:
+            num_images = image_mask.to(has_prefix.device).long().sum(dim=-1)
+        wrong = (num_images > 0) != has_prefix
+        if wrong.any():
+            row = int(wrong.int().argmax())
+            count, placeholders = int(num_images[row]), "has" if has_prefix[row] else "has no"
+            raise ValueError(
+                f"Row {row} has {count} images but its text {placeholders} placeholder tokens. Make text and images in "
+                "one call of the processor."
+            )
+
+
+class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin):
+    """TA-LLaVA with a language modelling head, for generation and training."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: TaLlavaConfig):
+        super().__init__(config)
+        self.model = TaLlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def get_image_features(
+        self, pixel_values: torch.FloatTensor, image_mask: torch.Tensor | None = None, **kwargs
+    ) -> tuple | BaseModelOutputWithPooling:
+        """See [`TaLlavaModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, image_mask, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> tuple | TaLlavaCausalLMOutputWithPast:
+        r"""
+        The arguments of [`TaLlavaModel.forward`], and:
+
+        Args:
+            labels (`torch.LongTensor` of shape `(B, S)`, *optional*):
+                Token ids to predict, aligned with `input_ids`; -100 where no loss is taken (prefix, instruction, padding).
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
+                Compute logits for the last so many columns only (0: all), or for the given column indices.
+
+        Example:
+
+        ```python
+        >>> from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        >>> model = AutoModelForImageTextToText.from_pretrained("checkpoints/ta-llava-tiny")
+        >>> processor = AutoProcessor.from_pretrained("checkpoints/ta-llava-tiny")
+        >>> content = [{"type": "image", "path": "shape.png"}, {"type": "text", "text": "what color is the shape?"}]
+        >>> inputs = processor.apply_chat_template(
+        ...     [{"role": "user", "content": content}],
+        ...     add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+        ... )
+        >>> output = model.generate(**inputs, max_new_tokens=5)
+        >>> processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        ```
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            image_mask=image_mask,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, columns, :])
+        softcap = getattr(self.config.text_config, "final_logit_softcapping", None)
+        if softcap is not None:
+            logits = torch.tanh(logits / softcap) * softcap
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return TaLlavaCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+
+__all__ = ["TaLlavaForConditionalGeneration", "TaLlavaModel", "TaLlavaPreTrainedModel"]
