@@ -435,8 +435,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         self, pixel_values: torch.FloatTensor, image_mask: torch.Tensor | None = None, **kwargs
     ) -> tuple | BaseModelOutputWithPooling:
         """
-        Visual tokens of images: the hidden state `vision_feature_layer` of the vision tower, projected to the width
-        of the language model.
+        Visual tokens of images: their vision features, projected to the width of the language model.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(B, I, 3, H, W)` or `(N, 3, H, W)`):
@@ -448,6 +447,28 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
             [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: the outputs of the tower; `pooler_output` is
             a list of visual tokens `(M, d)`, one tensor per real image, row by row.
         """
+        outputs, features = self._run_vision_tower(pixel_values, image_mask, **kwargs)
+        outputs.pooler_output = list(self.multi_modal_projector(features))
+        return outputs
+
+    def get_vision_features(
+        self, pixel_values: torch.FloatTensor, image_mask: torch.Tensor | None = None
+    ) -> torch.FloatTensor:
+        """
+        What a frozen vision tower need compute only once: the features of images before the projector. Stacked to
+        `(B, I, M, vision width)` they go to `forward` as `vision_features`.
+
+        Args and shapes are those of `get_image_features`.
+
+        Returns:
+            `torch.FloatTensor` of shape `(number of real images, M, vision width)`.
+        """
+        return self._run_vision_tower(pixel_values, image_mask)[1]
+
+    def _run_vision_tower(
+        self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None, **kwargs
+    ) -> tuple[BaseModelOutputWithPooling, torch.Tensor]:
+        """Outputs of the vision tower for the real images, and the features that the config selects from them."""
         if not pixel_values.is_floating_point():
             raise ValueError(
                 f"`pixel_values` must be floating point (normalised images), got {pixel_values.dtype}. Let the processor "
@@ -466,11 +487,10 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
             pixel_values = pixel_values[image_mask.flatten().bool()]
         kwargs["output_hidden_states"] = True
         outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
-        visual_tokens = outputs.hidden_states[self.config.vision_feature_layer]
+        features = outputs.hidden_states[self.config.vision_feature_layer]
         if self.config.vision_feature_select_strategy == "default":
-            visual_tokens = visual_tokens[:, 1:]
-        outputs.pooler_output = list(self.multi_modal_projector(visual_tokens))
-        return outputs
+            features = features[:, 1:]
+        return outputs, features
 
     @can_return_tuple
     def forward(
@@ -482,6 +502,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        vision_features: torch.FloatTensor | None = None,
         **kwargs,
     ) -> tuple | TaLlavaModelOutputWithPast:
         r"""
@@ -497,6 +518,8 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
             inputs_embeds (`torch.FloatTensor` of shape `(B, S, d)`, *optional*):
                 Instead of `input_ids`. Placeholders and response marker are then the columns that equal the embeddings
                 of their tokens.
+            vision_features (`torch.FloatTensor` of shape `(B, I, M, vision width)`, *optional*):
+                Instead of `pixel_values`: what `get_vision_features` has computed of the images before.
 
         Raises:
             `ValueError`: Wrong number of placeholders or images, images of a wrong shape, dtype or device, or a
@@ -509,8 +532,12 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
                 raise ValueError(f"`input_ids` must hold token ids of dtype torch.int64, got {input_ids.dtype}.")
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
+        if pixel_values is not None and vision_features is not None:
+            raise ValueError("Give `pixel_values` or `vision_features`, not both.")
+        images = pixel_values if vision_features is None else vision_features
+
         visual_tokens = None
-        if self._is_prefill(past_key_values, pixel_values):
+        if self._is_prefill(past_key_values, images):
             max_length = self.config.text_config.max_position_embeddings
             if inputs_embeds.shape[1] > max_length:
                 raise ValueError(
@@ -518,7 +545,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
                     f"{max_length} (`text_config.max_position_embeddings`). Shorten the prompt."
                 )
             inputs_embeds, visual_tokens, kwargs["prefix_reader"] = self._prepare_prefix(
-                input_ids, inputs_embeds, pixel_values, image_mask, attention_mask
+                input_ids, inputs_embeds, pixel_values, vision_features, image_mask, attention_mask
             )
 
         outputs = self.language_model(
@@ -537,12 +564,12 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         )
 
     @staticmethod
-    def _is_prefill(past_key_values: Cache | None, pixel_values: torch.Tensor | None) -> bool:
+    def _is_prefill(past_key_values: Cache | None, images: torch.Tensor | None) -> bool:
         """Whether the sequence starts at its beginning, where the prefix is; else it is in the cache already."""
         if past_key_values is None:
             return True
         if torch.compiler.is_compiling():  # the length of a static cache is a tensor; generate() prefills with images
-            return pixel_values is not None
+            return images is not None
         return bool(past_key_values.get_seq_length() == 0)
 
     def _prepare_prefix(
@@ -550,6 +577,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor,
         pixel_values: torch.Tensor | None,
+        vision_features: torch.Tensor | None,
         image_mask: torch.Tensor | None,
         attention_mask: torch.Tensor | dict | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, PrefixReader | None]:
@@ -570,13 +598,14 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         has_prefix = is_prefix.any(dim=-1)
         text_mask = non_padding_columns(attention_mask, batch_size, sequence_length, device) & ~is_prefix
         if not torch.compiler.is_compiling():  # these look at values, which a compiled graph must not wait for
-            if pixel_values is None and not has_prefix.any():
+            if pixel_values is None and vision_features is None and not has_prefix.any():
                 return inputs_embeds, None, None
             self._check_placeholders(is_prefix, text_mask)
-        if pixel_values is not None and pixel_values.dim() == 4:
-            pixel_values = pixel_values.unsqueeze(1)
         if pixel_values is not None:
-            self._check_images(pixel_values, image_mask, has_prefix)
+            pixel_values = pixel_values.unsqueeze(1) if pixel_values.dim() == 4 else pixel_values
+            self._check_images("pixel_values", pixel_values, 5, image_mask, has_prefix)
+        if vision_features is not None:
+            self._check_images("vision_features", vision_features, 4, image_mask, has_prefix)
 
         # Rows without a prefix get any L columns, whose states stay as they are.
         start = is_prefix.int().argmax(dim=-1, keepdim=True)
@@ -592,8 +621,8 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         instruction_mask = text_mask & before_response
 
         visual_tokens = visual_mask = visual_states = None
-        if pixel_values is not None:
-            visual_tokens, visual_mask = self._visual_tokens(pixel_values, image_mask)
+        if pixel_values is not None or vision_features is not None:
+            visual_tokens, visual_mask = self._visual_tokens(pixel_values, vision_features, image_mask)
             visual_tokens = visual_tokens.to(device, inputs_embeds.dtype)
             visual_states = self.vision_adapter.project_keys_values(
                 visual_tokens, *self._rotary_embedding(visual_tokens, visual_mask)
@@ -623,22 +652,25 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         return self.language_model.rotary_emb(states, position_ids)
 
     def _visual_tokens(
-        self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None
+        self, pixel_values: torch.Tensor | None, vision_features: torch.Tensor | None, image_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Visual tokens of rows `(B, I * M, d)`, their images one after the other, and which are real `(B, I * M)`."""
-        batch_size, num_images = pixel_values.shape[:2]
+        images = pixel_values if vision_features is None else vision_features
+        batch_size, num_images = images.shape[:2]
         if image_mask is None:
-            image_mask = torch.ones(batch_size, num_images, dtype=torch.bool, device=pixel_values.device)
-        image_mask = image_mask.to(pixel_values.device).bool()
-        if torch.compiler.is_compiling():  # selecting the real images would need their number
-            features = torch.stack(self.get_image_features(pixel_values, return_dict=True).pooler_output)
+            image_mask = torch.ones(batch_size, num_images, dtype=torch.bool, device=images.device)
+        image_mask = image_mask.to(images.device).bool()
+        if vision_features is not None:
+            visual_tokens = self.multi_modal_projector(vision_features).flatten(0, 1)
+        elif torch.compiler.is_compiling():  # to select the real images a graph would have to know their number
+            visual_tokens = torch.stack(self.get_image_features(pixel_values, return_dict=True).pooler_output)
         else:
             real = torch.stack(self.get_image_features(pixel_values, image_mask, return_dict=True).pooler_output)
-            features = real.new_zeros(batch_size * num_images, *real.shape[1:])
-            features = features.masked_scatter(image_mask.flatten()[:, None, None], real)
-        num_tokens = features.shape[1]
-        mask = image_mask.repeat_interleave(num_tokens, dim=1)
-        return features.reshape(batch_size, num_images * num_tokens, -1), mask.to(features.device)
+            visual_tokens = real.new_zeros(batch_size * num_images, *real.shape[1:])
+            visual_tokens = visual_tokens.masked_scatter(image_mask.flatten()[:, None, None].to(real.device), real)
+        num_tokens, width = visual_tokens.shape[-2:]
+        visual_mask = image_mask.repeat_interleave(num_tokens, dim=1).to(visual_tokens.device)
+        return visual_tokens.reshape(batch_size, num_images * num_tokens, width), visual_mask
 
     def _check_placeholders(self, is_prefix: torch.Tensor, text_mask: torch.Tensor):
         """Raises unless every row has no placeholder or exactly L of them, together and before all text."""
@@ -662,31 +694,34 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
             )
 
     @staticmethod
-    def _check_images(pixel_values: torch.Tensor, image_mask: torch.Tensor | None, has_prefix: torch.Tensor):
+    def _check_images(
+        name: str, images: torch.Tensor, ndim: int, image_mask: torch.Tensor | None, has_prefix: torch.Tensor
+    ):
         """Raises unless exactly the rows with placeholders have images."""
         batch_size = has_prefix.shape[0]
-        if pixel_values.dim() != 5 or pixel_values.shape[0] != batch_size:
+        if images.dim() != ndim or images.shape[0] != batch_size:
+            rest = "3, height, width" if name == "pixel_values" else "visual tokens, vision width"
             raise ValueError(
-                f"`pixel_values` has shape {tuple(pixel_values.shape)}, but the text has {batch_size} rows: expected "
-                f"({batch_size}, images, 3, height, width), or ({batch_size}, 3, height, width) for one image a row."
+                f"`{name}` has shape {tuple(images.shape)}, but the text has {batch_size} rows: expected "
+                f"({batch_size}, images, {rest})."
             )
-        if image_mask is not None and image_mask.shape != pixel_values.shape[:2]:
+        if image_mask is not None and image_mask.shape != images.shape[:2]:
             raise ValueError(
-                f"`image_mask` has shape {tuple(image_mask.shape)}, `pixel_values` holds rows x images of "
-                f"{tuple(pixel_values.shape[:2])}. They must agree; the processor makes both."
+                f"`image_mask` has shape {tuple(image_mask.shape)}, `{name}` holds rows x images of "
+                f"{tuple(images.shape[:2])}. They must agree; the processor makes both."
             )
         if torch.compiler.is_compiling():
             return
-        num_images = torch.full_like(has_prefix, pixel_values.shape[1], dtype=torch.long)
+        num_images = torch.full_like(has_prefix, images.shape[1], dtype=torch.long)
         if image_mask is not None:
             num_images = image_mask.to(has_prefix.device).long().sum(dim=-1)
         wrong = (num_images > 0) != has_prefix
         if wrong.any():
             row = int(wrong.int().argmax())
-            count, placeholders = int(num_images[row]), "has" if has_prefix[row] else "has no"
+            placeholders = "has" if has_prefix[row] else "has no"
             raise ValueError(
-                f"Row {row} has {count} images but its text {placeholders} placeholder tokens. Make text and images in "
-                "one call of the processor."
+                f"Row {row} has {int(num_images[row])} images but its text {placeholders} placeholder tokens. Make text "
+                "and images in one call of the processor."
             )
 
 
@@ -720,6 +755,7 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        vision_features: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
@@ -757,6 +793,7 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            vision_features=vision_features,
             **kwargs,
         )
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

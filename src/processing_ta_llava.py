@@ -1,0 +1,367 @@
+# Copyright 2026 The TA-LLaVA Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Processor of TA-LLaVA: text and images to the tensors of the model, and back to text."""
+
+import os
+import re
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import ImageInput, load_image
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.tokenization_utils_base import TextInput
+from transformers.video_utils import VideoInput
+
+
+# Wider or taller than this, the middle of an image is cut out before it is resized by its shortest edge: what a centre
+# crop would discard is not blown up to gigapixels first.
+_MAX_ASPECT_RATIO = 4
+
+
+class TaLlavaProcessorKwargs(ProcessingKwargs, total=False):
+    _defaults = {"text_kwargs": {"padding": False}}
+
+
+def load_rgb_image(image: Any) -> Image.Image:
+    """
+    An RGB image from whatever a user has: path, URL, base64 string, PIL image, or an array or tensor of shape
+    `(H, W)`, `(H, W, C)` or `(C, H, W)` with 1 to 4 channels.
+
+    Transparent images are laid on white, 16-bit ones scaled to 8 bits, of animated ones the first frame is taken, and
+    the EXIF orientation is applied. Arrays hold integers, or floats in [0, 1] or [0, 255].
+
+    Raises:
+        `ValueError`: What was given is not a readable image; the message names it.
+    """
+    if isinstance(image, os.PathLike):
+        image = os.fspath(image)
+    if isinstance(image, str):
+        image = _open_image(image)
+    elif not isinstance(image, Image.Image):
+        image = _image_from_array(image)
+    try:
+        image.seek(0)
+        image = ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, EOFError) as error:
+        raise ValueError(f"The image {_name_of(image)} cannot be read to its end; is it truncated? ({error})") from error
+    if image.mode.startswith("I") or image.mode == "F":
+        return _image_from_array(np.asarray(image))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _open_image(source: str) -> Image.Image:
+    name = repr(source if len(source) <= 200 else source[:200] + "...")
+    if source.startswith(("http://", "https://")):
+        try:
+            return load_image(source)
+        except UnidentifiedImageError as error:
+            raise ValueError(f"What was downloaded from {name} is not an image.") from error
+        except Exception as error:
+            raise ValueError(f"The image {name} could not be downloaded: {error}") from error
+    if os.path.isfile(source):
+        if os.path.getsize(source) == 0:
+            raise ValueError(f"The image file {name} is empty (0 bytes).")
+        try:
+            image = Image.open(source)
+            image.load()
+            return image
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"The file {name} is not a readable image, or truncated: {error}") from error
+    if os.path.isdir(source):
+        raise ValueError(f"{name} is a folder, not an image file.")
+    try:
+        return load_image(source)
+    except Exception as error:
+        raise ValueError(f"{name} is no image file, http(s) URL or base64-encoded image.") from error
+
+
+def _name_of(image: Image.Image) -> str:
+    return repr(getattr(image, "filename", "") or f"of size {image.size[0]}x{image.size[1]}")
+
+
+def _image_from_array(array: Any) -> Image.Image:
+    """An image from an array or tensor; 16-bit integers are scaled to 8 bits."""
+    if hasattr(array, "detach"):
+        array = array.detach().cpu().float().numpy() if array.is_floating_point() else array.detach().cpu().numpy()
+    try:
+        array = np.asarray(array)
+        array = array.astype(np.uint8) * 255 if array.dtype == bool else array
+        low, high = float(array.min()), float(array.max())
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"An image cannot be made from {type(array).__name__} of shape {np.shape(array)}.") from error
+    if array.ndim == 3 and array.shape[-1] not in (1, 2, 3, 4) and array.shape[0] in (1, 2, 3, 4):
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[-1] not in (1, 2, 3, 4):
+        raise ValueError(
+            f"An image array has shape (height, width), (height, width, channels) or (channels, height, width) with 1 to "
+            f"4 channels, got {array.shape}."
+        )
+    if not (np.isfinite(low) and np.isfinite(high)) or low < 0 or high > 65535:
+        raise ValueError(
+            f"The values of an image array must be in [0, 255], [0, 65535] (16 bits) or, as floats, [0, 1]; got {low} to "
+            f"{high}. Images that are normalised already go to the model as `pixel_values`, not through the processor."
+        )
+    if high > 255 or array.dtype == np.uint16:
+        array = array / 257
+    elif np.issubdtype(array.dtype, np.floating) and high <= 1:
+        array = array * 255
+    array = np.round(array).astype(np.uint8)
+    mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[array.shape[-1]]
+    return load_rgb_image(Image.fromarray(array.squeeze(-1) if mode == "L" else array, mode))
+
+
+def _cut_to_aspect_ratio(image: Image.Image) -> Image.Image:
+    """The middle of an image that is more than `_MAX_ASPECT_RATIO` times as long as it is wide."""
+    width, height = image.size
+    limit = _MAX_ASPECT_RATIO * min(width, height)
+    if max(width, height) <= limit:
+        return image
+    left, top = max(width - limit, 0) // 2, max(height - limit, 0) // 2
+    return image.crop((left, top, left + min(width, limit), top + min(height, limit)))
+
+
+class TaLlavaProcessor(ProcessorMixin):
+    r"""
+    Turns images and text into the inputs of [`TaLlavaForConditionalGeneration`].
+
+    In the text, `image_token` (`"<image>"`) stands for an image, anywhere; the chat template writes it. A row with images,
+    however many, gets `num_prefix_tokens` placeholder ids before all its text, and the BOS token after them; the
+    `<image>`s themselves, each with the line break that follows it, are taken out. A row without images is what the
+    tokenizer makes of it.
+
+    Args:
+        image_processor (`BaseImageProcessor`):
+            Image processor of the vision tower.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Tokenizer of the language model. `image_token` must be one token of it.
+        num_prefix_tokens (`int`, *optional*, defaults to 32):
+            Number of placeholders; must be that of the model's config.
+        image_token (`str`, *optional*, defaults to `"<image>"`):
+            The token that stands for an image in the text, and whose id is the placeholder.
+        chat_template (`str`, *optional*):
+            Jinja template for [`~ProcessorMixin.apply_chat_template`]. Defaults to that of the tokenizer.
+    """
+
+    valid_processor_kwargs = TaLlavaProcessorKwargs
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        num_prefix_tokens: int = 32,
+        image_token: str = "<image>",
+        chat_template: str | None = None,
+        **kwargs,
+    ):
+        image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        if image_token_id is None or image_token_id == tokenizer.unk_token_id:
+            raise ValueError(
+                f"The tokenizer has no token {image_token!r}. Add it (`tokenizer.add_special_tokens`) or name another one "
+                "with `image_token`."
+            )
+        self.num_prefix_tokens = num_prefix_tokens
+        self.image_token = image_token
+        self.image_token_id = image_token_id
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
+
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: TextInput | list[TextInput] | None = None,
+        videos: VideoInput | None = None,
+        **kwargs: Unpack[TaLlavaProcessorKwargs],
+    ) -> BatchFeature:
+        """
+        Args:
+            images (image, list of images, or list of lists of images, *optional*):
+                Path, URL, base64 string, PIL image, array or tensor each. A flat list is dealt out to the rows by the
+                `<image>`s in their text; a nested one has one list per row, which may be empty.
+            text (`str` or `list[str]`, *optional*):
+                The prompts, with one `<image>` per image.
+
+        Returns:
+            [`BatchFeature`] with `input_ids` and `attention_mask` `(B, S)`, with images also `pixel_values`
+            `(B, I, 3, H, W)` and `image_mask` `(B, I)`, 1 for real images, 0 for filler; with
+            `return_mm_token_type_ids=True` also `mm_token_type_ids` `(B, S)`, 1 on the placeholders.
+
+        Raises:
+            `ValueError`: An unreadable image, numbers of images and of `<image>`s that differ, an empty prompt, or one
+            longer than the tokenizer's `model_max_length`.
+        """
+        if videos is not None or kwargs.pop("audio", None) is not None:
+            raise ValueError("TA-LLaVA reads images and text; pass the frames of a video as `images`.")
+        if text is None and images is None:
+            raise ValueError("Give `text`, `images`, or both.")
+        merged = self._merge_kwargs(TaLlavaProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
+        return_tensors = text_kwargs.pop("return_tensors", None)
+        images_kwargs.pop("return_tensors", None)
+
+        data = {}
+        if text is not None:
+            texts = [text] if isinstance(text, str) else text
+            if not isinstance(texts, (list, tuple)) or not all(isinstance(sample, str) for sample in texts):
+                raise ValueError("`text` must be a string or a list of strings.")
+            rows = self._images_of_rows(images, texts)
+            data.update(self._tokenize(list(texts), [len(row) > 0 for row in rows], **text_kwargs))
+        else:
+            rows = [[image] for image in _flatten_images(images)]
+        if any(rows):
+            data.update(self._stack_images(rows, **images_kwargs))
+        return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["text_replacement_offsets"])
+
+    def _images_of_rows(self, images, texts: list[str]) -> list[list]:
+        """The images of each row, checked against the `<image>`s in its text."""
+        expected = [sample.count(self.image_token) for sample in texts]
+        advice = f"Write one {self.image_token} per image into the text, or use `apply_chat_template`."
+        if _is_nested(images):
+            rows = [list(row) if row is not None else [] for row in images]
+            if len(rows) != len(texts):
+                raise ValueError(f"Got images for {len(rows)} rows, but {len(texts)} prompts.")
+            for index, (row, count) in enumerate(zip(rows, expected)):
+                if len(row) != count:
+                    raise ValueError(f"Prompt {index} has {count} {self.image_token} but {len(row)} images. {advice}")
+            return rows
+        flat = [] if images is None else _flatten_images(images)
+        if len(flat) != sum(expected):
+            raise ValueError(f"The prompts have {sum(expected)} {self.image_token}, but got {len(flat)} images. {advice}")
+        remaining = iter(flat)
+        return [[next(remaining) for _ in range(count)] for count in expected]
+
+    def _tokenize(
+        self,
+        texts: list[str],
+        has_images: list[bool],
+        padding: bool | str = False,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        padding_side: str | None = None,
+        pad_to_multiple_of: int | None = None,
+        return_mm_token_type_ids: bool = False,
+        return_text_replacement_offsets: bool = False,
+        **kwargs,
+    ) -> dict[str, list]:
+        """Token ids of the rows, each tokenized as the tokenizer alone would, with placeholders before it."""
+        limit = max_length if max_length is not None else self.tokenizer.model_max_length
+        kwargs.pop("return_attention_mask", None)
+        add_special_tokens = kwargs.pop("add_special_tokens", True)
+        rows, replacement_offsets = [], []
+        for index, (sample, has_image) in enumerate(zip(texts, has_images)):
+            prompt, offsets = self._take_out_image_tokens(sample) if has_image else (sample, [])
+            if not prompt.strip():
+                raise ValueError(f"Prompt {index} is empty. Ask something about the image, or give some text.")
+            # The template of a chat model writes the BOS token; the tokenizer must not add it a second time.
+            bos_token = self.tokenizer.bos_token
+            starts_with_bos = bos_token is not None and prompt.startswith(bos_token)
+            num_placeholders = self.num_prefix_tokens if has_image else 0
+            row = self.tokenizer(
+                prompt,
+                add_special_tokens=add_special_tokens and not starts_with_bos,
+                truncation=bool(truncation),
+                max_length=max(limit - num_placeholders, 0) if truncation else None,
+                **kwargs,
+            )
+            length = num_placeholders + len(row["input_ids"])
+            if length > limit and not truncation and max_length is None:
+                raise ValueError(
+                    f"Prompt {index} has {length} tokens, {num_placeholders} of them placeholders, but the context holds "
+                    f"{limit} (`tokenizer.model_max_length`). Shorten it, or pass `truncation=True`."
+                )
+            row = {"input_ids": row["input_ids"], "attention_mask": row["attention_mask"], **row}
+            filler = {"input_ids": self.image_token_id, "attention_mask": 1, "offset_mapping": (0, 0)}
+            rows.append({key: [filler.get(key, 0)] * num_placeholders + list(value) for key, value in row.items()})
+            replacement_offsets.append(offsets)
+
+        data = {key: [row[key] for row in rows] for key in rows[0]}
+        if padding:
+            to_pad = {key: data.pop(key) for key in ("input_ids", "attention_mask")}
+            padded = self.tokenizer.pad(
+                to_pad,
+                padding=padding,
+                max_length=max_length,
+                padding_side=padding_side,
+                pad_to_multiple_of=pad_to_multiple_of,
+            )
+            data = {"input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"], **data}
+            left = (padding_side or self.tokenizer.padding_side) == "left"
+            for key in data.keys() - {"input_ids", "attention_mask"}:  # the tokenizer pads what it knows, not offsets
+                for index, row in enumerate(data[key]):
+                    fill = [(0, 0) if key == "offset_mapping" else 0] * (len(data["input_ids"][index]) - len(row))
+                    data[key][index] = fill + row if left else row + fill
+        if return_mm_token_type_ids:
+            data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
+        if return_text_replacement_offsets:
+            data["text_replacement_offsets"] = replacement_offsets
+        return data
+
+    def _take_out_image_tokens(self, sample: str) -> tuple[str, list[dict[str, tuple[int, int]]]]:
+        """The text without its `<image>`s, and where each was (`span`) and is now (`new_span`, of length 0)."""
+        offsets, removed = [], 0
+        for match in re.finditer(re.escape(self.image_token) + r"\n?", sample):
+            start, end = match.span()
+            offsets.append({"span": (start, end), "new_span": (start - removed, start - removed)})
+            removed += end - start
+        return re.sub(re.escape(self.image_token) + r"\n?", "", sample), offsets
+
+    def _stack_images(self, rows: list[list], **kwargs) -> dict[str, np.ndarray]:
+        """`pixel_values` `(B, I, 3, H, W)` and `image_mask` `(B, I)` of rows with up to I images each."""
+        flat = [image for row in rows for image in row]
+        if kwargs.get("do_rescale", True):  # values that are not to be rescaled are the image processor's business
+            flat = [load_rgb_image(image) for image in flat]
+            if self.image_processor.size.get("shortest_edge"):
+                flat = [_cut_to_aspect_ratio(image) for image in flat]
+        pixels = self.image_processor(flat, return_tensors="np", **kwargs)["pixel_values"]
+        pixels = np.stack(list(pixels))
+        image_mask = np.zeros((len(rows), max(len(row) for row in rows)), dtype=np.int64)
+        for index, row in enumerate(rows):
+            image_mask[index, : len(row)] = 1
+        pixel_values = np.zeros((*image_mask.shape, *pixels.shape[1:]), dtype=pixels.dtype)
+        pixel_values[image_mask.astype(bool)] = pixels
+        return {"pixel_values": pixel_values, "image_mask": image_mask}
+
+    def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs):
+        """Placeholders needed for the images of one prompt: the prefix is shared, so the first image brings it all."""
+        num_images = 0 if image_sizes is None else len(image_sizes)
+        counts = [self.num_prefix_tokens if index == 0 else 0 for index in range(num_images)]
+        return {"num_image_tokens": counts, "num_image_patches": [1] * num_images}
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*self.tokenizer.model_input_names, "pixel_values", "image_mask"]
+
+
+def _is_nested(images: Any) -> bool:
+    return isinstance(images, (list, tuple)) and any(row is None or isinstance(row, (list, tuple)) for row in images)
+
+
+def _flatten_images(images: Any) -> list:
+    """One image, a list of them, or a batch array `(N, H, W, C)` or `(N, C, H, W)`, as a list."""
+    if _is_nested(images):
+        return [image for row in images for image in row or []]
+    if isinstance(images, (list, tuple)):
+        return list(images)
+    if not isinstance(images, (str, os.PathLike, Image.Image)) and getattr(images, "ndim", 0) == 4:
+        return list(images)
+    return [images]
+
+
+__all__ = ["TaLlavaProcessor"]
