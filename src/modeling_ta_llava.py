@@ -594,13 +594,16 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
             embedding = self.get_input_embeddings()(torch.tensor(token_id, device=device))
             return (inputs_embeds == embedding.to(inputs_embeds.dtype)).all(dim=-1)
 
-        is_prefix = columns_of(self.config.image_token_id)
+        # A placeholder after the first word is a word like others, should a model ever write one.
+        tokens = non_padding_columns(attention_mask, batch_size, sequence_length, device)
+        is_placeholder = columns_of(self.config.image_token_id)
+        is_prefix = is_placeholder & ((tokens & ~is_placeholder).cumsum(dim=-1) == 0)
         has_prefix = is_prefix.any(dim=-1)
-        text_mask = non_padding_columns(attention_mask, batch_size, sequence_length, device) & ~is_prefix
+        text_mask = tokens & ~is_prefix
         if not torch.compiler.is_compiling():  # these look at values, which a compiled graph must not wait for
             if pixel_values is None and vision_features is None and not has_prefix.any():
                 return inputs_embeds, None, None
-            self._check_placeholders(is_prefix, text_mask)
+            self._check_placeholders(is_prefix)
         if pixel_values is not None:
             pixel_values = pixel_values.unsqueeze(1) if pixel_values.dim() == 4 else pixel_values
             self._check_images("pixel_values", pixel_values, 5, image_mask, has_prefix)
@@ -672,25 +675,17 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         visual_mask = image_mask.repeat_interleave(num_tokens, dim=1).to(visual_tokens.device)
         return visual_tokens.reshape(batch_size, num_images * num_tokens, width), visual_mask
 
-    def _check_placeholders(self, is_prefix: torch.Tensor, text_mask: torch.Tensor):
-        """Raises unless every row has no placeholder or exactly L of them, together and before all text."""
+    def _check_placeholders(self, is_prefix: torch.Tensor):
+        """Raises unless every row begins with no placeholder or with exactly L of them, side by side."""
         num_prefix_tokens = self.config.num_prefix_tokens
-        for row, count in enumerate(is_prefix.sum(dim=-1).tolist()):
-            if count not in (0, num_prefix_tokens):
-                raise ValueError(
-                    f"Row {row} has {count} placeholder tokens (id {self.config.image_token_id}), but a row with images "
-                    f"needs {num_prefix_tokens} (`num_prefix_tokens`) whatever the number of its images, and a row "
-                    "without images none. Let the processor write them."
-                )
-        prefix_seen = is_prefix.int().cumsum(dim=-1)
-        inside = (prefix_seen > 0) & (prefix_seen < num_prefix_tokens)
-        before = (prefix_seen == 0) & is_prefix.any(dim=-1, keepdim=True)
-        misplaced = (inside & ~is_prefix) | (before & text_mask)
-        if misplaced.any():
-            row = int(misplaced.any(dim=-1).int().argmax())
+        for row, columns in enumerate(is_prefix.tolist()):
+            count = sum(columns)
+            if count == 0 or (count == num_prefix_tokens and all(columns[columns.index(True) :][:count])):
+                continue
             raise ValueError(
-                f"Row {row} has other tokens before or between its {num_prefix_tokens} placeholder tokens. They stand "
-                "together before all text, the BOS token included. Let the processor write them."
+                f"Row {row} begins with {count} placeholder tokens (id {self.config.image_token_id}), but a row with images "
+                f"needs {num_prefix_tokens} (`num_prefix_tokens`) side by side, whatever the number of its images, and a "
+                "row without images none. Let the processor write them."
             )
 
     @staticmethod
@@ -718,10 +713,11 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         wrong = (num_images > 0) != has_prefix
         if wrong.any():
             row = int(wrong.int().argmax())
-            placeholders = "has" if has_prefix[row] else "has no"
+            begins = "begins with" if has_prefix[row] else "does not begin with"
             raise ValueError(
-                f"Row {row} has {int(num_images[row])} images but its text {placeholders} placeholder tokens. Make text "
-                "and images in one call of the processor."
+                f"Row {row} has {int(num_images[row])} images but its text {begins} placeholder tokens. Make text and "
+                "images in one call of the processor, and pass its `attention_mask` along: padding that is not marked "
+                "counts as text."
             )
 
 

@@ -152,11 +152,14 @@ class TaLlavaProcessor(ProcessorMixin):
         image_processor (`BaseImageProcessor`):
             Image processor of the vision tower.
         tokenizer (`PreTrainedTokenizerBase`):
-            Tokenizer of the language model. `image_token` must be one token of it.
+            Tokenizer of the language model.
         num_prefix_tokens (`int`, *optional*, defaults to 32):
             Number of placeholders; must be that of the model's config.
         image_token (`str`, *optional*, defaults to `"<image>"`):
-            The token that stands for an image in the text, and whose id is the placeholder.
+            What stands for an image in the text.
+        image_token_id (`int`, *optional*):
+            Id of the placeholder; must be that of the model's config. Defaults to the id of `image_token`, which must then
+            be a token of the tokenizer.
         chat_template (`str`, *optional*):
             Jinja template for [`~ProcessorMixin.apply_chat_template`]. Defaults to that of the tokenizer.
     """
@@ -169,15 +172,17 @@ class TaLlavaProcessor(ProcessorMixin):
         tokenizer=None,
         num_prefix_tokens: int = 32,
         image_token: str = "<image>",
+        image_token_id: int | None = None,
         chat_template: str | None = None,
         **kwargs,
     ):
-        image_token_id = tokenizer.convert_tokens_to_ids(image_token)
-        if image_token_id is None or image_token_id == tokenizer.unk_token_id:
-            raise ValueError(
-                f"The tokenizer has no token {image_token!r}. Add it (`tokenizer.add_special_tokens`) or name another one "
-                "with `image_token`."
-            )
+        if image_token_id is None:
+            image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+            if image_token_id is None or image_token_id == tokenizer.unk_token_id:
+                raise ValueError(
+                    f"The tokenizer has no token {image_token!r}. Add it (`tokenizer.add_special_tokens`), or give the id of "
+                    "an unused token as `image_token_id`."
+                )
         self.num_prefix_tokens = num_prefix_tokens
         self.image_token = image_token
         self.image_token_id = image_token_id

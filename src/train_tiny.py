@@ -31,6 +31,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from .chat_templates import GEMMA_CHAT_TEMPLATE
 from .configuration_ta_llava import TaLlavaConfig
 from .easy_vqa_data import CAPTION_PROMPT, COLORS, SHAPES, Scene, load_easy_vqa, load_pixels, shape_mask
 from .modeling_ta_llava import TaLlavaForConditionalGeneration
@@ -39,27 +40,6 @@ from .processing_ta_llava import TaLlavaProcessor
 
 IMAGE_SIZE, PATCH_SIZE = 64, 8
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", "<image>"]
-# Gemma's template with images; what the model writes is marked for `return_assistant_tokens_mask`.
-CHAT_TEMPLATE = (
-    "{%- macro render(content) -%}"
-    "{%- if content is string -%}{{ content | trim }}"
-    "{%- else -%}{%- for item in content -%}"
-    "{%- if item['type'] == 'image' -%}{{ '<image>' }}"
-    "{%- elif item['type'] == 'text' -%}{{ item['text'] | trim }}{%- endif -%}"
-    "{%- endfor -%}{%- endif -%}"
-    "{%- endmacro -%}"
-    "{{ bos_token }}"
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'assistant' -%}"
-    "{{ '<start_of_turn>model\n' }}{% generation %}{{ render(message['content']) }}{{ '<end_of_turn>' }}{% endgeneration %}"
-    "{{ '\n' }}"
-    "{%- else -%}"
-    "{{ '<start_of_turn>' + message['role'] + '\n' + render(message['content']) + '<end_of_turn>\n' }}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"
-)
-
 
 def build_processor(scenes: list[Scene], num_prefix_tokens: int, max_length: int) -> TaLlavaProcessor:
     """A processor whose tokenizer knows the words of the training questions, lower-cased, one token each."""
@@ -87,7 +67,7 @@ def build_processor(scenes: list[Scene], num_prefix_tokens: int, max_length: int
         size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, do_center_crop=False, crop_size=None
     )
     return TaLlavaProcessor(
-        image_processor, tokenizer, num_prefix_tokens=num_prefix_tokens, chat_template=CHAT_TEMPLATE
+        image_processor, tokenizer, num_prefix_tokens=num_prefix_tokens, chat_template=GEMMA_CHAT_TEMPLATE
     )
 
 

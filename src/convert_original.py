@@ -1,0 +1,126 @@
+"""Converts checkpoints of the authors' TA-LLaVA code (`model_type` "tallava_gemma") to this implementation."""
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, Gemma2Config
+
+from .chat_templates import GEMMA_CHAT_TEMPLATE
+from .configuration_ta_llava import TaLlavaConfig
+from .modeling_ta_llava import TaLlavaForConditionalGeneration
+from .processing_ta_llava import TaLlavaProcessor
+
+
+# Their names, ours. The first pattern that matches renames a key.
+_KEY_MAPPING = [
+    (r"^model\.vision_priori\.weight$", "model.prefix_embedding.weight"),
+    (r"^model\.bottle_neck\.text_xattn\.self_attn\.", "model.text_adapter.cross_attn."),
+    (r"^model\.bottle_neck\.vis_xattn\.self_attn\.", "model.vision_adapter.cross_attn."),
+    (r"^model\.bottle_neck\.text_xattn\.", "model.text_adapter."),
+    (r"^model\.bottle_neck\.vis_xattn\.", "model.vision_adapter."),
+    (r"^model\.mm_projector\.", "model.multi_modal_projector."),
+    (r"^model\.vision_tower\.vision_tower\.(vision_model\.)?", "model.vision_tower."),
+    (r"^model\.(embed_tokens|layers|norm)\.", r"model.language_model.\1."),
+]
+
+
+def convert_original(folder: str | Path, vision_tower: str | Path) -> TaLlavaForConditionalGeneration:
+    """
+    Loads a checkpoint as the authors' code saves it.
+
+    Args:
+        folder (`str` or `Path`):
+            Folder with `config.json` and `model.safetensors`, in one file or sharded.
+        vision_tower (`str` or `Path`):
+            Folder or repo of the vision tower. Its config is used, and its weights where the checkpoint has none.
+
+    Returns:
+        [`TaLlavaForConditionalGeneration`] in the dtype of the checkpoint.
+
+    Raises:
+        `ValueError`: The folder is no such checkpoint, or keys are missing or left over.
+    """
+    folder = Path(folder)
+    original = _read_json(folder / "config.json")
+    if original.get("model_type") != "tallava_gemma":
+        raise ValueError(
+            f"{folder / 'config.json'} has model_type {original.get('model_type')!r}; the authors' checkpoints have "
+            "'tallava_gemma'."
+        )
+    original_state = _load_weights(folder)
+    # Their constructor counts the two adapters as layers and saves the sum: the keys tell the true depth.
+    layers = {int(match[1]) for key in original_state if (match := re.match(r"model\.layers\.(\d+)\.", key))}
+    text_fields = {field.name for field in fields(Gemma2Config)} - {"num_hidden_layers", "layer_types", "dtype"}
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": original.get("rope_theta", 10000.0)}}
+    text_config = Gemma2Config(
+        num_hidden_layers=len(layers),
+        **{key: value for key, value in original.items() if key in text_fields},
+        **rope,
+    )
+    vision_config = AutoConfig.from_pretrained(vision_tower)
+    vision_config = getattr(vision_config, "vision_config", vision_config)
+    config = TaLlavaConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        num_prefix_tokens=original["num_learnable_tokens"],
+        vision_feature_layer=original["mm_vision_select_layer"],
+        vision_feature_select_strategy="default" if original["mm_vision_select_feature"] == "patch" else "full",
+        projector_type="linear" if original["mm_projector_type"] == "linear" else "mlp",
+    )
+    model = TaLlavaForConditionalGeneration(config)
+
+    state = {}
+    for key, value in original_state.items():
+        pattern, name = next(((p, n) for p, n in _KEY_MAPPING if re.search(p, key)), ("^", ""))
+        state[re.sub(pattern, name, key)] = value
+    if not any(key.startswith("model.vision_tower.") for key in state):
+        tower = AutoModel.from_pretrained(vision_tower, config=vision_config).state_dict()
+        state.update({f"model.vision_tower.{key}": value for key, value in tower.items()})
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"]
+    wanted = model.state_dict()
+    missing, left_over = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    if missing or left_over:
+        raise ValueError(
+            f"The weights in {folder} do not fit: {len(missing)} keys are missing {missing[:5]}, {len(left_over)} are left "
+            f"over {left_over[:5]}."
+        )
+    model.load_state_dict(state)
+    return model.to(next(iter(original_state.values())).dtype)
+
+
+def build_processor(folder: str | Path, vision_tower: str | Path, config: TaLlavaConfig) -> TaLlavaProcessor:
+    """The processor of a converted checkpoint: its tokenizer, the image processor of the vision tower, Gemma's turns."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    image_processor = AutoImageProcessor.from_pretrained(vision_tower)
+    # An unused token of Gemma's vocabulary serves as placeholder: no embedding has to be added.
+    placeholder = tokenizer.convert_ids_to_tokens(config.image_token_id)
+    tokenizer.add_special_tokens({"additional_special_tokens": [placeholder]}, replace_extra_special_tokens=False)
+    return TaLlavaProcessor(
+        image_processor,
+        tokenizer,
+        num_prefix_tokens=config.num_prefix_tokens,
+        image_token_id=config.image_token_id,
+        chat_template=GEMMA_CHAT_TEMPLATE,
+    )
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}.")
+    return json.loads(path.read_text())
+
+
+def _load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    state = {}
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ValueError(f"There is no weight file {folder / name}. Only safetensors are read.")
+        state.update(load_file(folder / name))
+    return state

@@ -1,0 +1,87 @@
+"""Questions about images, answered in batches: what the command line and the evaluation share."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+
+# The model that is shipped with the package: beside `src` in the repository, inside the package once installed.
+_FOLDERS = [Path(__file__).parent / "checkpoints", Path(__file__).parent.parent / "checkpoints"]
+DEFAULT_MODEL = next((folder for folder in _FOLDERS if folder.is_dir()), _FOLDERS[0]) / "ta-llava-tiny"
+
+
+def load(model: str | Path = DEFAULT_MODEL) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """
+    Model and processor of a folder or Hub repo, in evaluation mode, on the GPU if there is one. On the CPU half
+    precision weights are widened to float32.
+
+    Raises:
+        `ValueError`: Nothing can be loaded from there; the message says what is missing.
+    """
+    try:
+        # Loading the processor first finds a wrong name before any weights are downloaded.
+        processor = AutoProcessor.from_pretrained(model)
+        on_gpu = torch.cuda.is_available()
+        loaded = AutoModelForImageTextToText.from_pretrained(model, dtype="auto" if on_gpu else torch.float32)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"No model could be loaded from {str(model)!r}: {reason}") from error
+    return loaded.to("cuda" if on_gpu else "cpu").eval(), processor
+
+
+@torch.no_grad()
+def answer(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    questions: list[tuple[list[Any], str]],
+    batch_size: int = 16,
+    max_new_tokens: int = 64,
+    progress: bool = False,
+) -> Iterator[str]:
+    """
+    Answers to `(images, question)` pairs, in order, as they are found. Greedy decoding.
+
+    Args:
+        questions (`list[tuple[list, str]]`):
+            Images as the processor takes them (path, URL, PIL image, array), any number, and the question about them.
+        batch_size (`int`): Questions answered at a time; does not change an answer.
+        max_new_tokens (`int`): Longest answer in tokens.
+        progress (`bool`): Show a progress bar.
+
+    Raises:
+        `ValueError`: A question is empty or one of its images cannot be read.
+    """
+    for images, question in questions:
+        if not question.strip():
+            raise ValueError(f"The question about {images} is empty.")
+    with tqdm(total=len(questions), unit="question", disable=not progress) as bar:
+        for start in range(0, len(questions), batch_size):
+            batch = questions[start : start + batch_size]
+            conversations = [
+                [
+                    {
+                        "role": "user",
+                        "content": [
+                            *({"type": "image", "image": image} for image in images),
+                            {"type": "text", "text": question},
+                        ],
+                    }
+                ]
+                for images, question in batch
+            ]
+            inputs = processor.apply_chat_template(
+                conversations,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": True, "padding_side": "left"},
+            ).to(model.device)
+            output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+            new_tokens = output[:, inputs["input_ids"].shape[1] :]
+            bar.update(len(batch))
+            yield from (text.strip() for text in processor.post_process_image_text_to_text(new_tokens))

@@ -1,0 +1,125 @@
+"""What the tests share: small models of both backbones with lively weights, and prompts for them."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, Gemma2Config, LlamaConfig
+
+from ta_llava import TaLlavaConfig, TaLlavaForConditionalGeneration
+
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+FIXTURES = Path(__file__).parent / "fixtures"
+ROOT = Path(__file__).parent.parent
+
+PAD, EOS, BOS, TURN, MODEL, IMAGE, VOCAB = 0, 1, 2, 3, 4, 7, 60
+NUM_PREFIX_TOKENS = 3
+
+
+def text_config(backbone: str, **kwargs):
+    config = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "pad_token_id": PAD,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        **kwargs,
+    }
+    if backbone == "gemma2":
+        # A window shorter than the prompts, so that what must not slide would show.
+        return Gemma2Config(**{"query_pre_attn_scalar": 8, "sliding_window": 8, **config})
+    return LlamaConfig(**{"tie_word_embeddings": False, **config})
+
+
+def build_config(backbone: str = "gemma2", text_kwargs: dict | None = None, **kwargs) -> TaLlavaConfig:
+    vision_config = CLIPVisionConfig(
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        image_size=12,
+        patch_size=4,
+        projection_dim=24,
+    )
+    return TaLlavaConfig(
+        vision_config=vision_config,
+        text_config=text_config(backbone, **(text_kwargs or {})),
+        **{
+            "num_prefix_tokens": NUM_PREFIX_TOKENS,
+            "image_token_id": IMAGE,
+            "response_marker_ids": [TURN, MODEL],
+            **kwargs,
+        },
+    )
+
+
+def make_lively(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Weights so large that attention is far from uniform: what a test compares then depends on every part."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            values = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() < 2:
+                parameter.copy_(parameter + 0.1 * values)
+            elif "embed" in name:
+                parameter.copy_(values * (1.0 if "vision" in name else 0.5))
+            else:
+                parameter.copy_(values * 1.5 / parameter[0].numel() ** 0.5)
+    return model
+
+
+def build_model(backbone: str = "gemma2", **kwargs) -> TaLlavaForConditionalGeneration:
+    torch.manual_seed(0)
+    return make_lively(TaLlavaForConditionalGeneration(build_config(backbone, **kwargs))).eval()
+
+
+@pytest.fixture(scope="session", params=["gemma2", "llama"])
+def model(request) -> TaLlavaForConditionalGeneration:
+    """One model per backbone; tests that change it make their own."""
+    return build_model(request.param)
+
+
+@pytest.fixture(scope="session")
+def gemma() -> TaLlavaForConditionalGeneration:
+    return build_model("gemma2")
+
+
+def random_tokens(length: int, seed: int) -> list[int]:
+    """Ids of ordinary words: no special token, no placeholder, not `MODEL`."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(10, VOCAB, (length,), generator=generator).tolist()
+
+
+def prompt_ids(length: int = 6, seed: int = 0, image: bool = True, response: int = 0) -> list[int]:
+    """`[placeholders, BOS, question, marker, response]` of a row."""
+    placeholders = [IMAGE] * NUM_PREFIX_TOKENS if image else []
+    question = random_tokens(length, seed)
+    return [*placeholders, BOS, *question, TURN, MODEL, *random_tokens(response, seed + 1000)]
+
+
+def random_images(rows: int, images: int = 1, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, images, 3, 12, 12, generator=generator)
+
+
+def batch_of(rows: list[list[int]], side: str = "left") -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` of rows padded on one side."""
+    length = max(len(row) for row in rows)
+
+    def pad(values: list[int], filler: int) -> list[int]:
+        padding = [filler] * (length - len(values))
+        return padding + values if side == "left" else values + padding
+
+    return {
+        "input_ids": torch.tensor([pad(row, PAD) for row in rows]),
+        "attention_mask": torch.tensor([pad([1] * len(row), 0) for row in rows]),
+    }
