@@ -283,6 +283,7 @@ class TaLlavaProcessor(ProcessorMixin):
                 add_special_tokens=add_special_tokens and not starts_with_bos,
                 truncation=bool(truncation),
                 max_length=max(limit - num_placeholders, 0) if truncation else None,
+                verbose=False,  # the check below says it better
                 **kwargs,
             )
             length = num_placeholders + len(row["input_ids"])

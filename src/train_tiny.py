@@ -12,11 +12,12 @@ stage is not run again.
 import argparse
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -43,15 +44,24 @@ SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_o
 
 def build_processor(scenes: list[Scene], num_prefix_tokens: int, max_length: int) -> TaLlavaProcessor:
     """A processor whose tokenizer knows the words of the training questions, lower-cased, one token each."""
-    words = {"user", "model", "system", "the", "image", "shows", "."}
+    words = {"user", "model", "system", "the", "image", "shows", *COLORS, *SHAPES, *re.findall(r"\w+", CAPTION_PROMPT)}
     for scene in scenes:
         for question, answer in scene.questions:
-            words |= {*_split_words(question), answer}
-    words |= {*COLORS, *SHAPES, *_split_words(CAPTION_PROMPT)}
-    vocabulary = {token: index for index, token in enumerate(SPECIAL_TOKENS + sorted(words))}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.normalizer = normalizers.Lowercase()
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+            words |= {*re.findall(r"\w+", question), answer}
+    # A word has two tokens, at the start of a line and after a space, so that decoding gives back the text as it was.
+    tokens = [*SPECIAL_TOKENS, "\n", ".", ",", "?", *sorted(words), *("▁" + word for word in sorted(words))]
+    backend = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), normalizers.Replace(Regex(" +"), " "), normalizers.Replace(Regex(" $"), "")]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split("\n", "isolated"),
+            pre_tokenizers.Metaspace(prepend_scheme="never"),
+            pre_tokenizers.Punctuation(),
+        ]
+    )
+    backend.decoder = decoders.Metaspace(prepend_scheme="never")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",
@@ -69,10 +79,6 @@ def build_processor(scenes: list[Scene], num_prefix_tokens: int, max_length: int
     return TaLlavaProcessor(
         image_processor, tokenizer, num_prefix_tokens=num_prefix_tokens, chat_template=GEMMA_CHAT_TEMPLATE
     )
-
-
-def _split_words(text: str) -> list[str]:
-    return [word for word, _ in pre_tokenizers.Punctuation().pre_tokenize_str(text) for word in word.split()]
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast, num_prefix_tokens: int = 4) -> TaLlavaConfig:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, Gemma2Config, LlamaConfig
+from transformers import AutoProcessor, CLIPVisionConfig, Gemma2Config, LlamaConfig
 
 from ta_llava import TaLlavaConfig, TaLlavaForConditionalGeneration
 
@@ -123,3 +123,13 @@ def batch_of(rows: list[list[int]], side: str = "left") -> dict[str, torch.Tenso
         "input_ids": torch.tensor([pad(row, PAD) for row in rows]),
         "attention_mask": torch.tensor([pad([1] * len(row), 0) for row in rows]),
     }
+
+
+SHIPPED_MODEL = ROOT / "checkpoints" / "ta-llava-tiny"
+EXAMPLE_IMAGE = ROOT / "examples" / "teal_triangle.png"
+
+
+@pytest.fixture(scope="session")
+def processor():
+    """The processor of the shipped model."""
+    return AutoProcessor.from_pretrained(SHIPPED_MODEL)

@@ -1,0 +1,45 @@
+# `make demo` and `make test` work on a fresh machine with Python 3.10 or newer; all else is listed by `make help`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+IMAGES := examples
+
+.PHONY: help demo test lint train-tiny evaluate-tiny bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+# The package alone, as a user has it; and with what tests, linters and training need.
+$(VENV)/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/installed  ## ask the shipped model two questions about a shipped image
+	$(BIN)/ta-llava ask $(IMAGES)/teal_triangle.png "what color is the shape?"
+	$(BIN)/ta-llava ask $(IMAGES)/teal_triangle.png "is there a circle in the image?"
+
+test: $(VENV)/installed-dev  ## run the tests
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/installed-dev  ## run the linters and the type checker
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+train-tiny: $(VENV)/installed-dev  ## train the shipped model from nothing (about an hour on 2 cores; resumes)
+	$(BIN)/python -m ta_llava.train_tiny --output-dir runs/ta-llava-tiny
+	$(BIN)/python -m ta_llava.evaluate_easy_vqa runs/ta-llava-tiny/model --output runs/ta-llava-tiny/easy_vqa.json
+
+evaluate-tiny: $(VENV)/installed-dev  ## the shipped model on all 9,673 test questions of easy-VQA
+	$(BIN)/python -m ta_llava.evaluate_easy_vqa
+
+bench: $(VENV)/installed-dev  ## measure prefill, decode and cache against LLaVA with the same backbones
+	$(BIN)/python benchmarks/compare_with_llava.py
+
+clean:  ## remove the virtual environment and what tools left behind
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info

@@ -1,0 +1,143 @@
+"""The command line: `ta-llava --help`."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+app = typer.Typer(
+    help="TA-LLaVA: ask questions about images, export and convert models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+@contextmanager
+def _errors_as_messages() -> Iterator[None]:
+    """Errors of the user's input as one line on stderr and exit code 1, instead of a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+@app.command()
+def ask(
+    question: Annotated[
+        list[str] | None, typer.Argument(metavar="IMAGE... QUESTION", help="One or more images, then the question.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or Hub repo. Default: the model shipped with the package.")] = None,
+    batch: Annotated[
+        Path | None,
+        typer.Option(
+            help='File with one JSON object a line: {"image": "a.png", "question": "..."}, or a list of images. Paths are '
+            "relative to the file."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at a time, with --batch.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="Answers as one JSON object a line.")] = False,
+) -> None:
+    """Answer questions about images."""
+    question = question or []
+    with _errors_as_messages():
+        if batch is None and len(question) < 2:
+            raise ValueError('give an image and a question, e.g. `ta-llava ask image.png "what color is the shape?"`.')
+        if batch is not None and question:
+            raise ValueError("give images and a question, or --batch, not both.")
+        items = _read_batch(batch) if batch is not None else [(question[:-1], question[-1])]
+
+        from transformers.utils import logging
+
+        from .inference import DEFAULT_MODEL, answer, load
+        from .processing_ta_llava import load_rgb_image
+
+        if batch is None:  # a wrong image is found before a model is loaded
+            for image in question[:-1]:
+                load_rgb_image(image)
+        logging.disable_progress_bar()
+        loaded, processor = load(model or DEFAULT_MODEL)
+        answers = answer(
+            loaded, processor, items, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=batch is not None
+        )
+        for (images, asked), text in zip(items, answers):
+            if as_json:
+                record: dict[str, Any] = {"image": images[0] if len(images) == 1 else images, "question": asked}
+                line = json.dumps({**record, "answer": text}, ensure_ascii=False)
+            else:
+                line = text if batch is None else f"{', '.join(images)}: {asked} {text}"
+            print(line, flush=True)
+
+
+def _read_batch(path: Path) -> list[tuple[list[str], str]]:
+    """Images and question of every line; everything that can be found wrong is, before a model is loaded."""
+    items = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            record = json.loads(line)
+            images, question = record["image"], record["question"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f'{where}: expected {{"image": ..., "question": ...}}, got {line[:80]!r}.') from error
+        images = [images] if isinstance(images, str) else images
+        if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+            raise ValueError(f"{where}: `image` must be a path or URL, or a list of them, got {images!r}.")
+        if not isinstance(question, str) or not question.strip():
+            raise ValueError(f"{where}: `question` must be text, got {question!r}.")
+        local = [image if "://" in image else str(path.parent / image) for image in images]
+        for image in local:
+            if "://" not in image and not Path(image).is_file():
+                raise ValueError(f"{where}: there is no image file {image}.")
+        items.append((local, question))
+    if not items:
+        raise ValueError(f"{path} has no questions in it.")
+    return items
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Folder or Hub repo of a TA-LLaVA.")],
+    out: Annotated[Path, typer.Argument(help="New folder.")],
+) -> None:
+    """Write a folder that loads anywhere with trust_remote_code=True, without this package."""
+    with _errors_as_messages():
+        from .export import export_model
+
+        export_model(model, out)
+    typer.echo(f"Wrote {out}.")
+
+
+@app.command()
+def convert_original(
+    folder: Annotated[Path, typer.Argument(help="Checkpoint as the authors' code saves it.")],
+    out: Annotated[Path, typer.Argument(help="New folder.")],
+    vision_tower: Annotated[str, typer.Option(help="Folder or Hub repo of its vision tower.")],
+) -> None:
+    """Convert a checkpoint of the authors' code. Writes a processor too, if the folder has a tokenizer."""
+    with _errors_as_messages():
+        from .convert_original import build_processor
+        from .convert_original import convert_original as convert
+        from .export import check_new_folder
+
+        check_new_folder(out)
+        model = convert(folder, vision_tower)
+        has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+        processor = build_processor(folder, vision_tower, model.config) if has_tokenizer else None
+        model.save_pretrained(out)
+        if processor is not None:
+            processor.save_pretrained(out)
+    typer.echo(f"Wrote {out}.")
+    if not has_tokenizer:
+        typer.echo(f"{folder} has no tokenizer, so {out} has no processor.", err=True)
+
+
+if __name__ == "__main__":
+    sys.exit(app())

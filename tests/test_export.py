@@ -1,0 +1,165 @@
+"""Exported folders load where this package is not installed: each test script runs in an environment without it."""
+
+import json
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import EXAMPLE_IMAGE, SHIPPED_MODEL
+
+from ta_llava.export import export_model
+from ta_llava.inference import answer, load
+
+
+QUESTIONS = ["what color is the shape?", "is there a circle in the image?"]
+
+SCRIPT = """
+import importlib.util, json, sys
+assert importlib.util.find_spec("ta_llava") is None, "the package must not be importable here"
+
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
+
+folder, image, out, questions = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
+trust = {"trust_remote_code": True}
+results = {"config": type(AutoConfig.from_pretrained(folder, **trust)).__name__}
+base, info = AutoModel.from_pretrained(folder, output_loading_info=True, **trust)
+results["base"], results["base keys"] = type(base).__name__, sorted(info["missing_keys"])
+model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True, dtype=torch.float32, **trust)
+results["model"] = type(model).__name__
+results["keys"] = [sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")]
+processor = AutoProcessor.from_pretrained(folder, **trust)
+results["processor"] = type(processor).__name__
+
+
+def chat(question):
+    content = [{"type": "image", "path": image}, {"type": "text", "text": question}]
+    return [{"role": "user", "content": content}]
+
+
+inputs = processor.apply_chat_template(
+    [chat(question) for question in questions], add_generation_prompt=True, tokenize=True, return_dict=True,
+    return_tensors="pt", processor_kwargs={"padding": True},
+)
+with torch.no_grad():
+    logits = model.eval()(**inputs).logits[:, -1]
+torch.save(logits, out)
+pipe = pipeline("image-text-to-text", model=folder, dtype=torch.float32, **trust)
+results["pipeline, chat"] = pipe(text=chat(questions[0]), max_new_tokens=8, return_full_text=False)[0]["generated_text"]
+results["pipeline, chats"] = [
+    answers[0]["generated_text"]
+    for answers in pipe(text=[chat(question) for question in questions], max_new_tokens=8, return_full_text=False, batch_size=2)
+]
+prompt = processor.apply_chat_template(chat(questions[1]), add_generation_prompt=True)
+texts = pipe(images=Image.open(image), text=prompt, max_new_tokens=8, return_full_text=False)
+results["pipeline, image and text"] = texts[0]["generated_text"]
+
+# What was loaded from there, saved, loads again.
+model.save_pretrained(folder + "-again")
+processor.save_pretrained(folder + "-again")
+again = AutoModelForImageTextToText.from_pretrained(folder + "-again", dtype=torch.float32, **trust)
+AutoProcessor.from_pretrained(folder + "-again", **trust)
+with torch.no_grad():
+    results["again"] = torch.equal(again.eval()(**inputs).logits[:, -1], logits)
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def python_without_the_package(tmp_path_factory) -> Path:
+    """An environment with the libraries of this one; an editable install does not reach through the path it is given."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=False)
+    site_packages = next(folder.glob("lib/python*/site-packages"))
+    (site_packages / "libraries.pth").write_text(str(Path(torch.__file__).parents[1]))
+    return folder / "bin" / "python"
+
+
+def test_an_exported_folder_loads_without_the_package(python_without_the_package, tmp_path):
+    folder = tmp_path / "exported"
+    export_model(SHIPPED_MODEL, folder)
+    files = {path.name for path in folder.iterdir()}
+    assert {"configuration_ta_llava.py", "modeling_ta_llava.py", "processing_ta_llava.py", "chat_template.jinja"} <= files
+    config = json.loads((folder / "config.json").read_text())
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor"}
+    assert config["text_config"]["model_type"] == "gemma2"  # all of it: building needs no other repo
+
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    arguments = [str(folder), str(EXAMPLE_IMAGE), str(tmp_path / "logits.pt"), json.dumps(QUESTIONS)]
+    process = subprocess.run(
+        [python_without_the_package, "-c", SCRIPT, *arguments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    results = json.loads(process.stdout.splitlines()[-1])
+    model, processor = load(SHIPPED_MODEL)
+    expected = list(answer(model, processor, [([str(EXAMPLE_IMAGE)], question) for question in QUESTIONS]))
+    assert results == {
+        "config": "TaLlavaConfig",
+        "base": "TaLlavaModel",
+        "base keys": [],
+        "model": "TaLlavaForConditionalGeneration",
+        "keys": [[], [], []],
+        "processor": "TaLlavaProcessor",
+        "pipeline, chat": expected[0],
+        "pipeline, chats": expected,
+        "pipeline, image and text": expected[1],
+        "again": True,
+    }
+
+
+def test_saving_a_loaded_model_keeps_the_weights(tmp_path):
+    from safetensors.torch import load_file
+
+    export_model(SHIPPED_MODEL, tmp_path / "exported")
+    before, after = (load_file(folder / "model.safetensors") for folder in (SHIPPED_MODEL, tmp_path / "exported"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) and before[key].dtype == after[key].dtype for key in before)
+
+
+def test_a_folder_is_not_overwritten(tmp_path):
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(ValueError, match="exists already"):
+        export_model(SHIPPED_MODEL, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.txt"]
+
+
+def test_another_model_is_refused(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llava"}')
+    with pytest.raises(ValueError, match="'llava' model, not a 'ta_llava'"):
+        export_model(tmp_path / "model", tmp_path / "out")
+
+
+def test_the_hub_files_import_only_each_other_transformers_torch_and_pillow():
+    import ast
+
+    allowed = {"transformers", "torch", "PIL", "numpy", "huggingface_hub", *sys.stdlib_module_names}
+    hub_files = {"configuration_ta_llava", "modeling_ta_llava", "processing_ta_llava"}
+    for name in hub_files:
+        tree = ast.parse((SHIPPED_MODEL / f"{name}.py").read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1 and node.module in hub_files
+            elif isinstance(node, ast.ImportFrom):
+                assert node.module.split(".")[0] in allowed
+            elif isinstance(node, ast.Import):
+                assert all(alias.name.split(".")[0] in allowed for alias in node.names)
+
+
+def test_the_shipped_code_is_that_of_the_package():
+    import ta_llava
+
+    source = Path(ta_llava.__file__).parent
+    for path in SHIPPED_MODEL.glob("*.py"):
+        assert path.read_text() == (source / path.name).read_text(), f"run `make checkpoint-code`: {path.name} differs"
