@@ -161,9 +161,9 @@ class Measurement:
 
 def build_models(setup: Setup, dtype: torch.dtype) -> dict[str, PreTrainedModel]:
     """
-    Both models with random weights. Each has the projector of its own library class: LLaVA two layers, TA-LLaVA one.
-    With a Gemma-2 language model a stock LLaVA leaves out `final_logit_softcapping`, which is immaterial here: it would
-    be one `tanh` over the logits of one column.
+    Both models with random weights. Each keeps its own kind of projector: LLaVA two layers, TA-LLaVA one. With a
+    Gemma-2 language model a stock LLaVA leaves out `final_logit_softcapping`, which is immaterial here: it would be
+    one `tanh` over the logits of one column.
     """
     parts = {
         "vision_config": setup.vision_config,
@@ -347,9 +347,8 @@ def measure(
     measurements = {}
     for batch_size in batch_sizes:
         inputs = make_inputs(setup, batch_size, dtype)
-        check_lengths(setup, models, inputs)
+        check_lengths(setup, models, inputs)  # runs what is timed, and so warms up
         turns = list(models.items())
-        measure_round(turns, inputs)  # warms up
         samples = defaultdict(list)
         for _ in tqdm(range(repeats * setup.rounds_per_repeat), desc=f"{name}, batch {batch_size}", unit="round"):
             # Who comes second finds the inputs and the code in the processor's caches: each does so every other round.

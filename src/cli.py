@@ -32,7 +32,9 @@ def ask(
     question: Annotated[
         list[str] | None, typer.Argument(metavar="IMAGE... QUESTION", help="One or more images, then the question.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Folder or Hub repo. Default: the model shipped with the package.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or Hub repo. Default: the model shipped with the package.")
+    ] = None,
     batch: Annotated[
         Path | None,
         typer.Option(

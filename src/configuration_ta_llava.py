@@ -13,7 +13,7 @@
 # limitations under the License.
 """TA-LLaVA model configuration."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -78,8 +78,8 @@ class TaLlavaConfig(PreTrainedConfig):
     model_type = "ta_llava"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: Any = None
+    text_config: Any = None
     num_prefix_tokens: int = 32
     adapter_interval: int = 4
     vision_feature_layer: int = -2
@@ -118,6 +118,8 @@ def _build_sub_config(config, default: dict) -> PreTrainedConfig:
     """Turns a `dict` (or nothing) into the config class that its `model_type` names."""
     if isinstance(config, PreTrainedConfig):
         return config
+    if config is not None and not isinstance(config, dict):
+        raise TypeError(f"`vision_config` and `text_config` must be a config or a dict, got {type(config)}.")
     config = dict(default if config is None else config)
     return AutoConfig.for_model(config.pop("model_type", default["model_type"]), **config)
 

@@ -82,11 +82,12 @@ def wording_prior(train: list[Scene], test: list[Scene]) -> dict[str, float]:
     Accuracy per question type (and `"all"`) of answering each test question with the most frequent training answer to
     the same wording: what can be had without looking at the image.
     """
-    answers = defaultdict(Counter)
+    answers: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for scene in train:
         for question, answer in scene.questions:
             answers[question][answer] += 1
-    correct, total = Counter(), Counter()
+    correct: Counter[str] = Counter()
+    total: Counter[str] = Counter()
     for scene in test:
         for question, answer in scene.questions:
             guess = answers[question].most_common(1)[0][0] if question in answers else None
@@ -97,12 +98,11 @@ def wording_prior(train: list[Scene], test: list[Scene]) -> dict[str, float]:
 
 
 def shape_mask(pixels: np.ndarray) -> np.ndarray:
-    """Boolean `(H, W)`: the pixels of `(H, W, 3)` uint8 that are not background (its most frequent colour)."""
-    colors, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
+    """Boolean `(H, W)`: the pixels of `(H, W, 3)` uint8 that are not background, the most frequent colour of its border."""
+    # A large shape may cover more than half of an image, but never of its border.
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    border_colors, border_counts = np.unique(border, axis=0, return_counts=True)
-    # A large shape may cover more than half of the image, but never of its border.
-    background = border_colors[border_counts.argmax()] if len(border) else colors[counts.argmax()]
+    colors, counts = np.unique(border, axis=0, return_counts=True)
+    background = colors[counts.argmax()]
     return (np.abs(pixels.astype(int) - background) > 24).any(axis=-1)
 
 

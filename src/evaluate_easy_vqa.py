@@ -29,7 +29,8 @@ def evaluate_easy_vqa(model, processor, num_questions: int | None = None, batch_
         items = items[:: max(len(items) // num_questions, 1)][:num_questions]
     questions = [([path], question) for path, question, _ in items]
     answers = answer(model, processor, questions, batch_size=batch_size, max_new_tokens=8, progress=True)
-    correct, total = Counter(), Counter()
+    correct: Counter[str] = Counter()
+    total: Counter[str] = Counter()
     for (_, question, expected), given in zip(items, answers):
         for name in (question_type(question, expected), "all"):
             correct[name] += given == expected

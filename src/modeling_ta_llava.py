@@ -23,6 +23,7 @@ the unchanged language model on one token.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,11 +42,11 @@ class TaLlavaModelOutputWithPast(BaseModelOutputWithPast):
     Outputs of [`TaLlavaModel`]. `hidden_states` and `attentions` are those of the language model; `hidden_states[i + 1]`
     is the state after layer i and after the adapter that follows it.
 
-    image_hidden_states (`torch.FloatTensor` of shape `(batch_size, images * visual_tokens, hidden_size)`, *optional*):
-        The visual tokens V that the prefix read, zeros where a row has fewer images than others.
+    image_hidden_states (`torch.FloatTensor` of shape `(batch_size, images, visual_tokens, hidden_size)`, *optional*):
+        The visual tokens V that the prefix read; without meaning where a row has fewer images than others.
     """
 
-    image_hidden_states: torch.FloatTensor | None = None
+    image_hidden_states: torch.Tensor | None = None
 
 
 @dataclass
@@ -59,16 +60,16 @@ class TaLlavaCausalLMOutputWithPast(ModelOutput):
         Prediction scores before softmax, prefix columns included.
     past_key_values (`Cache`, *optional*):
         The ordinary cache of the language model; the first `num_prefix_tokens` columns of a row hold its prefix.
-    image_hidden_states (`torch.FloatTensor` of shape `(batch_size, images * visual_tokens, hidden_size)`, *optional*):
-        The visual tokens V that the prefix read, zeros where a row has fewer images than others.
+    image_hidden_states (`torch.FloatTensor` of shape `(batch_size, images, visual_tokens, hidden_size)`, *optional*):
+        The visual tokens V that the prefix read; without meaning where a row has fewer images than others.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
 
 
 def adapter_after_layer(layer_idx: int, num_layers: int, adapter_interval: int) -> str | None:
@@ -150,7 +151,7 @@ def replace_prefix(hidden_states: torch.Tensor, columns: torch.Tensor, prefix: t
 
 
 def eager_attention_forward(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -179,7 +180,7 @@ class TaLlavaCrossAttention(nn.Module):
     scaling, soft-capping and query/key norms, but no causal mask and no sliding window.
     """
 
-    def __init__(self, self_attn: nn.Module):
+    def __init__(self, self_attn: Any):
         super().__init__()
         self.config = self_attn.config
         self.head_dim = self_attn.head_dim
@@ -243,7 +244,7 @@ class TaLlavaAdapter(nn.Module):
     Gemma's norms after attention and MLP where the layer has them.
     """
 
-    def __init__(self, decoder_layer: nn.Module):
+    def __init__(self, decoder_layer: Any):
         super().__init__()
         self.cross_attn = TaLlavaCrossAttention(decoder_layer.self_attn)
         self.mlp = decoder_layer.mlp
@@ -294,8 +295,8 @@ class PrefixReader:
         has_prefix (`torch.BoolTensor` of shape `(B,)`): Rows that have one. Others stay as they are.
         instruction_mask (`torch.BoolTensor` of shape `(B, S)`): The instruction tokens.
         instruction_rotary, prefix_rotary: Pairs (cos, sin) of shapes `(B, S, head_dim)` and `(1, L, head_dim)`.
-        visual_states (tuple of `torch.FloatTensor`, *optional*): Keys and values of the visual tokens, computed once.
-        visual_mask (`torch.BoolTensor` of shape `(B, I * M)`, *optional*): The visual tokens of real images.
+        visual (*optional*): Keys, values `(B, kv_heads, I * M, head_dim)` and mask `(B, I * M)` of the visual tokens,
+            which are the same at every insertion.
     """
 
     def __init__(
@@ -307,27 +308,31 @@ class PrefixReader:
         instruction_mask: torch.Tensor,
         instruction_rotary: tuple[torch.Tensor, torch.Tensor],
         prefix_rotary: tuple[torch.Tensor, torch.Tensor],
-        visual_states: tuple[torch.Tensor, torch.Tensor] | None = None,
-        visual_mask: torch.Tensor | None = None,
+        visual: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     ):
         self.text_adapter, self.vision_adapter = text_adapter, vision_adapter
         self.columns, self.has_prefix = columns, has_prefix
         self.instruction_mask, self.instruction_rotary = instruction_mask, instruction_rotary
-        self.prefix_rotary = prefix_rotary
-        self.visual_states, self.visual_mask = visual_states, visual_mask
+        self.prefix_rotary, self.visual = prefix_rotary, visual
 
     def __call__(self, hidden_states: torch.Tensor, source: str) -> torch.Tensor:
         """Returns `hidden_states` `(B, S, d)` after the prefix in it has read from `source`, `"text"` or `"vision"`."""
-        if source == "vision" and self.visual_states is None:
-            return hidden_states
-        index = self.columns.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1])
-        prefix = hidden_states.gather(1, index)
         if source == "text":
-            adapter, mask = self.text_adapter, self.instruction_mask
-            key, value = adapter.project_keys_values(hidden_states, *self.instruction_rotary)
-        else:
-            adapter, mask = self.vision_adapter, self.visual_mask
-            key, value = self.visual_states
+            key, value = self.text_adapter.project_keys_values(hidden_states, *self.instruction_rotary)
+            return self._read(self.text_adapter, hidden_states, key, value, self.instruction_mask)
+        if self.visual is None:
+            return hidden_states
+        return self._read(self.vision_adapter, hidden_states, *self.visual)
+
+    def _read(
+        self,
+        adapter: TaLlavaAdapter,
+        hidden_states: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> torch.Tensor:
+        prefix = hidden_states.gather(1, self.columns[:, :, None].expand(-1, -1, hidden_states.shape[-1]))
         # A row that has nothing to read keeps its prefix. Its mask is opened, since attention over no key gives nan.
         reads = self.has_prefix & mask.any(dim=-1)
         attention_mask = (mask | ~reads[:, None])[:, None, None, :]
@@ -341,7 +346,7 @@ def prefix_reading_layer_class(layer_class: type[nn.Module]) -> type[nn.Module]:
     device placement and sharding find layers, and without a `prefix_reader` it is its parent.
     """
 
-    class PrefixReadingLayer(layer_class):
+    class PrefixReadingLayer(layer_class):  # type: ignore[misc, valid-type]
         prefix_source: str | None = None
 
         def forward(self, hidden_states, *args, prefix_reader: PrefixReader | None = None, **kwargs):
@@ -404,12 +409,9 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         self.language_model = AutoModel.from_config(text_config)
 
         vision_width, width = config.vision_config.hidden_size, text_config.hidden_size
-        if config.projector_type == "linear":
-            self.multi_modal_projector = nn.Linear(vision_width, width)
-        else:
-            self.multi_modal_projector = nn.Sequential(
-                nn.Linear(vision_width, width), nn.GELU(), nn.Linear(width, width)
-            )
+        self.multi_modal_projector: nn.Module = nn.Linear(vision_width, width)
+        if config.projector_type == "mlp":
+            self.multi_modal_projector = nn.Sequential(self.multi_modal_projector, nn.GELU(), nn.Linear(width, width))
         self.prefix_embedding = nn.Embedding(config.num_prefix_tokens, width)
 
         layers = self.language_model.layers
@@ -432,7 +434,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.FloatTensor, image_mask: torch.Tensor | None = None, **kwargs
+        self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None = None, **kwargs
     ) -> tuple | BaseModelOutputWithPooling:
         """
         Visual tokens of images: their vision features, projected to the width of the language model.
@@ -451,9 +453,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         outputs.pooler_output = list(self.multi_modal_projector(features))
         return outputs
 
-    def get_vision_features(
-        self, pixel_values: torch.FloatTensor, image_mask: torch.Tensor | None = None
-    ) -> torch.FloatTensor:
+    def get_vision_features(self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None = None) -> torch.Tensor:
         """
         What a frozen vision tower need compute only once: the features of images before the projector. Stacked to
         `(B, I, M, vision width)` they go to `forward` as `vision_features`.
@@ -495,14 +495,14 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         image_mask: torch.Tensor | None = None,
         attention_mask: torch.Tensor | dict | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        vision_features: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple | TaLlavaModelOutputWithPast:
         r"""
@@ -527,9 +527,9 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of `input_ids` or `inputs_embeds`.")
+        if input_ids is not None and input_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"`input_ids` must hold token ids of dtype torch.int64, got {input_ids.dtype}.")
         if inputs_embeds is None:
-            if input_ids.dtype not in (torch.int64, torch.int32):
-                raise ValueError(f"`input_ids` must hold token ids of dtype torch.int64, got {input_ids.dtype}.")
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
         if pixel_values is not None and vision_features is not None:
@@ -538,15 +538,11 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
 
         visual_tokens = None
         if self._is_prefill(past_key_values, images):
-            max_length = self.config.text_config.max_position_embeddings
-            if inputs_embeds.shape[1] > max_length:
-                raise ValueError(
-                    f"The sequence has {inputs_embeds.shape[1]} tokens, the context of the language model "
-                    f"{max_length} (`text_config.max_position_embeddings`). Shorten the prompt."
-                )
-            inputs_embeds, visual_tokens, kwargs["prefix_reader"] = self._prepare_prefix(
+            inputs_embeds, visual_tokens, prefix_reader = self._prepare_prefix(
                 input_ids, inputs_embeds, pixel_values, vision_features, image_mask, attention_mask
             )
+            if prefix_reader is not None:
+                kwargs["prefix_reader"] = prefix_reader
 
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -575,7 +571,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
     def _prepare_prefix(
         self,
         input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor,
+        inputs_embeds: Any,
         pixel_values: torch.Tensor | None,
         vision_features: torch.Tensor | None,
         image_mask: torch.Tensor | None,
@@ -587,6 +583,14 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         """
         batch_size, sequence_length = inputs_embeds.shape[:2]
         device, num_prefix_tokens = inputs_embeds.device, self.config.num_prefix_tokens
+        max_length = self.config.text_config.max_position_embeddings
+        if sequence_length > max_length:
+            raise ValueError(
+                f"The sequence has {sequence_length} tokens, the context of the language model {max_length} "
+                "(`text_config.max_position_embeddings`). Shorten the prompt."
+            )
+        if pixel_values is None and vision_features is None and sequence_length < num_prefix_tokens:
+            return inputs_embeds, None, None
 
         def columns_of(token_id: int) -> torch.Tensor:
             if input_ids is not None:
@@ -607,7 +611,8 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         if pixel_values is not None:
             pixel_values = pixel_values.unsqueeze(1) if pixel_values.dim() == 4 else pixel_values
             self._check_images("pixel_values", pixel_values, 5, image_mask, has_prefix)
-        if vision_features is not None:
+            vision_features = self._vision_features_of_rows(pixel_values, image_mask)
+        elif vision_features is not None:
             self._check_images("vision_features", vision_features, 4, image_mask, has_prefix)
 
         # Rows without a prefix get any L columns, whose states stay as they are.
@@ -615,7 +620,9 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         columns = start + torch.arange(num_prefix_tokens, device=device)
         prefix = self._embed_prefix().to(device, inputs_embeds.dtype)
         prefix = torch.where(
-            has_prefix[:, None, None], prefix, inputs_embeds.gather(1, columns[:, :, None].expand(-1, -1, prefix.shape[-1]))
+            has_prefix[:, None, None],
+            prefix,
+            inputs_embeds.gather(1, columns[:, :, None].expand(-1, -1, prefix.shape[-1])),
         )
 
         markers = torch.stack([columns_of(token_id) for token_id in self.config.response_marker_ids]) & text_mask
@@ -623,13 +630,15 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         before_response = torch.arange(sequence_length, device=device) < response_start[:, None]
         instruction_mask = text_mask & before_response
 
-        visual_tokens = visual_mask = visual_states = None
-        if pixel_values is not None or vision_features is not None:
-            visual_tokens, visual_mask = self._visual_tokens(pixel_values, vision_features, image_mask)
-            visual_tokens = visual_tokens.to(device, inputs_embeds.dtype)
-            visual_states = self.vision_adapter.project_keys_values(
-                visual_tokens, *self._rotary_embedding(visual_tokens, visual_mask)
-            )
+        visual_tokens = visual = None
+        if vision_features is not None:
+            visual_tokens = self.multi_modal_projector(vision_features).to(device, inputs_embeds.dtype)
+            if image_mask is None:
+                image_mask = torch.ones(visual_tokens.shape[:2])
+            visual_mask = image_mask.to(device).bool().repeat_interleave(visual_tokens.shape[2], dim=1)
+            source = visual_tokens.flatten(1, 2)
+            rotary = self._rotary_embedding(source, visual_mask)
+            visual = (*self.vision_adapter.project_keys_values(source, *rotary), visual_mask)
         reader = PrefixReader(
             self.text_adapter,
             self.vision_adapter,
@@ -638,8 +647,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
             instruction_mask=instruction_mask,
             instruction_rotary=self._rotary_embedding(inputs_embeds, instruction_mask),
             prefix_rotary=self._rotary_embedding(prefix, torch.ones_like(columns[:1])),
-            visual_states=visual_states,
-            visual_mask=visual_mask,
+            visual=visual,
         )
         return replace_prefix(inputs_embeds, columns, prefix), visual_tokens, reader
 
@@ -654,26 +662,14 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         position_ids = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
         return self.language_model.rotary_emb(states, position_ids)
 
-    def _visual_tokens(
-        self, pixel_values: torch.Tensor | None, vision_features: torch.Tensor | None, image_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Visual tokens of rows `(B, I * M, d)`, their images one after the other, and which are real `(B, I * M)`."""
-        images = pixel_values if vision_features is None else vision_features
-        batch_size, num_images = images.shape[:2]
-        if image_mask is None:
-            image_mask = torch.ones(batch_size, num_images, dtype=torch.bool, device=images.device)
-        image_mask = image_mask.to(images.device).bool()
-        if vision_features is not None:
-            visual_tokens = self.multi_modal_projector(vision_features).flatten(0, 1)
-        elif torch.compiler.is_compiling():  # to select the real images a graph would have to know their number
-            visual_tokens = torch.stack(self.get_image_features(pixel_values, return_dict=True).pooler_output)
-        else:
-            real = torch.stack(self.get_image_features(pixel_values, image_mask, return_dict=True).pooler_output)
-            visual_tokens = real.new_zeros(batch_size * num_images, *real.shape[1:])
-            visual_tokens = visual_tokens.masked_scatter(image_mask.flatten()[:, None, None].to(real.device), real)
-        num_tokens, width = visual_tokens.shape[-2:]
-        visual_mask = image_mask.repeat_interleave(num_tokens, dim=1).to(visual_tokens.device)
-        return visual_tokens.reshape(batch_size, num_images * num_tokens, width), visual_mask
+    def _vision_features_of_rows(self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None) -> torch.Tensor:
+        """Features of `pixel_values` `(B, I, 3, H, W)`: `(B, I, M, vision width)`, zeros for filler."""
+        if image_mask is None or torch.compiler.is_compiling():  # a graph cannot know how many images are real
+            return self.get_vision_features(pixel_values).unflatten(0, pixel_values.shape[:2])
+        image_mask = image_mask.to(pixel_values.device).bool()
+        real = self.get_vision_features(pixel_values, image_mask)
+        features = real.new_zeros(*image_mask.shape, *real.shape[1:])
+        return features.masked_scatter(image_mask[:, :, None, None].to(real.device), real)
 
     def _check_placeholders(self, is_prefix: torch.Tensor):
         """Raises unless every row begins with no placeholder or with exactly L of them, side by side."""
@@ -736,7 +732,7 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin):
         return self.lm_head
 
     def get_image_features(
-        self, pixel_values: torch.FloatTensor, image_mask: torch.Tensor | None = None, **kwargs
+        self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None = None, **kwargs
     ) -> tuple | BaseModelOutputWithPooling:
         """See [`TaLlavaModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, image_mask, **kwargs)
@@ -744,15 +740,15 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         image_mask: torch.Tensor | None = None,
         attention_mask: torch.Tensor | dict | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        vision_features: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> tuple | TaLlavaCausalLMOutputWithPast:

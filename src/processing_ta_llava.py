@@ -15,6 +15,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,10 +30,6 @@ from transformers.video_utils import VideoInput
 # Wider or taller than this, the middle of an image is cut out before it is resized by its shortest edge: what a centre
 # crop would discard is not blown up to gigapixels first.
 _MAX_ASPECT_RATIO = 4
-
-
-class TaLlavaProcessorKwargs(ProcessingKwargs, total=False):
-    _defaults = {"text_kwargs": {"padding": False}}
 
 
 def load_rgb_image(image: Any) -> Image.Image:
@@ -56,7 +53,9 @@ def load_rgb_image(image: Any) -> Image.Image:
         image.seek(0)
         image = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, EOFError) as error:
-        raise ValueError(f"The image {_name_of(image)} cannot be read to its end; is it truncated? ({error})") from error
+        raise ValueError(
+            f"The image {_name_of(image)} cannot be read to its end; is it truncated? ({error})"
+        ) from error
     if image.mode.startswith("I") or image.mode == "F":
         return _image_from_array(np.asarray(image))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -164,8 +163,6 @@ class TaLlavaProcessor(ProcessorMixin):
             Jinja template for [`~ProcessorMixin.apply_chat_template`]. Defaults to that of the tokenizer.
     """
 
-    valid_processor_kwargs = TaLlavaProcessorKwargs
-
     def __init__(
         self,
         image_processor=None,
@@ -180,8 +177,8 @@ class TaLlavaProcessor(ProcessorMixin):
             image_token_id = tokenizer.convert_tokens_to_ids(image_token)
             if image_token_id is None or image_token_id == tokenizer.unk_token_id:
                 raise ValueError(
-                    f"The tokenizer has no token {image_token!r}. Add it (`tokenizer.add_special_tokens`), or give the id of "
-                    "an unused token as `image_token_id`."
+                    f"The tokenizer has no token {image_token!r}. Add it (`tokenizer.add_special_tokens`), or give the id "
+                    "of an unused token as `image_token_id`."
                 )
         self.num_prefix_tokens = num_prefix_tokens
         self.image_token = image_token
@@ -193,7 +190,7 @@ class TaLlavaProcessor(ProcessorMixin):
         images: ImageInput | None = None,
         text: TextInput | list[TextInput] | None = None,
         videos: VideoInput | None = None,
-        **kwargs: Unpack[TaLlavaProcessorKwargs],
+        **kwargs: Unpack[ProcessingKwargs],
     ) -> BatchFeature:
         """
         Args:
@@ -210,18 +207,18 @@ class TaLlavaProcessor(ProcessorMixin):
 
         Raises:
             `ValueError`: An unreadable image, numbers of images and of `<image>`s that differ, an empty prompt, or one
-            longer than the tokenizer's `model_max_length`.
+                longer than the tokenizer's `model_max_length`.
         """
         if videos is not None or kwargs.pop("audio", None) is not None:
             raise ValueError("TA-LLaVA reads images and text; pass the frames of a video as `images`.")
         if text is None and images is None:
             raise ValueError("Give `text`, `images`, or both.")
-        merged = self._merge_kwargs(TaLlavaProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        merged = self._merge_kwargs(ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
         return_tensors = text_kwargs.pop("return_tensors", None)
         images_kwargs.pop("return_tensors", None)
 
-        data = {}
+        data: dict[str, Any] = {}
         if text is not None:
             texts = [text] if isinstance(text, str) else text
             if not isinstance(texts, (list, tuple)) or not all(isinstance(sample, str) for sample in texts):
@@ -234,7 +231,7 @@ class TaLlavaProcessor(ProcessorMixin):
             data.update(self._stack_images(rows, **images_kwargs))
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["text_replacement_offsets"])
 
-    def _images_of_rows(self, images, texts: list[str]) -> list[list]:
+    def _images_of_rows(self, images: Any, texts: Sequence[str]) -> list[list]:
         """The images of each row, checked against the `<image>`s in its text."""
         expected = [sample.count(self.image_token) for sample in texts]
         advice = f"Write one {self.image_token} per image into the text, or use `apply_chat_template`."
@@ -248,7 +245,9 @@ class TaLlavaProcessor(ProcessorMixin):
             return rows
         flat = [] if images is None else _flatten_images(images)
         if len(flat) != sum(expected):
-            raise ValueError(f"The prompts have {sum(expected)} {self.image_token}, but got {len(flat)} images. {advice}")
+            raise ValueError(
+                f"The prompts have {sum(expected)} {self.image_token}, but got {len(flat)} images. {advice}"
+            )
         remaining = iter(flat)
         return [[next(remaining) for _ in range(count)] for count in expected]
 
@@ -297,7 +296,7 @@ class TaLlavaProcessor(ProcessorMixin):
             rows.append({key: [filler.get(key, 0)] * num_placeholders + list(value) for key, value in row.items()})
             replacement_offsets.append(offsets)
 
-        data = {key: [row[key] for row in rows] for key in rows[0]}
+        data: dict[str, list] = {key: [row[key] for row in rows] for key in rows[0]}
         if padding:
             to_pad = {key: data.pop(key) for key in ("input_ids", "attention_mask")}
             padded = self.tokenizer.pad(

@@ -13,6 +13,7 @@ import argparse
 import json
 import random
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,7 @@ from .processing_ta_llava import TaLlavaProcessor
 
 IMAGE_SIZE, PATCH_SIZE = 64, 8
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", "<image>"]
+
 
 def build_processor(scenes: list[Scene], num_prefix_tokens: int, max_length: int) -> TaLlavaProcessor:
     """A processor whose tokenizer knows the words of the training questions, lower-cased, one token each."""
@@ -130,7 +132,9 @@ class PatchClassifier(nn.Module):
         self.color_head = nn.Linear(config.hidden_size, len(COLORS) + 1)
         self.shape_head = nn.Linear(config.hidden_size, len(SHAPES) + 1)
 
-    def forward(self, pixel_values: torch.Tensor, colors: torch.Tensor, shapes: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(
+        self, pixel_values: torch.Tensor, colors: torch.Tensor, shapes: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         """`colors` and `shapes` are class indices `(B, M)`, -100 where unknown."""
         states = self.vision_tower(pixel_values, output_hidden_states=True).hidden_states[-1][:, 1:]
         loss = torch.zeros((), device=states.device)
@@ -195,7 +199,7 @@ class ChatDataset(torch.utils.data.Dataset):
     `items` are `(prompt, answer, image index or None)`; without an image there are no placeholders.
     """
 
-    def __init__(self, items: list[tuple[str, str, int | None]], processor: TaLlavaProcessor, features=None):
+    def __init__(self, items: Sequence[tuple[str, str, int | None]], processor: TaLlavaProcessor, features=None):
         self.items, self.processor, self.features = items, processor, features
         self.encoded: dict[tuple[str, str], list[int]] = {}
 
@@ -206,7 +210,9 @@ class ChatDataset(torch.utils.data.Dataset):
         prompt, answer, image_index = self.items[index]
         prompt_ids = self._encode(prompt, "")
         answer_ids = self._encode(prompt, answer)[len(prompt_ids) :]
-        placeholders = [] if image_index is None else [self.processor.image_token_id] * self.processor.num_prefix_tokens
+        placeholders = (
+            [] if image_index is None else [self.processor.image_token_id] * self.processor.num_prefix_tokens
+        )
         return {
             "input_ids": placeholders + prompt_ids + answer_ids,
             "labels": [-100] * (len(placeholders) + len(prompt_ids)) + answer_ids,
@@ -270,7 +276,14 @@ def question_items(scenes: list[Scene]) -> list[tuple[str, str, int]]:
 
 
 def run_stage(
-    name: str, model: nn.Module, dataset, output_dir: Path, seed: int, steps: int, batch_size: int, parameter_groups: list
+    name: str,
+    model: nn.Module,
+    dataset,
+    output_dir: Path,
+    seed: int,
+    steps: int,
+    batch_size: int,
+    parameter_groups: list,
 ) -> None:
     """
     Trains `model` in place on `dataset`: Adam without weight decay, linear warm-up, cosine decay, gradients clipped
@@ -301,7 +314,9 @@ def run_stage(
         use_cpu=not torch.cuda.is_available(),
     )
     optimizer = torch.optim.Adam(parameter_groups, lr=learning_rate)
-    trainer = Trainer(model, arguments, data_collator=dataset.collate, train_dataset=dataset, optimizers=(optimizer, None))
+    trainer = Trainer(
+        model, arguments, data_collator=dataset.collate, train_dataset=dataset, optimizers=(optimizer, None)
+    )
     print(f"{name}: {steps} steps, batch {batch_size}")
     trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
     (folder / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
@@ -360,16 +375,16 @@ def train_tiny(output_dir: Path, seed: int = 0, scale: float = 1.0) -> None:
 
     text = ChatDataset(text_items(scenes), processor)
     groups = trainable(model, [([language_model], 1e-3)])
-    run_stage("0-language-model", model, text, output_dir, seed, steps(2500), 64, groups)
+    run_stage("0-language-model", model, text, output_dir, seed, steps(1500), 64, groups)
 
     features = compute_features(model, scenes, processor.image_processor)
     captions = ChatDataset(caption_items(scenes), processor, features)
     questions = ChatDataset(question_items(scenes) + 2 * caption_items(scenes), processor, features)
     reading = [base.multi_modal_projector, base.prefix_embedding, base.text_adapter, base.vision_adapter]
     groups = trainable(model, [(reading, 1e-3)])
-    run_stage("1-captions", model, captions, output_dir, seed, steps(1000), 64, groups)
+    run_stage("1-captions", model, captions, output_dir, seed, steps(600), 64, groups)
     groups = trainable(model, [(reading, 1e-3)])
-    run_stage("2-questions", model, questions, output_dir, seed, steps(3000), 64, groups)
+    run_stage("2-questions", model, questions, output_dir, seed, steps(2500), 64, groups)
     groups = trainable(model, [(reading, 1e-3), ([language_model], 5e-4)])
     run_stage("3-language-model-too", model, questions, output_dir, seed, steps(4000), 64, groups)
 

@@ -98,5 +98,7 @@ def test_convert_original(tmp_path):
     code, _, error = run("convert-original", folder, tmp_path / "out", "--vision-tower", folder / "tiny-clip")
     assert code == 0 and "no tokenizer" in error
     assert (tmp_path / "out" / "model.safetensors").is_file()
-    code, _, error = run("convert-original", tmp_path / "out", tmp_path / "two", "--vision-tower", folder / "tiny-clip")
+    code, _, error = run(
+        "convert-original", tmp_path / "out", tmp_path / "two", "--vision-tower", folder / "tiny-clip"
+    )
     assert code == 1 and "'ta_llava'" in error and "tallava_gemma" in error

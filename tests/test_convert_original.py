@@ -59,7 +59,10 @@ def test_sharded_weights(copied):
     (copied / "model.safetensors").unlink()
     index = {"weight_map": {key: file for file, keys in shards.items() for key in keys}}
     (copied / "model.safetensors.index.json").write_text(json.dumps(index))
-    converted, expected = convert_original(copied, copied / "tiny-clip"), convert_original(ORIGINAL, ORIGINAL / "tiny-clip")
+    converted, expected = (
+        convert_original(copied, copied / "tiny-clip"),
+        convert_original(ORIGINAL, ORIGINAL / "tiny-clip"),
+    )
     for name, value in expected.state_dict().items():
         assert torch.equal(converted.state_dict()[name], value)
     (copied / "model-2.safetensors").unlink()

@@ -51,10 +51,9 @@ with torch.no_grad():
 torch.save(logits, out)
 pipe = pipeline("image-text-to-text", model=folder, dtype=torch.float32, **trust)
 results["pipeline, chat"] = pipe(text=chat(questions[0]), max_new_tokens=8, return_full_text=False)[0]["generated_text"]
-results["pipeline, chats"] = [
-    answers[0]["generated_text"]
-    for answers in pipe(text=[chat(question) for question in questions], max_new_tokens=8, return_full_text=False, batch_size=2)
-]
+chats = [chat(question) for question in questions]
+answers = pipe(text=chats, max_new_tokens=8, return_full_text=False, batch_size=2)
+results["pipeline, chats"] = [answer[0]["generated_text"] for answer in answers]
 prompt = processor.apply_chat_template(chat(questions[1]), add_generation_prompt=True)
 texts = pipe(images=Image.open(image), text=prompt, max_new_tokens=8, return_full_text=False)
 results["pipeline, image and text"] = texts[0]["generated_text"]
@@ -84,7 +83,12 @@ def test_an_exported_folder_loads_without_the_package(python_without_the_package
     folder = tmp_path / "exported"
     export_model(SHIPPED_MODEL, folder)
     files = {path.name for path in folder.iterdir()}
-    assert {"configuration_ta_llava.py", "modeling_ta_llava.py", "processing_ta_llava.py", "chat_template.jinja"} <= files
+    assert {
+        "configuration_ta_llava.py",
+        "modeling_ta_llava.py",
+        "processing_ta_llava.py",
+        "chat_template.jinja",
+    } <= files
     config = json.loads((folder / "config.json").read_text())
     assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor"}
     assert config["text_config"]["model_type"] == "gemma2"  # all of it: building needs no other repo

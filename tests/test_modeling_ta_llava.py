@@ -1,4 +1,5 @@
 import copy
+import itertools
 import json
 
 import pytest
@@ -49,7 +50,14 @@ def row_inputs(seed: int = 0, length: int = 6, response: int = 0, images: int = 
 def test_adapter_schedule_is_that_of_the_paper():
     schedule = [adapter_after_layer(layer, 26, 4) for layer in range(26)]
     assert [layer for layer, source in enumerate(schedule) if source == "text"] == [0, 4, 8, 12, 16, 20, 24]
-    assert [layer for layer, source in enumerate(schedule) if source == "vision"] == [1, 5, 9, 13, 17, 21]  # 25 is last
+    assert [layer for layer, source in enumerate(schedule) if source == "vision"] == [
+        1,
+        5,
+        9,
+        13,
+        17,
+        21,
+    ]  # 25 is last
     assert [adapter_after_layer(layer, 5, 2) for layer in range(5)] == ["text", "vision", "text", "vision", None]
 
 
@@ -202,13 +210,13 @@ def test_parity_with_the_original_code():
     placeholders = torch.full((2, 8), model.config.image_token_id)
     input_ids = torch.cat([placeholders, case["input_ids"]], dim=1)
     labels = torch.cat([torch.full((2, 8), -100), case["labels"]], dim=1)
-    output = model(
-        input_ids=input_ids, pixel_values=case["pixel_values"], labels=labels, output_hidden_states=True
-    )
+    output = model(input_ids=input_ids, pixel_values=case["pixel_values"], labels=labels, output_hidden_states=True)
     hook.remove()
     states = [*output.hidden_states[1:-1], last_layer_output[0]]
     assert len(states) == 10
-    torch.testing.assert_close(torch.stack(model.get_image_features(case["pixel_values"]).pooler_output), case["image_features"])
+    torch.testing.assert_close(
+        torch.stack(model.get_image_features(case["pixel_values"]).pooler_output), case["image_features"]
+    )
     torch.testing.assert_close(output.logits[:, 8:], case["logits"], atol=2e-4, rtol=0)
     torch.testing.assert_close(output.loss[None], case["loss"], atol=2e-4, rtol=0)
     for index, state in enumerate(states):
@@ -265,7 +273,7 @@ def test_the_word_model_in_a_question_does_not_end_the_instruction():
 @torch.no_grad()
 def test_a_row_without_a_marker_is_all_instruction(model):
     ids = [IMAGE] * NUM_PREFIX_TOKENS + [BOS, 10, 11, 12, 13]
-    changed = ids[:-1] + [40]
+    changed = [*ids[:-1], 40]
     assert not torch.equal(prefix_of(model, ids), prefix_of(model, changed))
 
 
@@ -345,7 +353,7 @@ def test_vision_features_stand_for_pixel_values(model):
     expected = model(**batch, pixel_values=images)
     output = model(**batch, vision_features=features.view(2, 2, 9, 24))
     assert torch.equal(output.logits, expected.logits)
-    assert expected.image_hidden_states.shape == (2, 2 * 9, 32)
+    assert expected.image_hidden_states.shape == (2, 2, 9, 32)
     with pytest.raises(ValueError, match="not both"):
         model(**batch, vision_features=features.view(2, 2, 9, 24), pixel_values=images)
 
@@ -355,7 +363,9 @@ def test_get_image_features_gives_one_item_per_real_image(model):
     images = random_images(2, 2)
     output = model.get_image_features(images, image_mask=torch.tensor([[1, 0], [1, 1]]))
     assert [tuple(item.shape) for item in output.pooler_output] == [(9, 32)] * 3
-    torch.testing.assert_close(output.pooler_output[2], model.get_image_features(images[1, 1:]).pooler_output[0], **TOLERANCE)
+    torch.testing.assert_close(
+        output.pooler_output[2], model.get_image_features(images[1, 1:]).pooler_output[0], **TOLERANCE
+    )
 
 
 @torch.no_grad()
@@ -403,7 +413,7 @@ def test_cached_logits_are_uncached_logits(model, cache_class):
     cache = StaticCache(config, max_cache_len=64) if cache_class is StaticCache else DynamicCache(config=config)
     length = batch["input_ids"].shape[1]
     pieces = [0, length - 9, length - 8, length - 7, length - 4, length - 1, length]
-    for start, end in zip(pieces, pieces[1:]):
+    for start, end in itertools.pairwise(pieces):
         output = model(
             input_ids=batch["input_ids"][:, start:end],
             attention_mask=batch["attention_mask"][:, :end],
@@ -510,7 +520,10 @@ def test_generation_from_inputs_embeds(model):
     expected = model.generate(**batch, **GENERATION, do_sample=False)
     embeds = model.get_input_embeddings()(batch["input_ids"])
     new_tokens = model.generate(
-        inputs_embeds=embeds, **{key: value for key, value in batch.items() if key != "input_ids"}, **GENERATION, do_sample=False
+        inputs_embeds=embeds,
+        **{key: value for key, value in batch.items() if key != "input_ids"},
+        **GENERATION,
+        do_sample=False,
     )
     assert torch.equal(new_tokens, expected[:, batch["input_ids"].shape[1] :])
 
@@ -538,7 +551,9 @@ def test_a_placeholder_that_the_model_writes_is_a_word(model):
     inputs["input_ids"][0, -2] = IMAGE
     expected = model(**inputs, use_cache=False).logits
     cache = DynamicCache(config=model.config.text_config)
-    prompt = model(**{**inputs, "input_ids": inputs["input_ids"][:, :-3]}, past_key_values=cache, use_cache=True).logits
+    prompt = model(
+        **{**inputs, "input_ids": inputs["input_ids"][:, :-3]}, past_key_values=cache, use_cache=True
+    ).logits
     response = model(input_ids=inputs["input_ids"][:, -3:], past_key_values=cache, use_cache=True).logits
     torch.testing.assert_close(torch.cat([prompt, response], dim=1), expected, **TOLERANCE)
 

@@ -28,7 +28,8 @@ def picture(mode: str = "RGB", size: tuple[int, int] = (20, 12)) -> Image.Image:
 def user(*content) -> list[dict]:
     """A conversation of one turn of the user: texts and images."""
     items = [
-        {"type": "text", "text": item} if isinstance(item, str) else {"type": "image", "image": item} for item in content
+        {"type": "text", "text": item} if isinstance(item, str) else {"type": "image", "image": item}
+        for item in content
     ]
     return [{"role": "user", "content": items}]
 
@@ -88,7 +89,7 @@ def test_every_kind_of_source_gives_the_same_image(tmp_path, image_server):
 @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "YCbCr", "RGBA", "LA", "I;16", "I", "F", "HSV", "RGBa"])
 def test_every_mode_of_image_is_converted(mode):
     if mode in ("I;16", "I"):
-        image = Image.fromarray((np.asarray(picture("L")).astype(np.uint16) * 257))
+        image = Image.fromarray(np.asarray(picture("L")).astype(np.uint16) * 257)
         image = image if mode == "I;16" else image.convert("I")
     elif mode == "RGBa":
         image = picture("RGBA").convert("RGBa")
@@ -99,7 +100,9 @@ def test_every_mode_of_image_is_converted(mode):
     else:
         image = picture(mode)
     assert image.mode == mode
-    expected = picture("1" if mode == "1" else "RGB" if mode not in ("L", "LA", "I;16", "I", "F") else "L").convert("RGB")
+    expected = picture("1" if mode == "1" else "RGB" if mode not in ("L", "LA", "I;16", "I", "F") else "L").convert(
+        "RGB"
+    )
     converted = load_rgb_image(image)
     assert converted.mode == "RGB" and converted.size == (20, 12)
     assert np.abs(np.asarray(converted).astype(int) - np.asarray(expected).astype(int)).max() <= 3
@@ -236,7 +239,11 @@ def test_a_bos_token_that_the_tokenizer_adds_comes_after_the_placeholders(proces
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_batches_mix_rows_with_no_one_and_several_images(processor, side):
-    conversations = [user(QUESTION), user(picture(), QUESTION), user(picture("L"), picture(), "is there a red shape in the image?")]
+    conversations = [
+        user(QUESTION),
+        user(picture(), QUESTION),
+        user(picture("L"), picture(), "is there a red shape in the image?"),
+    ]
     inputs = chat(processor, conversations, processor_kwargs={"padding": True, "padding_side": side})
     assert inputs["image_mask"].tolist() == [[0, 0], [1, 0], [1, 1]]
     assert inputs["pixel_values"].shape == (3, 2, 3, 64, 64)
@@ -299,7 +306,9 @@ def test_truncation_keeps_the_placeholders(processor):
 
 
 def test_padding_to_a_length(processor):
-    inputs = processor(images=picture(), text="<image>" + QUESTION, padding="max_length", max_length=20, return_tensors="pt")
+    inputs = processor(
+        images=picture(), text="<image>" + QUESTION, padding="max_length", max_length=20, return_tensors="pt"
+    )
     assert inputs["input_ids"].shape == inputs["attention_mask"].shape == (1, 20)
 
 
@@ -324,7 +333,9 @@ def test_saved_is_loaded(processor, tmp_path):
 def test_a_processor_with_a_placeholder_of_another_name(processor, tmp_path):
     """Gemma has unused tokens: one of them can be the placeholder while the text says `<image>`."""
     unused = processor.tokenizer.convert_tokens_to_ids("brown")
-    other = TaLlavaProcessor(processor.image_processor, processor.tokenizer, num_prefix_tokens=2, image_token_id=unused)
+    other = TaLlavaProcessor(
+        processor.image_processor, processor.tokenizer, num_prefix_tokens=2, image_token_id=unused
+    )
     other.save_pretrained(tmp_path)
     for each in (other, AutoProcessor.from_pretrained(tmp_path)):
         assert each(images=picture(), text="<image>the shape")["input_ids"][0][:3] == [
@@ -368,7 +379,9 @@ def test_text_must_be_text(processor):
 
 
 def test_a_prompt_longer_than_the_context(processor):
-    with pytest.raises(ValueError, match=r"Prompt 0 has 604 tokens, 4 of them placeholders, but the context holds 512"):
+    with pytest.raises(
+        ValueError, match=r"Prompt 0 has 604 tokens, 4 of them placeholders, but the context holds 512"
+    ):
         processor(images=picture(), text="<image>" + "shape " * 600)
 
 
