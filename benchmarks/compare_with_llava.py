@@ -85,7 +85,7 @@ SETUPS = {
         },
         text_config={
             "model_type": "gemma2",
-            "vocab_size": 70,
+            "vocab_size": 75,
             "hidden_size": 128,
             "intermediate_size": 384,
             "num_hidden_layers": 8,

@@ -22,7 +22,9 @@ and the image through the other. What the layers write of it lives in the ordina
 the unchanged language model on one token.
 """
 
+import inspect
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -258,30 +260,34 @@ class TaLlavaAdapter(nn.Module):
             self.pre_feedforward_layernorm = decoder_layer.post_attention_layernorm
             self.post_feedforward_layernorm = nn.Identity()
 
-    def project_keys_values(
-        self, source: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a `source` `(B, length, d)`; see [`TaLlavaCrossAttention`]."""
-        return self.cross_attn.project_keys_values(self.input_layernorm(source), cos, sin)
-
     def forward(
         self,
-        prefix: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        hidden_states: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
-    ) -> torch.Tensor:
+        key_value: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """
+        Called twice: with what is to be read, which gives its keys and values, and with these and the prefix, which
+        gives the prefix after reading. Both go through `forward`, so that sharding and offloading see them.
+
         Args:
-            prefix (`torch.FloatTensor` of shape `(B, L, d)`): The prefix Y.
-            key, value (`torch.FloatTensor` of shape `(B, kv_heads, length, head_dim)`): From `project_keys_values`.
-            attention_mask (`torch.BoolTensor` of shape `(B, 1, 1, length)`, *optional*): True where a key is read.
-            cos, sin (`torch.FloatTensor` of shape `(1, L, head_dim)`): Rotary embedding of the queries 0..L-1.
+            hidden_states (`torch.FloatTensor` of shape `(B, length, d)`):
+                The source, or with `key_value` the prefix Y `(B, L, d)`.
+            cos, sin (`torch.FloatTensor` of shape `(B or 1, length, head_dim)`):
+                Rotary embedding of `hidden_states`.
+            key_value (pair of `torch.FloatTensor` of shape `(B, kv_heads, length, head_dim)`, *optional*):
+                Keys and values of the source.
+            attention_mask (`torch.BoolTensor` of shape `(B, 1, 1, length)`, *optional*):
+                True where a key is read.
         """
-        attended = self.cross_attn(self.input_layernorm(prefix), key, value, attention_mask, cos, sin)
-        prefix = prefix + self.post_attention_layernorm(attended)
+        normed = self.input_layernorm(hidden_states)
+        if key_value is None:
+            return self.cross_attn.project_keys_values(normed, cos, sin)
+        prefix = hidden_states + self.post_attention_layernorm(
+            self.cross_attn(normed, *key_value, attention_mask, cos, sin)
+        )
         return prefix + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(prefix)))
 
 
@@ -295,8 +301,8 @@ class PrefixReader:
         has_prefix (`torch.BoolTensor` of shape `(B,)`): Rows that have one. Others stay as they are.
         instruction_mask (`torch.BoolTensor` of shape `(B, S)`): The instruction tokens.
         instruction_rotary, prefix_rotary: Pairs (cos, sin) of shapes `(B, S, head_dim)` and `(1, L, head_dim)`.
-        visual (*optional*): Keys, values `(B, kv_heads, I * M, head_dim)` and mask `(B, I * M)` of the visual tokens,
-            which are the same at every insertion.
+        visual (*optional*): Keys and values `(B, kv_heads, I * M, head_dim)` of the visual tokens, which are the same at
+            every insertion, and the mask `(B, I * M)` of real ones.
     """
 
     def __init__(
@@ -308,7 +314,7 @@ class PrefixReader:
         instruction_mask: torch.Tensor,
         instruction_rotary: tuple[torch.Tensor, torch.Tensor],
         prefix_rotary: tuple[torch.Tensor, torch.Tensor],
-        visual: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+        visual: tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ):
         self.text_adapter, self.vision_adapter = text_adapter, vision_adapter
         self.columns, self.has_prefix = columns, has_prefix
@@ -318,35 +324,28 @@ class PrefixReader:
     def __call__(self, hidden_states: torch.Tensor, source: str) -> torch.Tensor:
         """Returns `hidden_states` `(B, S, d)` after the prefix in it has read from `source`, `"text"` or `"vision"`."""
         if source == "text":
-            key, value = self.text_adapter.project_keys_values(hidden_states, *self.instruction_rotary)
-            return self._read(self.text_adapter, hidden_states, key, value, self.instruction_mask)
-        if self.visual is None:
+            adapter, mask = self.text_adapter, self.instruction_mask
+            key_value = adapter(hidden_states, *self.instruction_rotary)
+        elif self.visual is not None:
+            adapter, (key_value, mask) = self.vision_adapter, self.visual
+        else:
             return hidden_states
-        return self._read(self.vision_adapter, hidden_states, *self.visual)
-
-    def _read(
-        self,
-        adapter: TaLlavaAdapter,
-        hidden_states: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor,
-    ) -> torch.Tensor:
         prefix = hidden_states.gather(1, self.columns[:, :, None].expand(-1, -1, hidden_states.shape[-1]))
         # A row that has nothing to read keeps its prefix. Its mask is opened, since attention over no key gives nan.
         reads = self.has_prefix & mask.any(dim=-1)
         attention_mask = (mask | ~reads[:, None])[:, None, None, :]
-        updated = adapter(prefix, key, value, attention_mask, *self.prefix_rotary)
+        updated = adapter(prefix, *self.prefix_rotary, key_value=key_value, attention_mask=attention_mask)
         return replace_prefix(hidden_states, self.columns, torch.where(reads[:, None, None], updated, prefix))
 
 
-def prefix_reading_layer_class(layer_class: type[nn.Module]) -> type[nn.Module]:
+@cache
+def prefix_reading_layer_class(layer_class: Any) -> type[nn.Module]:
     """
     Subclass of a decoder layer class after whose forward the prefix reads. It keeps the name of its parent, by which
     device placement and sharding find layers, and without a `prefix_reader` it is its parent.
     """
 
-    class PrefixReadingLayer(layer_class):  # type: ignore[misc, valid-type]
+    class PrefixReadingLayer(layer_class):
         prefix_source: str | None = None
 
         def forward(self, hidden_states, *args, prefix_reader: PrefixReader | None = None, **kwargs):
@@ -415,9 +414,13 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         self.prefix_embedding = nn.Embedding(config.num_prefix_tokens, width)
 
         layers = self.language_model.layers
-        layer_class = type(layers[0])
+        layer_class: Any = type(layers[0])
         self.text_adapter = TaLlavaAdapter(layer_class(text_config, layer_idx=0))
         self.vision_adapter = TaLlavaAdapter(layer_class(text_config, layer_idx=0))
+
+        # Backbones whose kinds of layer have each their own rotary base (Gemma-3): the adapters follow layer 0.
+        by_layer_type = "layer_type" in inspect.signature(self.language_model.rotary_emb.forward).parameters
+        self.rotary_kwargs = {"layer_type": text_config.layer_types[0]} if by_layer_type else {}
 
         prefix_reading_class = prefix_reading_layer_class(layer_class)
         for layer_idx, layer in enumerate(layers):
@@ -474,8 +477,10 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
                 f"`pixel_values` must be floating point (normalised images), got {pixel_values.dtype}. Let the processor "
                 "prepare them: `processor(images=..., text=...)`."
             )
-        # A model spread over devices moves its inputs by itself.
-        if pixel_values.device != self.vision_tower.device and not hasattr(self.vision_tower, "_hf_hook"):
+        # A model that is spread over devices or offloaded moves its inputs by itself.
+        if pixel_values.device != self.vision_tower.device and not any(
+            hasattr(module, "_hf_hook") for module in self.vision_tower.modules()
+        ):
             raise ValueError(
                 f"`pixel_values` is on {pixel_values.device}, the model on {self.vision_tower.device}. Move the inputs: "
                 "`inputs.to(model.device)`."
@@ -618,7 +623,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         # Rows without a prefix get any L columns, whose states stay as they are.
         start = is_prefix.int().argmax(dim=-1, keepdim=True)
         columns = start + torch.arange(num_prefix_tokens, device=device)
-        prefix = self._embed_prefix().to(device, inputs_embeds.dtype)
+        prefix = self._embed_prefix(device).to(inputs_embeds.dtype)
         prefix = torch.where(
             has_prefix[:, None, None],
             prefix,
@@ -638,7 +643,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
             visual_mask = image_mask.to(device).bool().repeat_interleave(visual_tokens.shape[2], dim=1)
             source = visual_tokens.flatten(1, 2)
             rotary = self._rotary_embedding(source, visual_mask)
-            visual = (*self.vision_adapter.project_keys_values(source, *rotary), visual_mask)
+            visual = self.vision_adapter(source, *rotary), visual_mask
         reader = PrefixReader(
             self.text_adapter,
             self.vision_adapter,
@@ -651,16 +656,16 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         )
         return replace_prefix(inputs_embeds, columns, prefix), visual_tokens, reader
 
-    def _embed_prefix(self) -> torch.Tensor:
+    def _embed_prefix(self, device: torch.device) -> torch.Tensor:
         """The learned prefix `(1, L, d)`, scaled as the language model scales its embeddings (Gemma: by sqrt(d))."""
-        prefix = self.prefix_embedding.weight[None]
+        prefix = self.prefix_embedding(torch.arange(self.config.num_prefix_tokens, device=device))[None]
         scale = getattr(self.get_input_embeddings(), "embed_scale", None)
         return prefix if scale is None else prefix * torch.as_tensor(scale, device=prefix.device).to(prefix.dtype)
 
     def _rotary_embedding(self, states: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotary embedding inside an adapter: the tokens that `mask` `(B, length)` keeps count 0, 1, ..."""
         position_ids = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
-        return self.language_model.rotary_emb(states, position_ids)
+        return self.language_model.rotary_emb(states, position_ids, **self.rotary_kwargs)
 
     def _vision_features_of_rows(self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None) -> torch.Tensor:
         """Features of `pixel_values` `(B, I, 3, H, W)`: `(B, I, M, vision width)`, zeros for filler."""
@@ -730,6 +735,13 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused: continuous batching packs requests into one row, but every prefix must read its own request only."""
+        raise ValueError(
+            f"{type(self).__name__} does not support continuous batching, which packs several requests into one row. Use "
+            "`generate()` with a padded batch."
+        )
 
     def get_image_features(
         self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None = None, **kwargs

@@ -52,8 +52,8 @@ def build_config(backbone: str = "gemma2", text_kwargs: dict | None = None, **kw
     )
     return TaLlavaConfig(
         vision_config=vision_config,
-        text_config=text_config(backbone, **(text_kwargs or {})),
         **{
+            "text_config": text_config(backbone, **(text_kwargs or {})),
             "num_prefix_tokens": NUM_PREFIX_TOKENS,
             "image_token_id": IMAGE,
             "response_marker_ids": [TURN, MODEL],

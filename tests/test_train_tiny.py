@@ -1,0 +1,109 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from ta_llava import TaLlavaForConditionalGeneration
+from ta_llava.easy_vqa_data import Scene, load_easy_vqa
+from ta_llava.train_tiny import (
+    PATCH_SIZE,
+    ChatDataset,
+    PatchDataset,
+    build_config,
+    build_processor,
+    caption_items,
+    compute_features,
+    question_items,
+    run_stage,
+    text_items,
+    trainable,
+)
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[Scene]:
+    return load_easy_vqa("train")[:12]
+
+
+@pytest.fixture(scope="module")
+def small_processor(scenes):
+    return build_processor(scenes, num_prefix_tokens=4, max_length=512)
+
+
+def test_text_comes_back_from_the_tokenizer(small_processor):
+    tokenizer = small_processor.tokenizer
+    messages = [
+        {"role": "user", "content": "What color is  the shape?"},
+        {"role": "assistant", "content": "a blue rectangle"},
+    ]
+    text = small_processor.apply_chat_template(messages)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.unk_token_id not in ids
+    assert (
+        tokenizer.decode(ids, skip_special_tokens=True) == "user\nwhat color is the shape?\nmodel\na blue rectangle\n"
+    )
+
+
+def test_patch_labels_follow_the_shape(scenes, small_processor):
+    """Mirrored and shifted, a shape keeps its patches: where it lies there is its label, elsewhere background."""
+    dataset = PatchDataset(scenes, small_processor.image_processor)
+    for _, index in itertools.product(range(5), range(len(scenes))):
+        pixels, mask, color, shape = dataset[index]
+        batch = dataset.collate([(pixels, mask, color, shape)])
+        covered = mask.reshape(8, PATCH_SIZE, 8, PATCH_SIZE).mean(axis=(1, 3)).flatten()
+        for name, label in (("colors", color), ("shapes", shape)):
+            labels = batch[name][0].numpy()
+            assert (labels[covered == 0] == 0).all()
+            assert (labels[covered >= 0.1] == label).all()
+            assert (labels[(covered > 0) & (covered < 0.1)] == -100).all()
+        assert np.array_equal(mask, (np.abs(pixels.astype(int) - pixels[~mask][0]) > 24).any(axis=-1))
+
+
+def test_labels_are_the_answer_alone(scenes, small_processor):
+    dataset = ChatDataset([("is there a circle?", "no", 0), ("is there a circle?", "no", None)], small_processor)
+    with_image, without = dataset[0], dataset[1]
+    tokens = small_processor.tokenizer.convert_ids_to_tokens(with_image["input_ids"])
+    expected = "user \n is ▁there ▁a ▁circle ? <end_of_turn> \n <start_of_turn> model \n no <end_of_turn> \n"
+    assert tokens == ["<image>"] * 4 + ["<bos>", "<start_of_turn>", *expected.split(" ")]
+    said = [token for token, label in zip(tokens, with_image["labels"]) if label != -100]
+    assert said == ["no", "<end_of_turn>", "\n"]
+    assert without["input_ids"] == with_image["input_ids"][4:] and without["labels"] == with_image["labels"][4:]
+
+
+def test_an_interrupted_stage_goes_on_and_a_finished_one_is_kept(scenes, small_processor, tmp_path):
+    """Frozen parts stay to the bit, trained ones move; the same stage again loads what it learned."""
+    torch.manual_seed(0)
+    model = TaLlavaForConditionalGeneration(build_config(small_processor.tokenizer))
+    features = compute_features(model, scenes, small_processor.image_processor)
+    assert features.shape == (len(scenes), 64, 128)
+    items = question_items(scenes) + caption_items(scenes)
+    dataset = ChatDataset(items, small_processor, features)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def run(model: TaLlavaForConditionalGeneration) -> dict[str, torch.Tensor]:
+        base = model.model
+        reading = [base.multi_modal_projector, base.prefix_embedding, base.text_adapter, base.vision_adapter]
+        run_stage("stage", model, dataset, tmp_path, 0, 3, 8, trainable(model, [(reading, 1e-3)]))
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    learned = run(model)
+    for name, value in learned.items():
+        trained = any(part in name for part in ("projector", "prefix_embedding", "adapter"))
+        assert torch.equal(value, before[name]) != trained, name
+
+    again = run(TaLlavaForConditionalGeneration(model.config))
+    assert all(torch.equal(value, learned[name]) for name, value in again.items())
+
+    # Cut off after its last checkpoint, before it was marked as finished: it goes on from there.
+    (tmp_path / "stage" / "finished.pt").unlink()
+    resumed = run(TaLlavaForConditionalGeneration(model.config))
+    assert all(torch.equal(value, learned[name]) for name, value in resumed.items())
+
+
+def test_the_language_model_is_told_scenes_only_where_they_are_known(scenes):
+    unknown = Scene("", [("is there a circle?", "no")])
+    assert text_items([unknown]) == [("is there a circle?", "no", None)]
+    assert caption_items([unknown]) == []
+    told = [prompt for prompt, _, _ in text_items(scenes[:1])]
+    assert "the image shows a blue rectangle. what is the blue shape?" in told
