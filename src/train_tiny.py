@@ -306,8 +306,8 @@ def run_stage(
         warmup_steps=60,
         max_grad_norm=1.0,
         logging_steps=50,
-        save_steps=500,
-        save_total_limit=1,
+        save_steps=max(min(steps // 4, 500), 1),
+        save_total_limit=2,  # a cut-off while the newest is written leaves the one before
         remove_unused_columns=False,
         report_to=[],
         seed=seed,
