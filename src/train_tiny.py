@@ -318,7 +318,11 @@ def run_stage(
         model, arguments, data_collator=dataset.collate, train_dataset=dataset, optimizers=(optimizer, None)
     )
     print(f"{name}: {steps} steps, batch {batch_size}")
-    trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
+    # The state is the last file of a checkpoint to be written: one without it was cut off.
+    complete = sorted(
+        folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name.split("-")[1])
+    )
+    trainer.train(resume_from_checkpoint=str(complete[-1].parent) if complete else None)
     (folder / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
     torch.save(model.state_dict(), finished)
 
