@@ -162,8 +162,10 @@ def test_the_hub_files_import_only_each_other_transformers_torch_and_pillow():
 
 
 def test_the_shipped_code_is_that_of_the_package():
+    """The checkpoint links to the files in `src/`: they cannot fall behind."""
     import ta_llava
 
     source = Path(ta_llava.__file__).parent
-    for path in SHIPPED_MODEL.glob("*.py"):
-        assert path.read_text() == (source / path.name).read_text(), f"run `make checkpoint-code`: {path.name} differs"
+    names = {path.name for path in SHIPPED_MODEL.glob("*.py")}
+    assert names == {f"{name}_ta_llava.py" for name in ("configuration", "modeling", "processing")}
+    assert all((SHIPPED_MODEL / name).read_text() == (source / name).read_text() for name in names)

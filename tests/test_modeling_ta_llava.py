@@ -20,7 +20,7 @@ from conftest import (
     random_images,
     random_tokens,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CLIPVisionModel, DynamicCache, StaticCache
 from transformers.models.gemma2.modeling_gemma2 import apply_rotary_pos_emb
@@ -750,11 +750,21 @@ def test_bf16_and_fp16_stay_close(model):
             assert (output.logits.float().softmax(dim=-1) - probabilities).abs().max() < 0.15
 
 
-def test_initialisation_is_that_of_the_parts():
-    """Gemma's norms start at zero, CLIP's weights at CLIP's own scale, the adapters as the layers of the language model."""
+@pytest.mark.parametrize("from_checkpoint", [False, True])
+def test_initialisation_is_that_of_the_parts(from_checkpoint, tmp_path):
+    """
+    Gemma's norms start at zero, CLIP's weights at CLIP's own scale, the adapters as the layers of the language model:
+    in a new model, and for what a checkpoint does not have.
+    """
     config = build_config("gemma2")
     torch.manual_seed(0)
     model = TaLlavaForConditionalGeneration(config)
+    if from_checkpoint:
+        model.save_pretrained(tmp_path)
+        state = load_file(tmp_path / "model.safetensors")
+        state = {name: value for name, value in state.items() if "vision_tower" not in name and "adapter" not in name}
+        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        model = TaLlavaForConditionalGeneration.from_pretrained(tmp_path)
     assert all((value == 0).all() for name, value in model.model.text_adapter.named_parameters() if "norm" in name)
     tower, expected = model.model.vision_tower.state_dict(), CLIPVisionModel(config.vision_config).state_dict()
     for name, value in tower.items():
