@@ -406,6 +406,9 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         text_config = config.text_config
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.language_model = AutoModel.from_config(text_config)
+        if getattr(text_config, "attn_logit_softcapping", None) and text_config._attn_implementation == "sdpa":
+            # SDPA cannot soft-cap. Before 5.23 the library lets Gemma-2 use it all the same, and drops the capping.
+            self.language_model.set_attn_implementation("eager")
 
         vision_width, width = config.vision_config.hidden_size, text_config.hidden_size
         self.multi_modal_projector: nn.Module = nn.Linear(vision_width, width)
@@ -735,6 +738,14 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        if generation_config.prefill_chunk_size is not None and (input_ids == self.config.image_token_id).any():
+            raise ValueError(
+                f"A prompt with images cannot be prefilled in chunks of {generation_config.prefill_chunk_size} tokens: the "
+                "prefix must see the whole instruction. Pass `prefill_chunk_size=None`."
+            )
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def init_continuous_batching(self, *args, **kwargs):
         """Refused: continuous batching packs requests into one row, but every prefix must read its own request only."""

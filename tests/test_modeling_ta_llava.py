@@ -597,8 +597,13 @@ def test_placeholders_without_images_are_accepted(model):
 
 
 def test_chunked_prefill_is_refused(model):
-    with pytest.raises(ValueError, match="(?i)prefill"):
+    with pytest.raises(ValueError, match="chunks of 4 tokens"):
         model.generate(**row_inputs(), **GENERATION, prefill_chunk_size=4)
+    text = torch.tensor([prompt_ids(image=False)])
+    whole, chunks = (
+        model.generate(text, **GENERATION, do_sample=False, prefill_chunk_size=size) for size in (None, 4)
+    )
+    assert torch.equal(whole, chunks)
 
 
 def test_continuous_batching_is_refused(model):
