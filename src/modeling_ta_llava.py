@@ -773,6 +773,7 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin):
         vision_features: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        mm_token_type_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple | TaLlavaCausalLMOutputWithPast:
         r"""
@@ -783,6 +784,8 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin):
                 Token ids to predict, aligned with `input_ids`; -100 where no loss is taken (prefix, instruction, padding).
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
                 Compute logits for the last so many columns only (0: all), or for the given column indices.
+            mm_token_type_ids (`torch.LongTensor` of shape `(B, S)`, *optional*):
+                Accepted because processors make it on request, but not needed: `input_ids` tell where the prefix is.
 
         Example:
 

@@ -596,6 +596,13 @@ def test_placeholders_without_images_are_accepted(model):
         assert torch.isfinite(model(input_ids=ids).logits).all()
 
 
+def test_token_types_of_the_processor_are_accepted(model):
+    inputs = generation_batch()
+    expected = model.generate(**inputs, **GENERATION, do_sample=False)
+    types = (inputs["input_ids"] == IMAGE).long()
+    assert torch.equal(model.generate(**inputs, mm_token_type_ids=types, **GENERATION, do_sample=False), expected)
+
+
 def test_chunked_prefill_is_refused(model):
     with pytest.raises(ValueError, match="chunks of 4 tokens"):
         model.generate(**row_inputs(), **GENERATION, prefill_chunk_size=4)
