@@ -54,6 +54,7 @@ def ask(
         if batch is not None and question:
             raise ValueError("give images and a question, or --batch, not both.")
         items = _read_batch(batch) if batch is not None else [(question[:-1], question[-1])]
+        sources: list[tuple[list[Any], str]] = list(items)
 
         from transformers.utils import logging
 
@@ -61,12 +62,16 @@ def ask(
         from .processing_ta_llava import load_rgb_image
 
         if batch is None:  # a wrong image is found before a model is loaded
-            for image in question[:-1]:
-                load_rgb_image(image)
+            sources = [([load_rgb_image(image) for image in question[:-1]], question[-1])]
         logging.disable_progress_bar()
         loaded, processor = load(model or DEFAULT_MODEL)
         answers = answer(
-            loaded, processor, items, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=batch is not None
+            loaded,
+            processor,
+            sources,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            progress=batch is not None,
         )
         for (images, asked), text in zip(items, answers):
             if as_json:

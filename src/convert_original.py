@@ -6,14 +6,24 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, Gemma2Config
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoTokenizer,
+    Gemma2Config,
+    GenerationConfig,
+)
 
 from .chat_templates import GEMMA_CHAT_TEMPLATE
 from .configuration_ta_llava import TaLlavaConfig
 from .modeling_ta_llava import TaLlavaForConditionalGeneration
 from .processing_ta_llava import TaLlavaProcessor
 
+
+_END_OF_TURN_ID = 107  # in Gemma's vocabulary
 
 # Their names, ours. The first pattern that matches renames a key.
 _KEY_MAPPING = [
@@ -51,6 +61,9 @@ def convert_original(folder: str | Path, vision_tower: str | Path) -> TaLlavaFor
             f"{folder / 'config.json'} has model_type {original.get('model_type')!r}; the authors' checkpoints have "
             "'tallava_gemma'."
         )
+    needed = ("num_learnable_tokens", "mm_vision_select_layer", "mm_vision_select_feature", "mm_projector_type")
+    if absent := [key for key in needed if key not in original]:
+        raise ValueError(f"{folder / 'config.json'} has no {', '.join(absent)}.")
     original_state = _load_weights(folder)
     # Their constructor counts the two adapters as layers and saves the sum: the keys tell the true depth.
     layers = {int(match[1]) for key in original_state if (match := re.match(r"model\.layers\.(\d+)\.", key))}
@@ -90,6 +103,10 @@ def convert_original(folder: str | Path, vision_tower: str | Path) -> TaLlavaFor
             f"over {left_over[:5]}."
         )
     model.load_state_dict(state)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    else:  # Gemma's instruction-tuned models end a turn with <end_of_turn>
+        model.generation_config.eos_token_id = [text_config.eos_token_id, _END_OF_TURN_ID]
     return model.to(next(iter(original_state.values())).dtype)
 
 
@@ -122,5 +139,8 @@ def _load_weights(folder: Path) -> dict[str, torch.Tensor]:
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise ValueError(f"There is no weight file {folder / name}. Only safetensors are read.")
-        state.update(load_file(folder / name))
+        try:
+            state.update(load_file(folder / name))
+        except SafetensorError as error:
+            raise ValueError(f"The weight file {folder / name} is damaged or cut off: {error}") from error
     return state

@@ -22,14 +22,18 @@ def load(model: str | Path = DEFAULT_MODEL) -> tuple[PreTrainedModel, ProcessorM
     Raises:
         `ValueError`: Nothing can be loaded from there; the message says what is missing.
     """
+    on_gpu = torch.cuda.is_available()
     try:
         # Loading the processor first finds a wrong name before any weights are downloaded.
-        processor = AutoProcessor.from_pretrained(model)
-        on_gpu = torch.cuda.is_available()
-        loaded = AutoModelForImageTextToText.from_pretrained(model, dtype="auto" if on_gpu else torch.float32)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+        processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
+        dtype = "auto" if on_gpu else torch.float32
+        loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, trust_remote_code=False)
+    except Exception as error:  # files may be missing or damaged in any way
+        reason = " ".join(str(error).split())[:500] or type(error).__name__
         raise ValueError(f"No model could be loaded from {str(model)!r}: {reason}") from error
+    for what, value in (("chat template", processor.chat_template), ("padding token", processor.tokenizer.pad_token)):
+        if value is None:
+            raise ValueError(f"The processor in {str(model)!r} has no {what}; is a file of it missing?")
     return loaded.to("cuda" if on_gpu else "cpu").eval(), processor
 
 

@@ -33,9 +33,12 @@ from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
 from .configuration_ta_llava import TaLlavaConfig
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -323,6 +326,10 @@ class PrefixReader:
 
     def __call__(self, hidden_states: torch.Tensor, source: str) -> torch.Tensor:
         """Returns `hidden_states` `(B, S, d)` after the prefix in it has read from `source`, `"text"` or `"vision"`."""
+        device = hidden_states.device
+        if self.columns.device != device:  # layers on several devices
+            for name in ("columns", "has_prefix", "instruction_mask", "instruction_rotary", "prefix_rotary", "visual"):
+                setattr(self, name, _to_device(getattr(self, name), device))
         if source == "text":
             adapter, mask = self.text_adapter, self.instruction_mask
             key_value = adapter(hidden_states, *self.instruction_rotary)
@@ -335,7 +342,15 @@ class PrefixReader:
         reads = self.has_prefix & mask.any(dim=-1)
         attention_mask = (mask | ~reads[:, None])[:, None, None, :]
         updated = adapter(prefix, *self.prefix_rotary, key_value=key_value, attention_mask=attention_mask)
-        return replace_prefix(hidden_states, self.columns, torch.where(reads[:, None, None], updated, prefix))
+        updated = torch.where(reads[:, None, None], updated.to(device), prefix)
+        return replace_prefix(hidden_states, self.columns, updated)
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    """A tensor, or nested tuples of tensors, on another device."""
+    if isinstance(value, tuple):
+        return tuple(_to_device(item, device) for item in value)
+    return value if value is None else value.to(device)
 
 
 @cache
@@ -354,9 +369,18 @@ def prefix_reading_layer_class(layer_class: Any) -> type[nn.Module]:
                 return hidden_states
             return prefix_reader(hidden_states, self.prefix_source)
 
+        def __reduce_ex__(self, protocol):
+            return _new_prefix_reading_layer, (layer_class,), self.__getstate__()
+
     PrefixReadingLayer.__name__ = layer_class.__name__
     PrefixReadingLayer.__qualname__ = layer_class.__qualname__
     return PrefixReadingLayer
+
+
+def _new_prefix_reading_layer(layer_class: Any) -> nn.Module:
+    """What pickle needs to make a layer whose class has no name of its own."""
+    prefix_reading_class = prefix_reading_layer_class(layer_class)
+    return prefix_reading_class.__new__(prefix_reading_class)
 
 
 class TaLlavaPreTrainedModel(PreTrainedModel):
@@ -370,7 +394,6 @@ class TaLlavaPreTrainedModel(PreTrainedModel):
 
     _supports_flash_attn = True
     _supports_sdpa = True
-    _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
@@ -404,6 +427,12 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
     def __init__(self, config: TaLlavaConfig):
         super().__init__(config)
         text_config = config.text_config
+        num_states = config.vision_config.num_hidden_layers + 1
+        if not -num_states <= config.vision_feature_layer < num_states:
+            raise ValueError(
+                f"`vision_feature_layer` is {config.vision_feature_layer}, but the vision tower has {num_states} hidden "
+                "states."
+            )
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.language_model = AutoModel.from_config(text_config)
         if getattr(text_config, "attn_logit_softcapping", None) and text_config._attn_implementation == "sdpa":
@@ -544,6 +573,14 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
             raise ValueError("Give `pixel_values` or `vision_features`, not both.")
         images = pixel_values if vision_features is None else vision_features
 
+        layer = self.language_model.layers[0]
+        checkpointing = getattr(layer, "_gradient_checkpointing_func", None) if layer.gradient_checkpointing else None
+        if self.training and getattr(checkpointing, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "Gradient checkpointing cannot be reentrant here: several layers share the keys and values of the image. "
+                'Pass `gradient_checkpointing_kwargs={"use_reentrant": False}`.'
+            )
+
         visual_tokens = None
         if self._is_prefill(past_key_values, images):
             inputs_embeds, visual_tokens, prefix_reader = self._prepare_prefix(
@@ -613,7 +650,8 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         has_prefix = is_prefix.any(dim=-1)
         text_mask = tokens & ~is_prefix
         if not torch.compiler.is_compiling():  # these look at values, which a compiled graph must not wait for
-            if pixel_values is None and vision_features is None and not has_prefix.any():
+            no_images = pixel_values is None and vision_features is None
+            if (no_images or (image_mask is not None and not image_mask.any())) and not has_prefix.any():
                 return inputs_embeds, None, None
             self._check_placeholders(is_prefix)
         if pixel_values is not None:
@@ -622,6 +660,11 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
             vision_features = self._vision_features_of_rows(pixel_values, image_mask)
         elif vision_features is not None:
             self._check_images("vision_features", vision_features, 4, image_mask, has_prefix)
+            if vision_features.shape[-1] != self.config.vision_config.hidden_size:
+                raise ValueError(
+                    f"`vision_features` has width {vision_features.shape[-1]}, the vision tower "
+                    f"{self.config.vision_config.hidden_size}. Make them with `get_vision_features`."
+                )
 
         # Rows without a prefix get any L columns, whose states stay as they are.
         start = is_prefix.int().argmax(dim=-1, keepdim=True)
@@ -635,11 +678,22 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
 
         markers = torch.stack([columns_of(token_id) for token_id in self.config.response_marker_ids]) & text_mask
         response_start = find_response_start(markers, self.config.instruction_scope)
+        if (
+            self.training
+            and not torch.compiler.is_compiling()
+            and (response_start[has_prefix] == sequence_length).any()
+        ):
+            logger.warning_once(
+                "A training example with an image has no response marker (`config.response_marker_ids` "
+                f"{self.config.response_marker_ids}), so its prefix reads all of its text, the labels included. Does the "
+                "chat template of the processor write the marker?"
+            )
         before_response = torch.arange(sequence_length, device=device) < response_start[:, None]
         instruction_mask = text_mask & before_response
 
         visual_tokens = visual = None
         if vision_features is not None:
+            vision_features = vision_features.to(self.prefix_embedding.weight.dtype)
             visual_tokens = self.multi_modal_projector(vision_features).to(device, inputs_embeds.dtype)
             if image_mask is None:
                 image_mask = torch.ones(visual_tokens.shape[:2])

@@ -23,7 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput, load_image
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
-from transformers.tokenization_utils_base import TextInput
+from transformers.tokenization_utils_base import LARGE_INTEGER, TextInput
 from transformers.video_utils import VideoInput
 
 
@@ -38,7 +38,8 @@ def load_rgb_image(image: Any) -> Image.Image:
     `(H, W)`, `(H, W, C)` or `(C, H, W)` with 1 to 4 channels.
 
     Transparent images are laid on white, 16-bit ones scaled to 8 bits, of animated ones the first frame is taken, and
-    the EXIF orientation is applied. Arrays hold integers, or floats in [0, 1] or [0, 255].
+    the EXIF orientation is applied. Arrays hold integers of 8 or 16 bits, or floats in [0, 1] or
+    [0, 255].
 
     Raises:
         `ValueError`: What was given is not a readable image; the message names it.
@@ -81,7 +82,9 @@ def _open_image(source: str) -> Image.Image:
             image = Image.open(source)
             image.load()
             return image
-        except (OSError, SyntaxError, ValueError) as error:
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"The image {name} is too large: {error} Make it smaller.") from error
+        except Exception as error:  # Pillow's readers raise nearly anything on damaged files
             raise ValueError(f"The file {name} is not a readable image, or truncated: {error}") from error
     if os.path.isdir(source):
         raise ValueError(f"{name} is a folder, not an image file.")
@@ -97,6 +100,7 @@ def _name_of(image: Image.Image) -> str:
 
 def _image_from_array(array: Any) -> Image.Image:
     """An image from an array or tensor; 16-bit integers are scaled to 8 bits."""
+    kind = type(array).__name__
     if hasattr(array, "detach"):
         array = array.detach().cpu().float().numpy() if array.is_floating_point() else array.detach().cpu().numpy()
     try:
@@ -104,7 +108,7 @@ def _image_from_array(array: Any) -> Image.Image:
         array = array.astype(np.uint8) * 255 if array.dtype == bool else array
         low, high = float(array.min()), float(array.max())
     except (TypeError, ValueError) as error:
-        raise ValueError(f"An image cannot be made from {type(array).__name__} of shape {np.shape(array)}.") from error
+        raise ValueError(f"An image cannot be made from {kind} of shape {np.shape(array)}.") from error
     if array.ndim == 3 and array.shape[-1] not in (1, 2, 3, 4) and array.shape[0] in (1, 2, 3, 4):
         array = array.transpose(1, 2, 0)
     if array.ndim == 2:
@@ -114,15 +118,20 @@ def _image_from_array(array: Any) -> Image.Image:
             f"An image array has shape (height, width), (height, width, channels) or (channels, height, width) with 1 to "
             f"4 channels, got {array.shape}."
         )
-    if not (np.isfinite(low) and np.isfinite(high)) or low < 0 or high > 65535:
+    # Resizing overshoots: floats a little outside of a range are still of that range, and clipped to it.
+    floats = np.issubdtype(array.dtype, np.floating)
+    if floats and low >= -0.1 and high <= 1.1:
+        array = np.clip(array, 0, 1) * 255
+    elif floats and (low >= 0 or high > 16) and low >= -25 and high <= 280:
+        array = np.clip(array, 0, 255)
+    elif floats or low < 0 or high > 65535:  # also where a value is not a number
         raise ValueError(
-            f"The values of an image array must be in [0, 255], [0, 65535] (16 bits) or, as floats, [0, 1]; got {low} to "
-            f"{high}. Images that are normalised already go to the model as `pixel_values`, not through the processor."
+            "The values of an image array must be in [0, 255], as integers also in [0, 65535] (16 bits), as floats also in "
+            f"[0, 1]; got {low} to {high}. Images that are normalised already go to the model as `pixel_values`, not "
+            "through the processor."
         )
-    if high > 255 or array.dtype == np.uint16:
+    elif high > 255 or array.dtype == np.uint16:
         array = array / 257
-    elif np.issubdtype(array.dtype, np.floating) and high <= 1:
-        array = array * 255
     array = np.round(array).astype(np.uint8)
     mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[array.shape[-1]]
     return load_rgb_image(Image.fromarray(array.squeeze(-1) if mode == "L" else array, mode))
@@ -221,8 +230,12 @@ class TaLlavaProcessor(ProcessorMixin):
         data: dict[str, Any] = {}
         if text is not None:
             texts = [text] if isinstance(text, str) else text
-            if not isinstance(texts, (list, tuple)) or not all(isinstance(sample, str) for sample in texts):
-                raise ValueError("`text` must be a string or a list of strings.")
+            if (
+                not isinstance(texts, (list, tuple))
+                or not all(isinstance(sample, str) for sample in texts)
+                or not texts
+            ):
+                raise ValueError("`text` must be a string or a list of strings, with at least one in it.")
             rows = self._images_of_rows(images, texts)
             data.update(self._tokenize(list(texts), [len(row) > 0 for row in rows], **text_kwargs))
         else:
@@ -266,7 +279,14 @@ class TaLlavaProcessor(ProcessorMixin):
     ) -> dict[str, list]:
         """Token ids of the rows, each tokenized as the tokenizer alone would, with placeholders before it."""
         limit = max_length if max_length is not None else self.tokenizer.model_max_length
-        kwargs.pop("return_attention_mask", None)
+        truncate = truncation not in (None, False, "do_not_truncate") and limit < LARGE_INTEGER
+        if truncate and any(has_images) and limit <= self.num_prefix_tokens:
+            raise ValueError(
+                f"`max_length` is {limit}, but a row with images needs {self.num_prefix_tokens} placeholders and some text."
+            )
+        return_attention_mask = kwargs.pop("return_attention_mask", None)
+        if kwargs.pop("return_overflowing_tokens", False):
+            raise ValueError("`return_overflowing_tokens` is not supported: a row is one prompt.")
         add_special_tokens = kwargs.pop("add_special_tokens", True)
         rows, replacement_offsets = [], []
         for index, (sample, has_image) in enumerate(zip(texts, has_images)):
@@ -280,13 +300,13 @@ class TaLlavaProcessor(ProcessorMixin):
             row = self.tokenizer(
                 prompt,
                 add_special_tokens=add_special_tokens and not starts_with_bos,
-                truncation=bool(truncation),
-                max_length=max(limit - num_placeholders, 0) if truncation else None,
+                truncation=truncate,
+                max_length=limit - num_placeholders if truncate else None,
                 verbose=False,  # the check below says it better
                 **kwargs,
             )
             length = num_placeholders + len(row["input_ids"])
-            if length > limit and not truncation and max_length is None:
+            if length > limit and not truncate and max_length is None:
                 raise ValueError(
                     f"Prompt {index} has {length} tokens, {num_placeholders} of them placeholders, but the context holds "
                     f"{limit} (`tokenizer.model_max_length`). Shorten it, or pass `truncation=True`."
@@ -312,6 +332,8 @@ class TaLlavaProcessor(ProcessorMixin):
                 for index, row in enumerate(data[key]):
                     fill = [(0, 0) if key == "offset_mapping" else 0] * (len(data["input_ids"][index]) - len(row))
                     data[key][index] = fill + row if left else row + fill
+        if return_attention_mask is False:
+            del data["attention_mask"]
         if return_mm_token_type_ids:
             data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
         if return_text_replacement_offsets:
@@ -355,7 +377,8 @@ class TaLlavaProcessor(ProcessorMixin):
 
 
 def _is_nested(images: Any) -> bool:
-    return isinstance(images, (list, tuple)) and any(row is None or isinstance(row, (list, tuple)) for row in images)
+    """Whether there is one list (or `None`) per row, not one flat list of images."""
+    return isinstance(images, (list, tuple)) and all(row is None or isinstance(row, (list, tuple)) for row in images)
 
 
 def _flatten_images(images: Any) -> list:

@@ -291,8 +291,14 @@ def run_stage(
     """
     folder = output_dir / name
     finished = folder / "finished.pt"
+    settings = {"seed": seed, "steps": steps, "batch_size": batch_size}
     if finished.exists():
-        model.load_state_dict(torch.load(finished, weights_only=True))
+        saved = torch.load(finished, weights_only=True)
+        if saved["settings"] != settings:
+            raise ValueError(
+                f"{folder} was trained with {saved['settings']}, not {settings}. Choose another --output-dir."
+            )
+        model.load_state_dict(saved["model"])
         print(f"{name}: finished before, loaded from {finished}")
         return
     set_seed(seed)
@@ -324,7 +330,8 @@ def run_stage(
     )
     trainer.train(resume_from_checkpoint=str(complete[-1].parent) if complete else None)
     (folder / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
-    torch.save(model.state_dict(), finished)
+    torch.save({"settings": settings, "model": model.state_dict()}, finished.with_suffix(".tmp"))
+    finished.with_suffix(".tmp").rename(finished)
 
 
 def trainable(model: nn.Module, groups: list[tuple[list[nn.Module], float]]) -> list[dict]:
@@ -397,6 +404,7 @@ def train_tiny(output_dir: Path, seed: int = 0, scale: float = 1.0) -> None:
         pad_token_id=config.text_config.pad_token_id,
         eos_token_id=config.text_config.eos_token_id,
     )
+    model.config.__dict__.pop("use_cache", None)  # the Trainer turns it off for itself
     model.requires_grad_(True).to(torch.float16).save_pretrained(output_dir / "model")
     processor.save_pretrained(output_dir / "model")
 

@@ -78,6 +78,25 @@ def test_other_folders_are_refused(tmp_path):
         convert_original(tmp_path, ORIGINAL / "tiny-clip")
 
 
+def test_damaged_originals_are_named(copied):
+    content = (copied / "model.safetensors").read_bytes()
+    (copied / "model.safetensors").write_bytes(content[:1000])
+    with pytest.raises(ValueError, match="damaged or cut off"):
+        convert_original(copied, copied / "tiny-clip")
+    config = json.loads((copied / "config.json").read_text())
+    del config["num_learnable_tokens"]
+    (copied / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="has no num_learnable_tokens"):
+        convert_original(copied, copied / "tiny-clip")
+
+
+def test_generation_stops_where_a_turn_ends(copied):
+    assert convert_original(copied, copied / "tiny-clip").generation_config.eos_token_id == [1, 107]
+    (copied / "generation_config.json").write_text('{"eos_token_id": [1, 9], "top_k": 7, "do_sample": true}')
+    generation_config = convert_original(copied, copied / "tiny-clip").generation_config
+    assert generation_config.eos_token_id == [1, 9] and generation_config.top_k == 7
+
+
 def test_a_folder_with_a_tokenizer_gets_a_processor(copied, processor):
     """The placeholder is an unused token of the vocabulary, here its id 7, and is not shown in decoded text."""
     from transformers import CLIPImageProcessor

@@ -1,4 +1,5 @@
 import base64
+import copy
 import http.server
 import io
 import threading
@@ -80,10 +81,12 @@ def test_every_kind_of_source_gives_the_same_image(tmp_path, image_server):
         torch.from_numpy(expected.copy()),
         torch.from_numpy(expected.copy()).permute(2, 0, 1).to(torch.bfloat16) / 255,
         expected.astype(np.uint16) * 257,
+        expected / 255 * 1.004 - 0.002,  # what resizing does to floats
+        expected * 1.004 - 0.5,
     ]
     for source in sources:
         actual = np.asarray(load_rgb_image(source)).astype(int)
-        assert np.abs(actual - expected).max() <= 1, type(source)  # bfloat16 holds 8 bits
+        assert np.abs(actual - expected).max() <= 1, source  # bfloat16 holds 8 bits
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "YCbCr", "RGBA", "LA", "I;16", "I", "F", "HSV", "RGBa"])
@@ -166,6 +169,8 @@ def test_arrays_that_are_no_images_are_refused():
         (np.zeros((7, 7, 7)), r"\(7, 7, 7\)"),
         (np.random.default_rng(0).normal(size=(4, 4, 3)), "normalised already"),
         (np.full((4, 4, 3), np.nan), "nan"),
+        (np.full((4, 4, 3), 70_000), "70000"),
+        (np.full((4, 4, 3), -1), "-1"),
         (object(), "cannot be made"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -177,6 +182,15 @@ def test_images_of_extreme_sizes(processor, size):
     inputs = chat(processor, user(picture(size=size), QUESTION))
     assert inputs["pixel_values"].shape == (1, 1, 3, 64, 64)
     assert torch.isfinite(inputs["pixel_values"]).all()
+
+
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    path = tmp_path / "large.png"
+    picture(size=(20_000, 9)).save(path)
+    assert load_rgb_image(path).size == (20_000, 9)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)  # it takes gigabytes to show with Pillow's own limit
+    with pytest.raises(ValueError, match="large.png.*too large.*180000 pixels"):
+        load_rgb_image(path)
 
 
 def test_what_a_centre_crop_discards_is_not_resized(processor):
@@ -223,8 +237,6 @@ def test_the_place_of_an_image_in_the_text_does_not_matter(processor):
 
 def test_a_bos_token_that_the_tokenizer_adds_comes_after_the_placeholders(processor):
     """Tokenizers of Gemma and Llama add it by themselves; a template that writes it must not double it."""
-    import copy
-
     from tokenizers.processors import TemplateProcessing
 
     processor = copy.deepcopy(processor)
@@ -305,6 +317,25 @@ def test_truncation_keeps_the_placeholders(processor):
     assert ids[:L] == [processor.image_token_id] * L and len(ids) == 7
 
 
+def test_truncation_without_a_length_to_truncate_to(processor):
+    """Some tokenizers know no limit; then nothing is cut, as with the tokenizer alone."""
+    processor = copy.deepcopy(processor)
+    processor.tokenizer.model_max_length = int(1e30)
+    expected = processor(images=picture(), text="<image>" + QUESTION)["input_ids"]
+    for truncation in (True, "do_not_truncate", False):
+        assert processor(images=picture(), text="<image>" + QUESTION, truncation=truncation)["input_ids"] == expected
+    with pytest.raises(ValueError, match="is 4, but a row with images needs 4 placeholders"):
+        processor(images=picture(), text="<image>" + QUESTION, truncation=True, max_length=4)
+
+
+def test_what_is_returned(processor):
+    assert set(processor(text=QUESTION, return_attention_mask=False)) == {"input_ids"}
+    inputs = processor(images=picture(), text="<image>" + QUESTION, return_tensors="np")
+    assert all(isinstance(value, np.ndarray) for value in inputs.values())
+    with pytest.raises(ValueError, match="return_overflowing_tokens"):
+        processor(text=QUESTION, return_overflowing_tokens=True)
+
+
 def test_padding_to_a_length(processor):
     inputs = processor(
         images=picture(), text="<image>" + QUESTION, padding="max_length", max_length=20, return_tensors="pt"
@@ -360,6 +391,8 @@ def test_numbers_of_images_and_prompts_must_agree(processor):
         processor(images=image, text="what?")
     with pytest.raises(ValueError, match="have 1 <image>, but got 0 images"):
         processor(text="<image> what?")
+    with pytest.raises(ValueError, match="cannot be made from NoneType"):
+        processor(images=[image, None], text="<image><image> what?")
     with pytest.raises(ValueError, match="images for 2 rows, but 1 prompts"):
         processor(images=[[image], [image]], text=["<image> a"])
     with pytest.raises(ValueError, match="Prompt 1 has 0 <image> but 1 images"):
@@ -372,8 +405,9 @@ def test_text_must_be_text(processor):
             processor(text=text)
     with pytest.raises(ValueError, match="Prompt 0 is empty"):
         processor(images=picture(), text="<image>\n")
-    with pytest.raises(ValueError, match="string or a list of strings"):
-        processor(text=[1, 2])
+    for text in ([1, 2], [], 3):
+        with pytest.raises(ValueError, match="string or a list of strings"):
+            processor(text=text)
     with pytest.raises(ValueError, match="`text`, `images`, or both"):
         processor()
 
@@ -388,6 +422,11 @@ def test_a_prompt_longer_than_the_context(processor):
 def test_videos_and_sound_are_refused(processor):
     with pytest.raises(ValueError, match="frames of a video as `images`"):
         processor(text="what?", videos=[np.zeros((2, 8, 8, 3))])
+
+
+def test_a_chat_with_other_content_is_refused(processor):
+    with pytest.raises(Exception, match="images and text, not video"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "video", "path": "a.mp4"}]}])
 
 
 def test_the_example_image_is_readable():

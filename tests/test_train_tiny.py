@@ -96,6 +96,9 @@ def test_an_interrupted_stage_goes_on_and_a_finished_one_is_kept(scenes, small_p
     again = run(TaLlavaForConditionalGeneration(model.config))
     assert all(torch.equal(value, learned[name]) for name, value in again.items())
 
+    with pytest.raises(ValueError, match="'steps': 4.*'steps': 5.*--output-dir"):
+        run_stage("stage", model, dataset, tmp_path, 0, 5, 8, [])
+
     # Cut off after step 3 of 4: it goes on from there, to the same weights.
     (tmp_path / "stage" / "finished.pt").unlink()
     shutil.rmtree(tmp_path / "stage" / "checkpoint-4")
