@@ -433,6 +433,12 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
                 f"`vision_feature_layer` is {config.vision_feature_layer}, but the vision tower has {num_states} hidden "
                 "states."
             )
+        for token_id in (config.image_token_id, *config.response_marker_ids):
+            if token_id >= text_config.vocab_size:
+                raise ValueError(
+                    f"`image_token_id` and `response_marker_ids` must be tokens of the language model, but {token_id} is "
+                    f"not in its vocabulary of {text_config.vocab_size}."
+                )
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.language_model = AutoModel.from_config(text_config)
         if getattr(text_config, "attn_logit_softcapping", None) and text_config._attn_implementation == "sdpa":
@@ -628,7 +634,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         """
         batch_size, sequence_length = inputs_embeds.shape[:2]
         device, num_prefix_tokens = inputs_embeds.device, self.config.num_prefix_tokens
-        max_length = self.config.text_config.max_position_embeddings
+        max_length = getattr(self.config.text_config, "max_position_embeddings", sequence_length)
         if sequence_length > max_length:
             raise ValueError(
                 f"The sequence has {sequence_length} tokens, the context of the language model {max_length} "
@@ -637,15 +643,9 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         if pixel_values is None and vision_features is None and sequence_length < num_prefix_tokens:
             return inputs_embeds, None, None
 
-        def columns_of(token_id: int) -> torch.Tensor:
-            if input_ids is not None:
-                return input_ids == token_id
-            embedding = self.get_input_embeddings()(torch.tensor(token_id, device=device))
-            return (inputs_embeds == embedding.to(inputs_embeds.dtype)).all(dim=-1)
-
         # A placeholder after the first word is a word like others, should a model ever write one.
         tokens = non_padding_columns(attention_mask, batch_size, sequence_length, device)
-        is_placeholder = columns_of(self.config.image_token_id)
+        is_placeholder = self._columns_of(self.config.image_token_id, input_ids, inputs_embeds)
         is_prefix = is_placeholder & ((tokens & ~is_placeholder).cumsum(dim=-1) == 0)
         has_prefix = is_prefix.any(dim=-1)
         text_mask = tokens & ~is_prefix
@@ -676,20 +676,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
             inputs_embeds.gather(1, columns[:, :, None].expand(-1, -1, prefix.shape[-1])),
         )
 
-        markers = torch.stack([columns_of(token_id) for token_id in self.config.response_marker_ids]) & text_mask
-        response_start = find_response_start(markers, self.config.instruction_scope)
-        if (
-            self.training
-            and not torch.compiler.is_compiling()
-            and (response_start[has_prefix] == sequence_length).any()
-        ):
-            logger.warning_once(
-                "A training example with an image has no response marker (`config.response_marker_ids` "
-                f"{self.config.response_marker_ids}), so its prefix reads all of its text, the labels included. Does the "
-                "chat template of the processor write the marker?"
-            )
-        before_response = torch.arange(sequence_length, device=device) < response_start[:, None]
-        instruction_mask = text_mask & before_response
+        instruction_mask = self._instruction_mask(text_mask, has_prefix, input_ids, inputs_embeds)
 
         visual_tokens = visual = None
         if vision_features is not None:
@@ -712,6 +699,33 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
             visual=visual,
         )
         return replace_prefix(inputs_embeds, columns, prefix), visual_tokens, reader
+
+    def _columns_of(self, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """Which columns `(B, S)` hold a token: by its id or, where there are no ids, by its embedding."""
+        if input_ids is not None:
+            return input_ids == token_id
+        embedding = self.get_input_embeddings()(torch.tensor(token_id, device=inputs_embeds.device))
+        return (inputs_embeds == embedding.to(inputs_embeds.dtype)).all(dim=-1)
+
+    def _instruction_mask(
+        self,
+        text_mask: torch.Tensor,
+        has_prefix: torch.Tensor,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+    ) -> torch.Tensor:
+        """The instruction `(B, S)`: the text before the response, as the markers and `instruction_scope` tell."""
+        marker_ids, sequence_length = self.config.response_marker_ids, text_mask.shape[1]
+        markers = torch.stack([self._columns_of(token_id, input_ids, inputs_embeds) for token_id in marker_ids])
+        response_start = find_response_start(markers & text_mask, self.config.instruction_scope)
+        no_marker = response_start == sequence_length
+        if self.training and not torch.compiler.is_compiling() and (no_marker & has_prefix).any():
+            logger.warning_once(
+                f"A training example with an image has no response marker (`config.response_marker_ids` {marker_ids}), "
+                "so its prefix reads all of its text, the labels included. Does the chat template of the processor "
+                "write the marker?"
+            )
+        return text_mask & (torch.arange(sequence_length, device=text_mask.device) < response_start[:, None])
 
     def _embed_prefix(self, device: torch.device) -> torch.Tensor:
         """The learned prefix `(1, L, d)`, scaled as the language model scales its embeddings (Gemma: by sqrt(d))."""

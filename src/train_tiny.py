@@ -381,23 +381,23 @@ def train_tiny(output_dir: Path, seed: int = 0, scale: float = 1.0) -> None:
     classifier = PatchClassifier(config.vision_config)
     patches = PatchDataset(scenes, processor.image_processor)
     groups = [{"params": list(classifier.parameters()), "lr": 1e-3}]
-    run_stage("0-vision-tower", classifier, patches, output_dir, seed, steps(4000), 64, groups)
+    run_stage("0-vision-tower", classifier, patches, output_dir, seed, steps(3000), 64, groups)
     base.vision_tower.load_state_dict(classifier.vision_tower.state_dict())
 
     text = ChatDataset(text_items(scenes), processor)
     groups = trainable(model, [([language_model], 1e-3)])
-    run_stage("0-language-model", model, text, output_dir, seed, steps(1500), 64, groups)
+    run_stage("0-language-model", model, text, output_dir, seed, steps(1000), 64, groups)
 
     features = compute_features(model, scenes, processor.image_processor)
     captions = ChatDataset(caption_items(scenes), processor, features)
     questions = ChatDataset(question_items(scenes) + 2 * caption_items(scenes), processor, features)
     reading = [base.multi_modal_projector, base.prefix_embedding, base.text_adapter, base.vision_adapter]
     groups = trainable(model, [(reading, 1e-3)])
-    run_stage("1-captions", model, captions, output_dir, seed, steps(600), 64, groups)
+    run_stage("1-captions", model, captions, output_dir, seed, steps(500), 64, groups)
     groups = trainable(model, [(reading, 1e-3)])
-    run_stage("2-questions", model, questions, output_dir, seed, steps(2500), 64, groups)
+    run_stage("2-questions", model, questions, output_dir, seed, steps(1500), 64, groups)
     groups = trainable(model, [(reading, 1e-3), ([language_model], 5e-4)])
-    run_stage("3-language-model-too", model, questions, output_dir, seed, steps(4000), 64, groups)
+    run_stage("3-language-model-too", model, questions, output_dir, seed, steps(2500), 64, groups)
 
     model.generation_config = GenerationConfig(
         bos_token_id=config.text_config.bos_token_id,

@@ -913,6 +913,9 @@ def test_a_marker_of_none_and_bad_intervals_are_refused():
         build_config(response_marker_ids=[])
     with pytest.raises(Exception, match="adapter_interval.*at least 2"):
         build_config(adapter_interval=1)
+    for field in ({"image_token_id": 60}, {"response_marker_ids": [3, 61]}):
+        with pytest.raises(ValueError, match="6[01] is not in its vocabulary of 60"):
+            TaLlavaForConditionalGeneration(build_config(**field))
     with pytest.raises(ValueError, match="vision_feature_layer` is -5.*4 hidden states"):
         TaLlavaForConditionalGeneration(build_config(vision_feature_layer=-5))
 
