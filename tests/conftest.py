@@ -1,6 +1,5 @@
 """What the tests share: small models of both backbones with lively weights, and prompts for them."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,8 +8,6 @@ from transformers import AutoProcessor, CLIPVisionConfig, Gemma2Config, LlamaCon
 
 from ta_llava import TaLlavaConfig, TaLlavaForConditionalGeneration
 
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ROOT = Path(__file__).parent.parent

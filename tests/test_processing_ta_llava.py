@@ -424,10 +424,5 @@ def test_videos_and_sound_are_refused(processor):
         processor(text="what?", videos=[np.zeros((2, 8, 8, 3))])
 
 
-def test_a_chat_with_other_content_is_refused(processor):
-    with pytest.raises(Exception, match="images and text, not video"):
-        processor.apply_chat_template([{"role": "user", "content": [{"type": "video", "path": "a.mp4"}]}])
-
-
 def test_the_example_image_is_readable():
     assert load_rgb_image(EXAMPLE_IMAGE).size == (224, 224)
