@@ -31,7 +31,7 @@ lint: $(VENV)/installed-dev  ## run the linters and the type checker
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-train-tiny: $(VENV)/installed-dev  ## train the shipped model from nothing (about an hour on 2 cores; resumes)
+train-tiny: $(VENV)/installed-dev  ## train the shipped model from nothing (37 minutes on 2 cores; resumes)
 	$(BIN)/python -m ta_llava.train_tiny --output-dir runs/ta-llava-tiny
 	$(BIN)/python -m ta_llava.evaluate_easy_vqa runs/ta-llava-tiny/model --output runs/ta-llava-tiny/easy_vqa.json
 

@@ -216,8 +216,8 @@ def test_placeholders_stand_before_all_text_and_bos_comes_once(processor):
     assert ids[:L] == [processor.image_token_id] * L
     assert ids[L] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
     assert ids.count(processor.image_token_id) == L
-    turns = "<start_of_turn> user what color is the shape ? <end_of_turn> <start_of_turn> model"
-    assert tokenizer.convert_ids_to_tokens(ids[L + 1 :]) == turns.split()
+    turns = "<start_of_turn> user \n what ▁color ▁is ▁the ▁shape ? <end_of_turn> \n <start_of_turn> model \n"
+    assert tokenizer.convert_ids_to_tokens(ids[L + 1 :]) == turns.split(" ")
     assert inputs["attention_mask"].all() and inputs["attention_mask"].shape == inputs["input_ids"].shape
 
 
@@ -307,7 +307,7 @@ def test_assistant_masks_mark_what_the_model_says(processor):
         return_tensors="pt",
         processor_kwargs={"padding": True},
     )
-    for row, expected in enumerate(["teal <end_of_turn>", "blue shape <end_of_turn>"]):
+    for row, expected in enumerate(["teal <end_of_turn>", "blue ▁shape <end_of_turn>"]):
         said = inputs["input_ids"][row][inputs["assistant_masks"][row].bool()]
         assert processor.tokenizer.convert_ids_to_tokens(said.tolist()) == expected.split()
 

@@ -1,0 +1,1 @@
+../../src/configuration_ta_llava.py

@@ -1,0 +1,1 @@
+../../src/modeling_ta_llava.py

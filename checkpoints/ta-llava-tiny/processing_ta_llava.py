@@ -1,0 +1,1 @@
+../../src/processing_ta_llava.py
