@@ -53,6 +53,8 @@ def ask(
             raise ValueError('give an image and a question, e.g. `ta-llava ask image.png "what color is the shape?"`.')
         if batch is not None and question:
             raise ValueError("give images and a question, or --batch, not both.")
+        if question and not question[-1].strip():
+            raise ValueError("the question is empty.")
         items = _read_batch(batch) if batch is not None else [(question[:-1], question[-1])]
         sources: list[tuple[list[Any], str]] = list(items)
 

@@ -62,7 +62,7 @@ def answer(
     for images, question in questions:
         if not question.strip():
             raise ValueError(f"The question about {images} is empty.")
-    with tqdm(total=len(questions), unit="question", disable=not progress) as bar:
+    with tqdm(total=len(questions), unit="question", disable=None if progress else True) as bar:
         for start in range(0, len(questions), batch_size):
             batch = questions[start : start + batch_size]
             conversations = [

@@ -654,6 +654,10 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
             if (no_images or (image_mask is not None and not image_mask.any())) and not has_prefix.any():
                 return inputs_embeds, None, None
             self._check_placeholders(is_prefix)
+            if no_images:  # not an error: assistants are called like this
+                logger.warning_once(
+                    "The text has placeholders for images, but no `pixel_values` were given: the prefix reads text alone."
+                )
         if pixel_values is not None:
             pixel_values = pixel_values.unsqueeze(1) if pixel_values.dim() == 4 else pixel_values
             self._check_images("pixel_values", pixel_values, 5, image_mask, has_prefix)
@@ -827,6 +831,10 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin):
     ) -> tuple | BaseModelOutputWithPooling:
         """See [`TaLlavaModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, image_mask, **kwargs)
+
+    def get_vision_features(self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """See [`TaLlavaModel.get_vision_features`]."""
+        return self.model.get_vision_features(pixel_values, image_mask)
 
     @can_return_tuple
     def forward(

@@ -91,7 +91,9 @@ def _open_image(source: str) -> Image.Image:
     try:
         return load_image(source)
     except Exception as error:
-        raise ValueError(f"{name} is no image file, http(s) URL or base64-encoded image.") from error
+        raise ValueError(
+            f"There is no image file {name}, and it is no http(s) URL or base64-encoded image."
+        ) from error
 
 
 def _name_of(image: Image.Image) -> str:

@@ -349,7 +349,7 @@ def test_pixel_values_of_four_dimensions_are_one_image_a_row(model):
 def test_vision_features_stand_for_pixel_values(model):
     batch = batch_of([prompt_ids(4, 1), prompt_ids(7, 2)])
     images = random_images(2, 2)
-    features = model.model.get_vision_features(images)
+    features = model.get_vision_features(images)
     assert features.shape == (4, 9, 24)
     expected = model(**batch, pixel_values=images)
     output = model(**batch, vision_features=features.view(2, 2, 9, 24))
@@ -598,11 +598,16 @@ def test_compiled_prefill(gemma):
     torch.testing.assert_close(compiled[real], expected[real], **TOLERANCE)
 
 
-def test_placeholders_without_images_are_accepted(model):
-    """Assistants and continued conversations send them; the prefix then reads the text alone."""
+def test_placeholders_without_images_are_accepted_with_a_warning(model, monkeypatch):
+    """Assistants send them; the prefix then reads the text alone."""
+    warnings = []
+    monkeypatch.setattr(modeling_ta_llava.logger, "warning_once", warnings.append)
     ids = torch.tensor([prompt_ids()])
     with torch.no_grad():
         assert torch.isfinite(model(input_ids=ids).logits).all()
+        assert len(warnings) == 1 and "no `pixel_values`" in warnings[0]
+        model(input_ids=ids, pixel_values=random_images(1))
+    assert len(warnings) == 1
 
 
 def test_token_types_of_the_processor_are_accepted(model):

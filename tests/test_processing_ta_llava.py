@@ -151,7 +151,7 @@ def test_unreadable_images_are_named(tmp_path, image_server):
         (tmp_path / "text.png", "text.png.*not a readable image"),
         (tmp_path / "cut.jpg", "cut.jpg.*truncated"),
         (tmp_path / "cut.png", "cut.png.*truncated"),
-        (tmp_path / "none.png", "none.png.*no image file"),
+        (tmp_path / "none.png", "no image file.*none.png"),
         (tmp_path, "folder"),
         (f"{image_server}/page.html", "page.html.*not an image"),
         (f"{image_server}/none.png", "none.png"),
