@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-IMAGES := examples
 
 .PHONY: help demo test lint train-tiny evaluate-tiny bench clean
 
@@ -20,8 +19,8 @@ $(VENV)/installed-dev: $(VENV)/installed
 	touch $@
 
 demo: $(VENV)/installed  ## ask the shipped model two questions about a shipped image
-	$(BIN)/ta-llava ask $(IMAGES)/teal_triangle.png "what color is the shape?"
-	$(BIN)/ta-llava ask $(IMAGES)/teal_triangle.png "is there a circle in the image?"
+	$(BIN)/ta-llava ask examples/teal_triangle.png "what color is the shape?"
+	$(BIN)/ta-llava ask examples/teal_triangle.png "is there a circle in the image?"
 
 test: $(VENV)/installed-dev  ## run the tests
 	$(BIN)/python -m pytest -q

@@ -380,7 +380,9 @@ class TaLlavaProcessor(ProcessorMixin):
 
 def _is_nested(images: Any) -> bool:
     """Whether there is one list (or `None`) per row, not one flat list of images."""
-    return isinstance(images, (list, tuple)) and all(row is None or isinstance(row, (list, tuple)) for row in images)
+    if not isinstance(images, (list, tuple)) or not images:
+        return False
+    return all(row is None or isinstance(row, (list, tuple)) for row in images)
 
 
 def _flatten_images(images: Any) -> list:

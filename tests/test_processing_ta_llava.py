@@ -227,6 +227,9 @@ def test_a_row_without_images_is_what_the_tokenizer_makes_of_it(processor):
     assert chat(processor, user(QUESTION))["input_ids"][0].tolist() == expected
     assert processor(text=QUESTION)["input_ids"] == [processor.tokenizer(QUESTION)["input_ids"]]
     assert "pixel_values" not in processor(text=QUESTION)
+    for no_images in ([], [[]], [None]):
+        inputs = processor(images=no_images, text=QUESTION)
+        assert inputs["input_ids"] == processor(text=QUESTION)["input_ids"] and "pixel_values" not in inputs
 
 
 def test_the_place_of_an_image_in_the_text_does_not_matter(processor):
