@@ -60,8 +60,8 @@ def ask(
 
         from transformers.utils import logging
 
+        from .image_loading import load_rgb_image
         from .inference import DEFAULT_MODEL, answer, load
-        from .processing_ta_llava import load_rgb_image
 
         if batch is None:  # a wrong image is found before a model is loaded
             sources = [([load_rgb_image(image) for image in question[:-1]], question[-1])]

@@ -18,6 +18,8 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
+from .vmtc import VmtcConfig
+
 
 # The parts of the published model: CLIP ViT-L/14@336 and Gemma-2-2B.
 _DEFAULT_VISION_CONFIG = {
@@ -34,10 +36,11 @@ _DEFAULT_TEXT_CONFIG = {"model_type": "gemma2"}
 
 
 @strict
-class TaLlavaConfig(PreTrainedConfig):
+class TaLlavaConfig(VmtcConfig):
     r"""
     Configuration of a [`TaLlavaForConditionalGeneration`]. The defaults are those of the paper: CLIP ViT-L/14@336,
-    Gemma-2-2B, 32 prefix tokens, adapters after every fourth layer.
+    Gemma-2-2B, 32 prefix tokens, adapters after every fourth layer. The fields of [`VmtcConfig`], all off by default,
+    compress what the vision tower hands to the prefix.
 
     Args:
         vision_config (`dict` or `PreTrainedConfig`, *optional*):

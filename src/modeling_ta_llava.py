@@ -36,6 +36,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple, logging
 
 from .configuration_ta_llava import TaLlavaConfig
+from .vmtc import VisualBudgetMixin, compression_of_call, make_compressible
 
 
 logger = logging.get_logger(__name__)
@@ -383,7 +384,7 @@ def _new_prefix_reading_layer(layer_class: Any) -> nn.Module:
     return prefix_reading_class.__new__(prefix_reading_class)
 
 
-class TaLlavaPreTrainedModel(PreTrainedModel):
+class TaLlavaPreTrainedModel(VisualBudgetMixin, PreTrainedModel):
     config: TaLlavaConfig
     config_class = TaLlavaConfig
     base_model_prefix = "model"
@@ -440,6 +441,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
                     f"not in its vocabulary of {text_config.vocab_size}."
                 )
         self.vision_tower = AutoModel.from_config(config.vision_config)
+        make_compressible(self.vision_tower)
         self.language_model = AutoModel.from_config(text_config)
         if getattr(text_config, "attn_logit_softcapping", None) and text_config._attn_implementation == "sdpa":
             # SDPA cannot soft-cap. Before 5.23 the library lets Gemma-2 use it all the same, and drops the capping.
@@ -529,6 +531,9 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         if image_mask is not None:
             pixel_values = pixel_values[image_mask.flatten().bool()]
         kwargs["output_hidden_states"] = True
+        vmtc = compression_of_call(self.config, self.vision_tower, pixel_values, self.config.vision_feature_layer)
+        if vmtc is not None:
+            kwargs["vmtc"] = vmtc
         outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
         features = outputs.hidden_states[self.config.vision_feature_layer]
         if self.config.vision_feature_select_strategy == "default":

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from ta_llava import TaLlavaProcessor
-from ta_llava.processing_ta_llava import load_rgb_image
+from ta_llava.image_loading import load_rgb_image
 
 
 QUESTION = "what color is the shape?"

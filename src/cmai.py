@@ -1,0 +1,597 @@
+# Copyright 2026 The TA-LLaVA Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Cross-Modality Attention Inhibition (CMAI), of "Enhancing Instruction-Following Capability of Visual-Language Models by
+Reducing Image Redundancy": in every layer of the language model each text token stops attending to those image tokens
+that it, and the text it attends to, have least to do with.
+
+Conventions of this file. B: batch, q: text queries of this call, T: text tokens so far (cached ones and those of this
+call), n: image tokens of a row, K: keys. A column is a place in the whole sequence; -1 stands for none. What decides
+(the averaged attention, the focus, its quantile) is float32.
+"""
+
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+
+# --- the maths -----------------------------------------------------------------------------------------------------
+
+
+def inhibition_ratio(layer_idx: int, num_layers: int, max_ratio: float) -> float:
+    """gamma of a layer: from 0 in the first, linearly, to `max_ratio` in the last."""
+    return max_ratio * layer_idx / max(num_layers - 1, 1)
+
+
+def head_averaged_scores(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
+    """
+    Scaled q.k, averaged over heads. The heads that share keys are added up first, then all heads are one product.
+
+    Args:
+        query (`torch.FloatTensor` of shape `(B, heads, q, head_dim)`), key (`(B, kv_heads, K, head_dim)`): Rotated.
+
+    Returns:
+        `torch.FloatTensor` of shape `(B, q, K)`, float32.
+    """
+    num_heads, num_queries = query.shape[1:3]
+    folded = query.float().unflatten(1, (key.shape[1], -1)).sum(dim=2) * (scaling / num_heads)
+    if num_queries == 1:  # decoding: reads the keys where they lie, without a copy of them
+        return (folded.to(key.dtype) @ key.mT).float().sum(dim=1)
+    return folded.transpose(1, 2).flatten(2) @ key.float().transpose(1, 2).flatten(2).mT
+
+
+def attention_weights(
+    query: torch.Tensor, key: torch.Tensor, scaling: float, allowed: torch.Tensor, softcap: float | None = None
+) -> torch.Tensor:
+    """
+    Softmax of scaled q.k over the keys that are allowed.
+
+    Args:
+        query, key: As in `head_averaged_scores`.
+        allowed (`torch.BoolTensor` of shape `(B, q, K)`): At least one key for each query.
+        softcap (`float`, *optional*): Soft-capping of the scores (Gemma-2).
+
+    Returns:
+        `torch.FloatTensor` of shape `(B, heads, q, K)`, float32.
+    """
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = query.float() @ key.float().mT * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    return scores.masked_fill(~allowed[:, None], -torch.inf).softmax(dim=-1)
+
+
+def focus_scores(
+    own: torch.Tensor,
+    text_to_text: torch.Tensor,
+    text_to_image: torch.Tensor,
+    precedes: torch.Tensor,
+    distance: torch.Tensor,
+    focus: str = "focus",
+    discount: float = 0.9,
+) -> torch.Tensor:
+    """
+    Text-to-image focus F of some text tokens, equations 9 to 11, and the alternatives of Table 5.
+
+    Args:
+        own (`torch.FloatTensor` of shape `(B, q, n)`): Their rows of A_t2i.
+        text_to_text (`torch.FloatTensor` of shape `(B, q, T)`): Their rows of A_t2t.
+        text_to_image (`torch.FloatTensor` of shape `(B, T, n)`): A_t2i of all text tokens; 0 where one cannot see.
+        precedes (`torch.BoolTensor` of shape `(B, q, T)`): Whether a text token is seen and stands strictly before.
+        distance (`torch.LongTensor` of shape `(B, q, T)`): How many text tokens it stands before.
+        focus (`str`): `"tia"`: A_t2i. `"sum"`: sum of A_t2i up to the token. `"discounted_sum"`: the same with
+            `discount ** distance`. `"focus"`: A_t2i + A_t2n A_t2i, the method.
+
+    Returns:
+        `torch.FloatTensor` of shape `(B, q, n)`.
+    """
+    if focus == "tia":
+        return own
+    if focus == "focus":
+        weights = text_to_text
+    elif focus == "sum":
+        weights = torch.ones_like(text_to_text)
+    else:
+        weights = discount ** distance.clamp(min=0).to(own.dtype)
+    return own + weights.masked_fill(~precedes, 0) @ text_to_image
+
+
+def inhibition_threshold(focus: torch.Tensor, visible: torch.Tensor, ratio: float) -> torch.Tensor:
+    """
+    The `ratio`-quantile of each row of `focus` `(B, q, n)` over its `visible` entries, as `torch.quantile` interpolates
+    it linearly: `(B, q, 1)`; infinite for rows without any.
+    """
+    ascending = focus.masked_fill(~visible, torch.inf).sort(dim=-1).values
+    last = (visible.sum(dim=-1, keepdim=True) - 1).clamp(min=0)
+    rank = last.to(focus.dtype) * ratio
+    below = rank.floor().long()
+    above = torch.minimum(below + 1, last)
+    return torch.lerp(ascending.gather(-1, below), ascending.gather(-1, above), rank - below)
+
+
+def inhibited_pairs(focus: torch.Tensor, visible: torch.Tensor, ratio: float) -> torch.Tensor:
+    """Which visible image tokens `(B, q, n)` lie strictly below the threshold of their row."""
+    return visible & (focus < inhibition_threshold(focus, visible, ratio))
+
+
+# --- the cache -----------------------------------------------------------------------------------------------------
+
+
+class CmaiLayerMixin:
+    """
+    What a cache layer keeps beside keys and values, so that the focus of later tokens can be computed: the row of A_t2i
+    of every text token. The first layer also keeps the columns of these text tokens and of the image tokens.
+
+    text_to_image (`torch.FloatTensor` of shape `(B, T, n)`, *optional*)
+    text_columns (`torch.LongTensor` of shape `(B, T)`, *optional*): -1 for a row that is no text token.
+    image_columns (`torch.LongTensor` of shape `(B, n)`, *optional*): -1 for none.
+    """
+
+    text_to_image: torch.Tensor | None = None
+    text_columns: torch.Tensor | None = None
+    image_columns: torch.Tensor | None = None
+    _names = ("text_to_image", "text_columns", "image_columns")
+
+    def _apply_to_state(self, function: Any) -> None:
+        for name in self._names:
+            if (value := getattr(self, name)) is not None:
+                setattr(self, name, function(value))
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._apply_to_state(lambda value: value.index_select(0, beam_idx.to(value.device)))
+
+    def offload(self) -> None:
+        super().offload()  # type: ignore[misc]
+        if self.text_to_image is not None:
+            self.text_to_image = self.text_to_image.to("cpu", non_blocking=True)
+
+    def prefetch(self) -> None:
+        super().prefetch()  # type: ignore[misc]
+        if self.text_to_image is not None:
+            self.text_to_image = self.text_to_image.to(self.device, non_blocking=True)  # type: ignore[attr-defined]
+
+
+class CmaiDynamicMixin(CmaiLayerMixin):
+    """The state of a layer that grows."""
+
+    num_single = 0  # the last so many columns have one row each; of those before, only text has
+
+    def update_columns(
+        self, text: torch.Tensor, image: torch.Tensor, is_single: bool, num_columns: int, max_length: int
+    ) -> None:
+        """Appends the columns of the text `(B, t)` and the image tokens `(B, i)` of this call."""
+        self.num_single = self.num_single + text.shape[1] if is_single else 0
+        if self.text_columns is not None and self.image_columns is not None:
+            text, image = torch.cat([self.text_columns, text], dim=1), torch.cat([self.image_columns, image], dim=1)
+        self.text_columns, self.image_columns = text, image
+
+    def update_rows(self, rows: torch.Tensor, is_single: bool, positions: Any, capacity: int) -> torch.Tensor:
+        """Appends the `rows` `(B, t, n)` of this call and returns all, `(B, T, n)`; earlier ones saw no later image."""
+        self.num_single = self.num_single + rows.shape[1] if is_single else 0
+        if self.text_to_image is not None:
+            earlier = nn.functional.pad(self.text_to_image, (0, rows.shape[2] - self.text_to_image.shape[2]))
+            rows = torch.cat([earlier, rows], dim=1)
+        # Text before the first image has no rows yet: it saw none.
+        self.text_to_image = nn.functional.pad(rows, (0, 0, capacity - rows.shape[1], 0))
+        return self.text_to_image
+
+    def crop(self, tokens_to_remove: int) -> None:
+        before = self.get_seq_length()  # type: ignore[attr-defined]
+        super().crop(tokens_to_remove)  # type: ignore[misc]
+        after = self.get_seq_length()  # type: ignore[attr-defined]
+        num_rows = min(before - after, self.num_single)
+        self.num_single -= num_rows
+        if self.text_to_image is not None:
+            self.text_to_image = self.text_to_image[:, : self.text_to_image.shape[1] - num_rows]
+        if self.text_columns is not None and self.image_columns is not None:
+            text = self.text_columns[:, : self.text_columns.shape[1] - num_rows]
+            self.text_columns = text.masked_fill(text >= after, -1)
+            self.image_columns = self.image_columns.masked_fill(self.image_columns >= after, -1)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self._apply_to_state(lambda value: value.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._apply_to_state(lambda value: value[indices, ...])
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self.text_to_image = self.text_columns = self.image_columns = None
+        self.num_single = 0
+
+
+# Rows for which static buffers have room at least.
+_LEAST_ROOM = 16
+
+
+class CmaiStaticMixin(CmaiLayerMixin):
+    """The state of a layer of fixed size: buffers that are written in place, so that decoding can be compiled."""
+
+    num_rows: torch.Tensor | None = None  # so many rows of the buffers are in use; in the first layer
+    max_columns = 0  # the buffers have room for a sequence of that length
+    is_empty = True
+
+    def update_columns(
+        self, text: torch.Tensor, image: torch.Tensor, is_single: bool, num_columns: int, max_length: int
+    ) -> torch.Tensor:
+        """As in `CmaiDynamicMixin`, of a cache for `max_length` columns; returns where the rows are to be written."""
+        seen = self.get_seq_length()  # type: ignore[attr-defined]
+        if self.is_empty:
+            # Where all layers have a sliding window, sequences may get longer than the cache; then the buffers grow.
+            room = max(max_length - num_columns, _LEAST_ROOM)
+            self.max_columns = num_columns + room
+            shape = (text.shape[0], text.shape[1] + room)
+            if self.text_columns is None or self.num_rows is None or self.text_columns.shape != shape:
+                self.text_columns = _mark_static(text.new_full(shape, -1))
+                self.num_rows = _mark_static(text.new_zeros(()))
+            self.image_columns = image
+        elif isinstance(seen, int) and seen + num_columns > self.max_columns:
+            room = self.max_columns + num_columns
+            self.max_columns += room
+            grown = nn.functional.pad(self.text_columns, (0, room), value=-1)  # type: ignore[arg-type]
+            self.text_columns = _mark_static(grown)
+        if not self.is_empty and image.shape[1] > 0:
+            self.image_columns = torch.cat([self.image_columns, image], dim=1)  # type: ignore[list-item]
+        self.is_empty = False
+        positions = torch.arange(text.shape[1], device=text.device) + self.num_rows
+        self.text_columns.index_copy_(1, positions, text)  # type: ignore[union-attr]
+        self.num_rows.add_(text.shape[1])  # type: ignore[union-attr]
+        return positions
+
+    def update_rows(self, rows: torch.Tensor, is_single: bool, positions: torch.Tensor, capacity: int) -> torch.Tensor:
+        """Writes the `rows` `(B, t, n)` of this call at `positions` and returns the buffer `(B, capacity, n)`."""
+        shape = (rows.shape[0], capacity, rows.shape[2])
+        if self.text_to_image is None or self.text_to_image.shape != shape:
+            earlier, self.text_to_image = self.text_to_image, _mark_static(rows.new_zeros(shape))
+            if earlier is not None and not self.is_empty:
+                self.text_to_image[:, : earlier.shape[1], : earlier.shape[2]] = earlier
+        self.is_empty = False
+        self.text_to_image.index_copy_(1, positions.to(rows.device), rows)
+        return self.text_to_image
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        for name, value in (("text_to_image", 0), ("text_columns", -1), ("num_rows", 0)):
+            if (buffer := getattr(self, name)) is not None:
+                buffer.fill_(value)
+        self.image_columns, self.is_empty = None, True
+
+
+def _mark_static(buffer: torch.Tensor) -> torch.Tensor:
+    """Tells the compiler, as the library does for keys and values, that the buffer stays where it is."""
+    if not torch.compiler.is_compiling():
+        torch._dynamo.mark_static_address(buffer)
+    return buffer
+
+
+class CmaiDynamicLayer(CmaiDynamicMixin, DynamicLayer):
+    pass
+
+
+class CmaiDynamicSlidingWindowLayer(CmaiDynamicMixin, DynamicSlidingWindowLayer):
+    pass
+
+
+class CmaiStaticLayer(CmaiStaticMixin, StaticLayer):
+    pass
+
+
+class CmaiStaticSlidingWindowLayer(CmaiStaticMixin, StaticSlidingWindowLayer):
+    pass
+
+
+_CMAI_LAYERS: dict[type, type] = {
+    DynamicLayer: CmaiDynamicLayer,
+    DynamicSlidingWindowLayer: CmaiDynamicSlidingWindowLayer,
+    StaticLayer: CmaiStaticLayer,
+    StaticSlidingWindowLayer: CmaiStaticSlidingWindowLayer,
+}
+
+
+def prepare_cache(cache: Cache, text_config: Any) -> None:
+    """
+    Makes an empty cache keep what CMAI needs, by exchanging its layers.
+
+    Raises:
+        `ValueError`: The cache was filled without CMAI, or its layers are of a kind that is not supported.
+    """
+    if not cache.layers:  # a cache that makes its layers as it meets them
+        cache.layers = list(DynamicCache(config=text_config).layers)
+    for layer_idx, layer in enumerate(cache.layers):
+        # By name: the same classes may have come twice, from the package and with a checkpoint.
+        if type(layer).__name__.startswith("Cmai"):
+            continue
+        if type(layer) not in _CMAI_LAYERS:
+            supported = ", ".join(kind.__name__ for kind in _CMAI_LAYERS)
+            raise ValueError(
+                f"CMAI does not support caches with a {type(layer).__name__}, only with {supported}. Use the dynamic or the "
+                "static cache, or `use_cmai=False`."
+            )
+        if layer.is_initialized and layer.get_seq_length() > 0:
+            raise ValueError(
+                f"The cache holds {layer.get_seq_length()} columns that were computed without CMAI, so that the text-to-"
+                "image attention of earlier tokens is not in it. Begin with an empty cache while `use_cmai` is on."
+            )
+        cache.layers[layer_idx] = _CMAI_LAYERS[type(layer)].__new__(_CMAI_LAYERS[type(layer)])
+        cache.layers[layer_idx].__dict__.update(layer.__dict__)
+
+
+# --- one forward pass ----------------------------------------------------------------------------------------------
+
+
+def text_token_mask(
+    attention_mask: Any, num_columns: int, past_length: Any, device: torch.device
+) -> torch.Tensor | None:
+    """
+    Which of the last `num_columns` columns are not padding, `(B or 1, columns)`; `None` if all. `attention_mask` is
+    what `generate()` or a user gives: none, `(B, S)`, `(B or 1, 1, columns, keys)` boolean or additive, or a dict of those.
+    """
+    if isinstance(attention_mask, dict):
+        masks = [attention_mask.get("full_attention"), *attention_mask.values()]
+        attention_mask = next((mask for mask in masks if mask is not None), None)
+    if attention_mask is None:
+        return None
+    attention_mask = attention_mask.to(device)
+    if attention_mask.dim() == 2:
+        return attention_mask[:, -num_columns:].bool()
+    # Every token reads itself, whether the mask is causal or a sliding window; no token reads padding.
+    last_keys = past_length + num_columns - attention_mask.shape[-1]
+    offset = last_keys.clamp(min=0) if isinstance(last_keys, torch.Tensor) else max(last_keys, 0)
+    own = torch.arange(num_columns, device=device) + past_length - offset
+    own = attention_mask[:, 0].take_along_dim(own[None, :, None], dim=2).squeeze(2)
+    return _is_allowed(own)
+
+
+def _is_allowed(mask: torch.Tensor) -> torch.Tensor:
+    """Boolean form of an attention mask; an additive one holds zeros and very low numbers."""
+    return mask if mask.dtype == torch.bool else mask > -1e4
+
+
+class Inhibition:
+    """
+    CMAI in one forward pass: made by the model, handed through the language model to its attention as the keyword
+    argument `cmai`.
+
+    Args:
+        config ([`VmtcCmaiLlavaConfig`]): The fields that start with `cmai_`.
+        is_image, is_text (`torch.BoolTensor` of shape `(B, S)`): What the columns of this call hold; padding is neither.
+        past_length (`int` or `torch.Tensor`): Columns in the cache.
+        cache (`Cache`, *optional*): Prepared by `prepare_cache`.
+    """
+
+    def __init__(
+        self, config: Any, is_image: torch.Tensor, is_text: torch.Tensor, past_length: Any, cache: Cache | None
+    ):
+        self.config, self.cache = config, cache
+        self.num_layers = config.text_config.num_hidden_layers
+        self.num_calls = 0
+        num_columns = is_image.shape[1]
+        columns = torch.arange(num_columns, device=is_image.device) + past_length
+        self.num_seen = past_length + num_columns
+        self.is_text = is_text
+        # Of a prompt with images, only the text becomes queries and rows. A decoding step has no image tokens.
+        self.query_slots: torch.Tensor | None = None
+        image_columns = columns.expand_as(is_image)[:, :0]
+        self.query_columns = columns.expand_as(is_image)
+        self.is_query = is_text
+        if num_columns > 1:
+            num_images, num_texts = num_columns, num_columns
+            if not torch.compiler.is_compiling():  # a graph must not wait for numbers, and takes all columns
+                num_images, num_texts = torch.stack([is_image.sum(-1).amax(), is_text.sum(-1).amax()]).tolist()
+            if num_images > 0:
+                order = _first_true(is_image, num_images)
+                image_columns = torch.where(is_image.gather(1, order), columns[order], -1)
+                self.query_slots = _first_true(is_text, max(num_texts, 1))
+                self.query_columns = columns[self.query_slots]
+                self.is_query = is_text.gather(1, self.query_slots)
+                slots = torch.arange(self.query_slots.shape[1], device=columns.device).expand_as(self.query_slots)
+                self.slot_of_column = torch.zeros_like(is_text, dtype=torch.long).scatter(1, self.query_slots, slots)
+        self.is_single = self.query_slots is None
+        text_columns = torch.where(self.is_query, self.query_columns, -1)
+        self.row_positions: torch.Tensor | None = None
+        if cache is not None:
+            first: Any = cache.layers[0]
+            self.row_positions = first.update_columns(
+                text_columns, image_columns, self.is_single, num_columns, cache.get_max_length()
+            )
+            text_columns, image_columns = first.text_columns, first.image_columns
+        self.text_columns, self.image_columns = text_columns, image_columns
+        if self.row_positions is None:
+            num_rows = text_columns.shape[1]
+            self.row_positions = torch.arange(num_rows - self.query_columns.shape[1], num_rows, device=columns.device)
+        self._views: dict[Any, Any] = {}
+
+    def ratio(self, layer_idx: int) -> float:
+        """gamma of a layer; 0 where nothing is inhibited."""
+        if self.config.cmai_focus == "none" or self.image_columns.shape[1] == 0:
+            return 0.0
+        return inhibition_ratio(layer_idx, self.num_layers, self.config.cmai_max_ratio)
+
+    def attend(
+        self,
+        attention: Any,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float,
+        dropout: float = 0.0,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Attention with inhibition. Arguments and results are those of the library's attention functions, of which
+        `attention` is the one to use: as it is for the rows of image tokens, with a mask for those of text tokens.
+        """
+        self.num_calls += 1
+        ratio = self.ratio(module.layer_idx)
+        if ratio == 0:
+            return attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        allowed, image_index, image_seen, text_index, precedes, distance = self._view(attention_mask, key)
+        text_query = query
+        if self.query_slots is not None:
+            text_query = query.take_along_dim(self.query_slots.to(query.device)[:, None, :, None], dim=2)
+
+        weights = None
+        if self.config.cmai_attention == "weights":
+            weights = attention_weights(text_query, key, scaling, allowed, kwargs.get("softcap"))
+            averaged = weights.detach().mean(dim=1)
+        else:
+            averaged = head_averaged_scores(text_query.detach(), key.detach(), scaling)
+        own = averaged.take_along_dim(image_index, dim=2).masked_fill(~image_seen, 0)
+        focus = own
+        if self.config.cmai_focus != "tia":
+            rows = own
+            if self.cache is not None:
+                rows = self.cache.layers[module.layer_idx].update_rows(
+                    own, self.is_single, self.row_positions, self.text_columns.shape[1]
+                )
+            text_to_text = averaged.take_along_dim(text_index, dim=2)
+            focus = focus_scores(
+                own, text_to_text, rows, precedes, distance, self.config.cmai_focus, self.config.cmai_discount
+            )
+        inhibited = inhibited_pairs(focus, image_seen, ratio)
+        # Added up, since places without an image token point to any key.
+        inhibited = torch.zeros_like(averaged).scatter_add(2, image_index.expand_as(inhibited), inhibited.float()) > 0
+        if weights is not None:
+            # Softmax over fewer keys is the softmax over all of them, renormalised.
+            weights = weights.masked_fill(inhibited[:, None], 0)
+            weights = (weights / weights.sum(dim=-1, keepdim=True)).to(query.dtype)
+            weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+            output = (weights @ value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)).transpose(1, 2)
+        else:
+            mask = (allowed & ~inhibited)[:, None]
+            if attention is not ALL_ATTENTION_FUNCTIONS["sdpa"]:
+                mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+            output, weights = attention(
+                module, text_query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs
+            )
+        if self.query_slots is None:
+            return output, weights
+        other_output, other_weights = attention(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+        slots, is_text = self.slot_of_column.to(query.device), self.is_text.to(query.device)
+        output = torch.where(
+            is_text[:, :, None, None], output.take_along_dim(slots[:, :, None, None], dim=1), other_output
+        )
+        if other_weights is None or weights is None:
+            return output, None
+        weights = torch.where(
+            is_text[:, None, :, None], weights.take_along_dim(slots[:, None, :, None], dim=2), other_weights
+        )
+        return output, weights
+
+    def _view(self, attention_mask: torch.Tensor | None, key: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """`_make_view`, once for the layers that share a mask and a device."""
+        if torch.compiler.is_compiling():
+            return self._make_view(attention_mask, key)
+        name = (id(attention_mask), key.shape[2], key.device)
+        if name not in self._views:
+            self._views[name] = attention_mask, self._make_view(attention_mask, key)  # keeps the mask, and so its id
+        return self._views[name][1]
+
+    def _make_view(self, attention_mask: torch.Tensor | None, key: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """
+        What the text queries of this call see of the keys at hand: which keys `(B, q, K)`; where the image keys are
+        `(B, 1, n)` and which are seen `(B, q, n)`; where the text keys are `(B, 1, T)`, which are seen and stand before
+        `(B, q, T)`, and how many text tokens before.
+        """
+        device, num_keys = key.device, key.shape[2]
+        columns, is_query = self.query_columns.to(device), self.is_query.to(device)
+        # The keys end with this call's, unless room is left for later ones; a sliding window has lost the first.
+        past = self.num_seen - num_keys
+        offset = past.to(device).clamp(min=0) if isinstance(past, torch.Tensor) else max(past, 0)
+        if attention_mask is None:
+            allowed = torch.arange(num_keys, device=device) + offset <= columns[..., None]
+        else:
+            allowed = _is_allowed(attention_mask[:, 0]).expand(len(columns), -1, -1)
+            if self.query_slots is not None:
+                allowed = allowed.take_along_dim(self.query_slots.to(device)[..., None], dim=1)
+        allowed = allowed | ~is_query[..., None]  # of no consequence, but attention over no key is not a number
+
+        def seen(key_columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            index = (key_columns - offset)[:, None]
+            inside = (index >= 0) & (key_columns >= 0)[:, None] & is_query[..., None]
+            inside = inside & (key_columns[:, None] < columns[..., None])
+            index = index.clamp(0, num_keys - 1)
+            return index, inside & allowed.take_along_dim(index, dim=2)
+
+        text_columns = self.text_columns.to(device)
+        image_index, image_seen = seen(self.image_columns.to(device))
+        text_index, precedes = seen(text_columns)
+        rank = (text_columns >= 0).cumsum(dim=-1)
+        own_rank = rank[:, self.row_positions.to(device)]  # type: ignore[union-attr]
+        return allowed, image_index, image_seen, text_index, precedes, own_rank[..., None] - rank[:, None]
+
+
+def _first_true(mask: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices `(B, count)` of the columns where `mask` `(B, S)` is True, in order, then of any others."""
+    return (~mask).int().sort(dim=-1, stable=True).indices[:, :count]
+
+
+# --- attention -----------------------------------------------------------------------------------------------------
+
+
+def cmai_attention_forward(
+    implementation: str, module: Any, *args, cmai: Inhibition | None = None, **kwargs
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """An attention function of the library, with inhibition if `cmai` says so. Registered as `cmai_<implementation>`."""
+    if implementation == "eager":  # each model has its own, in the file of the attention's class
+        attention = sys.modules[type(module).__module__].eager_attention_forward
+    else:
+        attention = ALL_ATTENTION_FUNCTIONS[implementation]
+    if cmai is None:
+        return attention(module, *args, **kwargs)
+    return cmai.attend(attention, module, *args, **kwargs)
+
+
+for _implementation in ("eager", "sdpa"):
+    AttentionInterface.register(f"cmai_{_implementation}", partial(cmai_attention_forward, _implementation))
+    AttentionMaskInterface.register(f"cmai_{_implementation}", ALL_MASK_ATTENTION_FUNCTIONS[_implementation])
+
+
+def route_attention(text_config: Any) -> None:
+    """
+    Lets the language model's attention go through CMAI, whatever it was set to before.
+
+    Raises:
+        `ValueError`: It is set to an implementation that takes no mask of ours.
+    """
+    implementation = text_config._attn_implementation or "eager"
+    if implementation.startswith("cmai_"):
+        return
+    if implementation not in ("eager", "sdpa"):
+        raise ValueError(
+            f'CMAI does not work with `attn_implementation="{implementation}"` in the language model, which cannot hide '
+            'single image tokens from single text tokens. Choose "sdpa" or "eager" for it (e.g. '
+            '`attn_implementation={"text_config": "sdpa"}`), or `use_cmai=False`.'
+        )
+    text_config._attn_implementation = f"cmai_{implementation}"

@@ -1,0 +1,165 @@
+# Copyright 2026 The TA-LLaVA Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Images from whatever a user has: paths, URLs, base64 strings, PIL images, arrays and tensors."""
+
+import os
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers.image_utils import load_image
+
+
+# Wider or taller than this, the middle of an image is cut out before it is resized by its shortest edge: what a centre
+# crop would discard is not blown up to gigapixels first.
+_MAX_ASPECT_RATIO = 4
+
+
+def open_images(images: Any) -> Any:
+    """
+    The same, lists in lists included, with an open image for every path, URL or base64 string; what is open already is
+    read to its end.
+
+    Raises:
+        `ValueError`: One of them is not a readable image; the message names it.
+    """
+    if isinstance(images, (list, tuple)):
+        return [open_images(image) for image in images]
+    if isinstance(images, (str, os.PathLike)):
+        return _open_image(os.fspath(images))
+    if isinstance(images, Image.Image):
+        try:
+            images.load()
+        except (OSError, SyntaxError, EOFError) as error:
+            raise _truncated(images, error) from error
+    return images
+
+
+def load_rgb_image(image: Any) -> Image.Image:
+    """
+    An RGB image from whatever a user has: path, URL, base64 string, PIL image, or an array or tensor of shape
+    `(H, W)`, `(H, W, C)` or `(C, H, W)` with 1 to 4 channels.
+
+    Transparent images are laid on white, 16-bit ones scaled to 8 bits, of animated ones the first frame is taken, and
+    the EXIF orientation is applied. Arrays hold integers of 8 or 16 bits, or floats in [0, 1] or
+    [0, 255].
+
+    Raises:
+        `ValueError`: What was given is not a readable image; the message names it.
+    """
+    if isinstance(image, os.PathLike):
+        image = os.fspath(image)
+    if isinstance(image, str):
+        image = _open_image(image)
+    elif not isinstance(image, Image.Image):
+        image = _image_from_array(image)
+    try:
+        image.seek(0)
+        image = ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, EOFError) as error:
+        raise _truncated(image, error) from error
+    if image.mode.startswith("I") or image.mode == "F":
+        return _image_from_array(np.asarray(image))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _open_image(source: str) -> Image.Image:
+    name = repr(source if len(source) <= 200 else source[:200] + "...")
+    if source.startswith(("http://", "https://")):
+        try:
+            return load_image(source)
+        except UnidentifiedImageError as error:
+            raise ValueError(f"What was downloaded from {name} is not an image.") from error
+        except Exception as error:
+            raise ValueError(f"The image {name} could not be downloaded: {error}") from error
+    if os.path.isfile(source):
+        if os.path.getsize(source) == 0:
+            raise ValueError(f"The image file {name} is empty (0 bytes).")
+        try:
+            image = Image.open(source)
+            image.load()
+            return image
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"The image {name} is too large: {error} Make it smaller.") from error
+        except Exception as error:  # Pillow's readers raise nearly anything on damaged files
+            raise ValueError(f"The file {name} is not a readable image, or truncated: {error}") from error
+    if os.path.isdir(source):
+        raise ValueError(f"{name} is a folder, not an image file.")
+    try:
+        return load_image(source)
+    except Exception as error:
+        raise ValueError(
+            f"There is no image file {name}, and it is no http(s) URL or base64-encoded image."
+        ) from error
+
+
+def _truncated(image: Image.Image, error: Exception) -> ValueError:
+    name = repr(getattr(image, "filename", "") or f"of size {image.size[0]}x{image.size[1]}")
+    return ValueError(f"The image {name} cannot be read to its end; is it truncated? ({error})")
+
+
+def _image_from_array(array: Any) -> Image.Image:
+    """An image from an array or tensor; 16-bit integers are scaled to 8 bits."""
+    kind = type(array).__name__
+    if hasattr(array, "detach"):
+        array = array.detach().cpu().float().numpy() if array.is_floating_point() else array.detach().cpu().numpy()
+    try:
+        array = np.asarray(array)
+        array = array.astype(np.uint8) * 255 if array.dtype == bool else array
+        low, high = float(array.min()), float(array.max())
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"An image cannot be made from {kind} of shape {np.shape(array)}.") from error
+    if array.ndim == 3 and array.shape[-1] not in (1, 2, 3, 4) and array.shape[0] in (1, 2, 3, 4):
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[-1] not in (1, 2, 3, 4):
+        raise ValueError(
+            f"An image array has shape (height, width), (height, width, channels) or (channels, height, width) with 1 to "
+            f"4 channels, got {array.shape}."
+        )
+    # Resizing overshoots: floats a little outside of a range are still of that range, and clipped to it.
+    floats = np.issubdtype(array.dtype, np.floating)
+    if floats and low >= -0.1 and high <= 1.1:
+        array = np.clip(array, 0, 1) * 255
+    elif floats and (low >= 0 or high > 16) and low >= -25 and high <= 280:
+        array = np.clip(array, 0, 255)
+    elif floats or low < 0 or high > 65535:  # also where a value is not a number
+        raise ValueError(
+            "The values of an image array must be in [0, 255], as integers also in [0, 65535] (16 bits), as floats also in "
+            f"[0, 1]; got {low} to {high}. Images that are normalised already go to the model as `pixel_values`, not "
+            "through the processor."
+        )
+    elif high > 255 or array.dtype == np.uint16:
+        array = array / 257
+    array = np.round(array).astype(np.uint8)
+    mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[array.shape[-1]]
+    return load_rgb_image(Image.fromarray(array.squeeze(-1) if mode == "L" else array, mode))
+
+
+def cut_to_aspect_ratio(image: Image.Image) -> Image.Image:
+    """The middle of an image that is more than `_MAX_ASPECT_RATIO` times as long as it is wide."""
+    width, height = image.size
+    limit = _MAX_ASPECT_RATIO * min(width, height)
+    if max(width, height) <= limit:
+        return image
+    left, top = max(width - limit, 0) // 2, max(height - limit, 0) // 2
+    return image.crop((left, top, left + min(width, limit), top + min(height, limit)))
+
+
+__all__ = ["cut_to_aspect_ratio", "load_rgb_image", "open_images"]

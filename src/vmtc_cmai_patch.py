@@ -1,0 +1,568 @@
+# Copyright 2026 The TA-LLaVA Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+VMTC and CMAI for LLaVA ("Enhancing Instruction-Following Capability of Visual-Language Models by Reducing Image
+Redundancy"): configuration, model and processor.
+
+A stock LLaVA checkpoint loads as it is. With both flags off the model is `LlavaForConditionalGeneration` bit for bit;
+`use_vmtc` makes the vision tower compress its tokens (`vmtc.py`), `use_cmai` makes each text token of the language model
+stop attending to the image tokens it has least to do with (`cmai.py`).
+"""
+
+from typing import Any, Literal
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import (
+    GenerationMixin,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+    LlavaProcessor,
+    conversion_mapping,
+)
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import ImageInput, get_image_size, to_numpy_array
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava.modeling_llava import (
+    LlavaCausalLMOutputWithPast,
+    LlavaModelOutputWithPast,
+    LlavaPreTrainedModel,
+)
+from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, Unpack
+from transformers.tokenization_utils_base import TextInput
+from transformers.utils import can_return_tuple
+
+from .cmai import Inhibition, prepare_cache, route_attention, text_token_mask
+from .image_loading import open_images
+from .vmtc import (
+    VisualBudgetMixin,
+    VmtcConfig,
+    compression_of_call,
+    count_visual_tokens,
+    make_compressible,
+    patch_grid,
+    spatial_downsample,
+)
+
+
+@strict
+class VmtcCmaiLlavaConfig(VmtcConfig, LlavaConfig):
+    r"""
+    Configuration of a [`VmtcCmaiLlavaForConditionalGeneration`]: that of a LLaVA, the fields of [`VmtcConfig`], and those
+    below. A `config.json` of a stock LLaVA loads too, with all of it off.
+
+    Args:
+        use_cmai (`bool`, *optional*, defaults to `False`):
+            Inhibit the attention of text tokens to image tokens in the language model.
+        cmai_max_ratio (`float`, *optional*, defaults to 0.6):
+            Share of the image tokens that a text token stops attending to in the last layer, in [0, 1]; it grows
+            linearly from 0 in the first.
+        cmai_focus (`str`, *optional*, defaults to `"focus"`):
+            How a text token's focus on the image tokens is measured (Table 5 of the paper): `"focus"` (the method),
+            `"tia"` (its own attention), `"sum"`, `"discounted_sum"` (of the attention of all text tokens up to it), or
+            `"none"` (no inhibition).
+        cmai_attention (`str`, *optional*, defaults to `"scores"`):
+            What is averaged over heads: `"scores"` before softmax, as the paper names them, or `"weights"` after it.
+        cmai_discount (`float`, *optional*, defaults to 0.9):
+            Factor per text token of distance for `"discounted_sum"`, in (0, 1].
+        spd_factor (`int`, *optional*, defaults to 1):
+            The paper's baseline: average the grid of visual tokens over squares of this side. Not with VMTC.
+
+    Example:
+
+    ```python
+    >>> from ta_llava import VmtcCmaiLlavaForConditionalGeneration, VmtcCmaiLlavaProcessor
+
+    >>> flags = {"use_vmtc": True, "vmtc_num_visual_tokens": 64, "vmtc_merge_weights": "normalized"}
+    >>> model = VmtcCmaiLlavaForConditionalGeneration.from_pretrained("llava-hf/llava-1.5-7b-hf", use_cmai=True, **flags)
+    >>> processor = VmtcCmaiLlavaProcessor.from_pretrained(
+    ...     "llava-hf/llava-1.5-7b-hf", use_vmtc=True, vmtc_num_visual_tokens=64
+    ... )
+    ```
+    """
+
+    model_type = "vmtc_cmai_llava"
+
+    use_cmai: bool = False
+    cmai_max_ratio: float = 0.6
+    cmai_focus: Literal["none", "tia", "sum", "discounted_sum", "focus"] = "focus"
+    cmai_attention: Literal["scores", "weights"] = "scores"
+    cmai_discount: float = 0.9
+    spd_factor: int = 1
+
+    def validate_cmai(self):
+        """Part of `@strict` validation."""
+        if not 0 <= self.cmai_max_ratio <= 1:
+            raise ValueError(f"`cmai_max_ratio` must be from 0 to 1, got {self.cmai_max_ratio}.")
+        if not 0 < self.cmai_discount <= 1:
+            raise ValueError(f"`cmai_discount` must be above 0 and at most 1, got {self.cmai_discount}.")
+        if self.spd_factor < 1:
+            raise ValueError(f"`spd_factor` must be at least 1, got {self.spd_factor}.")
+        if self.spd_factor > 1 and self.use_vmtc:
+            raise ValueError(
+                f"`spd_factor` is {self.spd_factor} and `use_vmtc` on, but what VMTC leaves has no grid to down-sample. Use "
+                "one of them."
+            )
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        model_type = config_dict.get("model_type")
+        if model_type not in (cls.model_type, LlavaConfig.model_type, None):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is a {model_type!r} model; VMTC and CMAI work on "
+                f"{LlavaConfig.model_type!r} and {cls.model_type!r} checkpoints, such as llava-hf/llava-1.5-7b-hf."
+            )
+        return {**config_dict, "model_type": cls.model_type}, kwargs
+
+
+class VmtcCmaiLlavaPreTrainedModel(VisualBudgetMixin, LlavaPreTrainedModel):
+    config: VmtcCmaiLlavaConfig
+    config_class = VmtcCmaiLlavaConfig
+
+    def initialize_weights(self):
+        # For code outside the library, containers without parameters of their own are passed over, and some library
+        # models initialise through these: let the sub-models do their own part first.
+        self.base_model.vision_tower.initialize_weights()
+        self.base_model.language_model.initialize_weights()
+        super().initialize_weights()
+
+    def save_pretrained(self, save_directory, **kwargs):
+        if self._auto_class is not None:
+            # The library writes the entry of one auto class only.
+            self.config.auto_map = AUTO_MAP
+        super().save_pretrained(save_directory, **kwargs)
+
+
+class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):
+    """LLaVA without its language modelling head, with VMTC in the vision tower and CMAI in the language model."""
+
+    def __init__(self, config: VmtcCmaiLlavaConfig):
+        if config.use_cmai:  # an attention that cannot be used is found before anything is built
+            route_attention(config.text_config)
+        super().__init__(config)
+        make_compressible(self.vision_tower)
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        image_sizes: torch.Tensor | None = None,
+        num_visual_tokens: int | None = None,
+        **kwargs,
+    ) -> tuple | BaseModelOutputWithPooling:
+        """
+        Visual tokens of images, compressed if the config says so, projected to the width of the language model.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(N, 3, H, W)`):
+                Normalised images.
+            vision_feature_layer, vision_feature_select_strategy (*optional*):
+                Instead of those of the config.
+            image_sizes (`torch.LongTensor` of shape `(N, 2)`, *optional*):
+                Of images of different sizes, for towers that take them (Pixtral); not with VMTC or `spd_factor`.
+            num_visual_tokens (`int`, *optional*):
+                A budget for this call, instead of that of the config.
+
+        Returns:
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: the outputs of the tower, whose hidden states
+            get shorter with every stage of VMTC; `pooler_output` is a list of visual tokens `(tokens, d)`, one per image.
+        """
+        config = self.config
+        if vision_feature_layer is None:
+            vision_feature_layer = config.vision_feature_layer
+        if vision_feature_select_strategy is None:
+            vision_feature_select_strategy = config.vision_feature_select_strategy
+        if pixel_values.dim() == 5:  # (B, I, 3, H, W)
+            pixel_values = pixel_values.flatten(0, 1)
+        vmtc = compression_of_call(config, self.vision_tower, pixel_values, vision_feature_layer, num_visual_tokens)
+        if vmtc is not None:
+            kwargs["vmtc"] = vmtc
+        if config.spd_factor == 1:
+            return super().get_image_features(
+                pixel_values=pixel_values,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                image_sizes=image_sizes,
+                **kwargs,
+            )
+        return self._get_downsampled_features(
+            pixel_values, vision_feature_layer, vision_feature_select_strategy, **kwargs
+        )
+
+    @can_return_tuple
+    def _get_downsampled_features(
+        self, pixel_values: torch.Tensor, feature_layer: Any, select_strategy: str, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """`get_image_features` with the baseline SPD before the projector."""
+        if not isinstance(feature_layer, int):
+            raise ValueError(f"`spd_factor` works with one `vision_feature_layer`, got {feature_layer}.")
+        kwargs["output_hidden_states"] = True
+        outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
+        features = outputs.hidden_states[feature_layer]
+        features = features[:, 1:] if select_strategy == "default" else features
+        height, width = patch_grid(self.config, pixel_values)
+        if features.shape[1] != height * width:
+            raise ValueError(
+                f"`spd_factor` needs a grid of {height} x {width} visual tokens, but there are {features.shape[1]}: a class "
+                'token has no place in it. Set `vision_feature_select_strategy="default"`.'
+            )
+        features = spatial_downsample(features, (height, width), self.config.spd_factor)
+        outputs.pooler_output = list(self.multi_modal_projector(features))
+        return outputs
+
+    def get_placeholder_mask(self, input_ids: Any, inputs_embeds: torch.Tensor, image_features: torch.Tensor):
+        """Where the placeholders are, `(B, S, 1)`; raises unless there are as many as visual tokens."""
+        is_image = self._is_placeholder(input_ids, inputs_embeds)
+        if not torch.compiler.is_compiling() and is_image.sum() != len(image_features):
+            raise ValueError(
+                f"The text has {int(is_image.sum())} image placeholders (id {self.config.image_token_id}), but the images "
+                f"have {len(image_features)} visual tokens. Processor and model must have the same budget: pass the same "
+                "`num_visual_tokens` to both calls, or call `set_visual_budget` on both."
+            )
+        return is_image.unsqueeze(-1)
+
+    def _is_placeholder(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """Which columns `(B, S)` are placeholders: by their ids or, where there are none, by their embeddings."""
+        if input_ids is not None:
+            return (input_ids == self.config.image_token_id).to(inputs_embeds.device)
+        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token).to(inputs_embeds.dtype)).all(dim=-1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        image_sizes: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        num_visual_tokens: int | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> tuple | LlavaModelOutputWithPast:
+        r"""
+        The arguments of `LlavaModel.forward`, and:
+
+        Args:
+            num_visual_tokens (`int`, *optional*):
+                Visual tokens per image in this call, instead of those of the config. The processor must have been called
+                with the same number.
+
+        Raises:
+            `ValueError`: Placeholders that do not match the visual tokens, or a cache that was filled without CMAI.
+        """
+        if pixel_values is not None and mm_encoder_outputs is not None and mm_encoder_outputs.get("image") is not None:
+            raise ValueError("Give `pixel_values` or `mm_encoder_outputs`, not both.")
+        if pixel_values is not None:
+            features = self.get_image_features(
+                pixel_values,
+                vision_feature_layer,
+                vision_feature_select_strategy,
+                image_sizes,
+                num_visual_tokens,
+                return_dict=True,
+            )
+            mm_encoder_outputs = {**(mm_encoder_outputs or {}), "image": features}
+        if use_cache is not None:
+            kwargs["use_cache"] = use_cache
+        if self.config.use_cmai:
+            past_key_values, kwargs["cmai"] = self._prepare_inhibition(
+                input_ids, inputs_embeds, attention_mask, past_key_values, use_cache
+            )
+        outputs = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
+            **kwargs,
+        )
+        if self.config.use_cmai and kwargs["cmai"].num_calls == 0:
+            raise ValueError(
+                f"The attention of {type(self.language_model).__name__} does not pass on its keyword arguments, and so not "
+                "CMAI. Use another language model, or `use_cmai=False`."
+            )
+        return outputs
+
+    def _prepare_inhibition(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: Any,
+        past_key_values: Cache | None,
+        use_cache: bool | None,
+    ) -> tuple[Cache | None, Inhibition]:
+        """The cache, made if there is to be one, and what the layers of the language model are to inhibit."""
+        route_attention(self.config.text_config)
+        checkpointing = self.training and getattr(self.language_model, "gradient_checkpointing", False)
+        use_cache = self.config.text_config.use_cache if use_cache is None else use_cache
+        if past_key_values is None and use_cache and not checkpointing:
+            past_key_values = DynamicCache(config=self.config.text_config)
+        cache = None if checkpointing else past_key_values
+        past_length: Any = 0
+        if cache is not None:
+            prepare_cache(cache, self.config.text_config)
+            past_length = cache.get_seq_length()
+        columns: Any = input_ids if inputs_embeds is None else inputs_embeds
+        batch_size, num_columns = columns.shape[:2]
+        is_image = self._is_placeholder(input_ids, columns)
+        is_text = None
+        if num_columns > 1:
+            is_text = text_token_mask(attention_mask, num_columns, past_length, columns.device)
+        else:  # what is decoded is text, should it be a placeholder too
+            is_image = torch.zeros_like(is_image)
+        is_text = ~is_image if is_text is None else is_text.expand(batch_size, -1) & ~is_image
+        return past_key_values, Inhibition(self.config, is_image, is_text, past_length, cache)
+
+
+class VmtcCmaiLlavaForConditionalGeneration(
+    VmtcCmaiLlavaPreTrainedModel, LlavaForConditionalGeneration, GenerationMixin
+):
+    """LLaVA with VMTC and CMAI and a language modelling head, for generation and training."""
+
+    def __init__(self, config: VmtcCmaiLlavaConfig):
+        if config.use_cmai:
+            route_attention(config.text_config)
+        LlavaPreTrainedModel.__init__(self, config)  # not the stock head's, which builds the stock model
+        self.model = VmtcCmaiLlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> tuple | BaseModelOutputWithPooling:
+        """See [`VmtcCmaiLlavaModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused with CMAI: continuous batching packs requests into one row, and each must see its own image only."""
+        if self.config.use_cmai:
+            raise ValueError(
+                "CMAI does not support continuous batching, which packs several requests into one row. Use `generate()` "
+                "with a padded batch, or `use_cmai=False`."
+            )
+        return super().init_continuous_batching(*args, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        labels: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        image_sizes: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        num_visual_tokens: int | None = None,
+        **kwargs,
+    ) -> tuple | LlavaCausalLMOutputWithPast:
+        r"""
+        The arguments of `LlavaForConditionalGeneration.forward`, and `num_visual_tokens` of
+        [`VmtcCmaiLlavaModel.forward`]. `generate()` takes it too.
+
+        Example:
+
+        ```python
+        >>> from ta_llava import VmtcCmaiLlavaForConditionalGeneration, VmtcCmaiLlavaProcessor
+
+        >>> flags = {"use_vmtc": True, "vmtc_num_visual_tokens": 64}
+        >>> processor = VmtcCmaiLlavaProcessor.from_pretrained("llava-hf/llava-1.5-7b-hf", **flags)
+        >>> model = VmtcCmaiLlavaForConditionalGeneration.from_pretrained(
+        ...     "llava-hf/llava-1.5-7b-hf", vmtc_merge_weights="normalized", use_cmai=True, **flags
+        ... )
+        >>> prompt = "USER: <image>\nWhat is in the image? ASSISTANT:"
+        >>> inputs = processor(images="photo.jpg", text=prompt, return_tensors="pt")
+        >>> output = model.generate(**inputs, max_new_tokens=30)
+        >>> processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        ```
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            image_sizes=image_sizes,
+            mm_encoder_outputs=mm_encoder_outputs,
+            num_visual_tokens=num_visual_tokens,
+            **kwargs,
+        )
+        columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, columns, :])
+        softcap = getattr(self.config.text_config, "final_logit_softcapping", None)
+        if softcap is not None:  # Gemma-2; stock LLaVA leaves it out
+            logits = torch.tanh(logits / softcap) * softcap
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return LlavaCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+
+class VmtcCmaiLlavaImagesKwargs(ImagesKwargs, total=False):
+    """
+    num_visual_tokens (`int`, *optional*):
+        Visual tokens per image in this call, instead of those of the processor. The model must be called with the same.
+    """
+
+    num_visual_tokens: int | None
+
+
+class VmtcCmaiLlavaProcessorKwargs(ProcessingKwargs, total=False):
+    images_kwargs: VmtcCmaiLlavaImagesKwargs
+
+
+class VmtcCmaiLlavaProcessor(VisualBudgetMixin, LlavaProcessor):
+    r"""
+    Processor of a LLaVA that writes as many placeholders as the model makes visual tokens. That of a stock LLaVA loads
+    as it is; what changes the number of tokens in the model's config must be given here too.
+
+    Args:
+        image_processor, tokenizer, patch_size, vision_feature_select_strategy, chat_template, image_token,
+        num_additional_image_tokens:
+            Those of [`LlavaProcessor`].
+        use_vmtc, vmtc_num_visual_tokens, vmtc_keep_ratio, spd_factor:
+            Those of [`VmtcCmaiLlavaConfig`].
+    """
+
+    valid_processor_kwargs = VmtcCmaiLlavaProcessorKwargs
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        patch_size=None,
+        vision_feature_select_strategy=None,
+        chat_template=None,
+        image_token="<image>",
+        num_additional_image_tokens=0,
+        use_vmtc: bool = False,
+        vmtc_num_visual_tokens: int | None = None,
+        vmtc_keep_ratio: float = 0.5,
+        spd_factor: int = 1,
+        **kwargs,
+    ):
+        self.use_vmtc = use_vmtc
+        self.vmtc_num_visual_tokens = vmtc_num_visual_tokens
+        self.vmtc_keep_ratio = vmtc_keep_ratio
+        self.spd_factor = spd_factor
+        super().__init__(
+            image_processor,
+            tokenizer,
+            patch_size=patch_size,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            chat_template=chat_template,
+            image_token=image_token,
+            num_additional_image_tokens=num_additional_image_tokens,
+            **kwargs,
+        )
+
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: TextInput | list[TextInput] | None = None,
+        videos: Any = None,
+        **kwargs: Unpack[VmtcCmaiLlavaProcessorKwargs],
+    ) -> BatchFeature:
+        """
+        As [`LlavaProcessor`], and:
+
+        Args:
+            num_visual_tokens (`int`, *optional*):
+                Visual tokens per image in this call; give the same to the model or `generate()`.
+
+        Raises:
+            `ValueError`: An image that cannot be read, numbers of images and of `<image>`s that differ, or a budget that
+                is not possible.
+        """
+        if videos is not None:
+            raise ValueError("LLaVA reads images and text; pass the frames of a video as `images`.")
+        if images is not None:
+            images = open_images(images)
+        return super().__call__(images=images, text=text, **kwargs)
+
+    def _process_images(self, images: ImageInput, num_visual_tokens: int | None = None, **kwargs):
+        pixels, _ = super()._process_images(images, **kwargs)
+        count = len(pixels["pixel_values"])
+        return pixels, [self.replace_image_token(pixels, index, num_visual_tokens) for index in range(count)]
+
+    def replace_image_token(
+        self, image_inputs: dict, image_idx: int, num_visual_tokens: int | None = None, **kwargs
+    ) -> str:
+        height, width = get_image_size(to_numpy_array(image_inputs["pixel_values"][image_idx]))
+        return self.image_token * self._count_image_tokens(height, width, num_visual_tokens)
+
+    def _count_image_tokens(self, height: int, width: int, num_visual_tokens: int | None = None) -> int:
+        """Placeholders of an image of `height` x `width` pixels, class token included if the model uses it."""
+        num_patches = (height // self.patch_size) * (width // self.patch_size)
+        count = count_visual_tokens(self, num_patches, num_visual_tokens) + self.num_additional_image_tokens
+        return count - 1 if self.vision_feature_select_strategy == "default" else count
+
+    def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs):
+        data = super()._get_num_multimodal_tokens(image_sizes, **kwargs)
+        if image_sizes is not None:
+            images_kwargs = self._merge_kwargs(VmtcCmaiLlavaProcessorKwargs, **kwargs)["images_kwargs"]
+            size = images_kwargs.get("crop_size") or self.image_processor.crop_size
+            count = self._count_image_tokens(size["height"], size["width"], images_kwargs.get("num_visual_tokens"))
+            data.num_image_tokens = [count] * len(image_sizes)
+        return data
+
+
+AUTO_MAP = {
+    "AutoConfig": "vmtc_cmai_patch.VmtcCmaiLlavaConfig",
+    "AutoModel": "vmtc_cmai_patch.VmtcCmaiLlavaModel",
+    "AutoModelForImageTextToText": "vmtc_cmai_patch.VmtcCmaiLlavaForConditionalGeneration",
+    "AutoProcessor": "vmtc_cmai_patch.VmtcCmaiLlavaProcessor",
+}
+
+# Without this, classes from outside the library do not get LLaVA's renaming of keys, and start with a random head.
+for _class, _mapping in ((VmtcCmaiLlavaForConditionalGeneration, "llava"), (VmtcCmaiLlavaModel, "LlavaModel")):
+    conversion_mapping.register_checkpoint_conversion_mapping(
+        _class.__name__, conversion_mapping.get_checkpoint_conversion_mapping(_mapping), overwrite=True
+    )
+
+__all__ = [
+    "VmtcCmaiLlavaConfig",
+    "VmtcCmaiLlavaForConditionalGeneration",
+    "VmtcCmaiLlavaModel",
+    "VmtcCmaiLlavaPreTrainedModel",
+    "VmtcCmaiLlavaProcessor",
+]
