@@ -446,7 +446,14 @@ def compressing_block_class(block_class: Any) -> type[nn.Module]:
             if stage is None:  # images have no padding, and a mask would be too long after a stage
                 return super().forward(hidden_states, None, **kwargs)
             if hasattr(self, "layer_norm1"):  # CLIP and SigLIP
-                attended, weights = self.self_attn(self.layer_norm1(hidden_states), None, vmtc=vmtc, **kwargs)
+                normed = self.layer_norm1(hidden_states)
+                attended, weights = self.self_attn(normed, None, vmtc=vmtc, **kwargs)
+                if weights is None:  # SigLIP's attention does not pass `vmtc` on
+                    query, key = (
+                        projection(normed).unflatten(-1, (self.self_attn.num_heads, -1)).transpose(1, 2)
+                        for projection in (self.self_attn.q_proj, self.self_attn.k_proj)
+                    )
+                    weights = vmtc.attention_row(query, key, self.self_attn.scale)
                 hidden_states = vmtc(hidden_states + attended, weights, stage)
                 return hidden_states + self.mlp(self.layer_norm2(hidden_states))
             attended, weights = self.attention(self.norm1(hidden_states), None, vmtc=vmtc, **kwargs)

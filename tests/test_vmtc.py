@@ -1,0 +1,512 @@
+"""VMTC: each function of the maths against loops written from the paper's equations, the plan, and the tower."""
+
+import copy
+import math
+import pickle
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_config, build_model, make_lively, random_images
+from sklearn.cluster import KMeans
+from transformers import (
+    AutoModel,
+    CLIPVisionConfig,
+    Dinov2Config,
+    PixtralVisionConfig,
+    SiglipVisionConfig,
+)
+
+from ta_llava import TaLlavaConfig, TaLlavaForConditionalGeneration
+from ta_llava.vmtc import (
+    VmtcConfig,
+    VmtcStage,
+    class_token_attention,
+    compress_tokens,
+    compression_of_call,
+    cosine_kmeans,
+    count_visual_tokens,
+    importance_scores,
+    make_compressible,
+    mean_received_attention,
+    merge_clusters,
+    plan_stages,
+    spatial_downsample,
+    split_by_importance,
+)
+
+
+# --- the maths -----------------------------------------------------------------------------------------------------
+
+
+def slow_attention(query, key, scaling):
+    """Attention weights `(B, heads, queries, keys)`, number by number."""
+    weights = torch.zeros(*query.shape[:3], key.shape[2])
+    for index in np.ndindex(*query.shape[:3]):
+        scores = [float(query[index] @ key[index[0], index[1], k]) * scaling for k in range(key.shape[2])]
+        total = sum(math.exp(score) for score in scores)
+        weights[index] = torch.tensor([math.exp(score) / total for score in scores])
+    return weights
+
+
+@pytest.mark.parametrize("heads, tokens", [(1, 2), (3, 7), (4, 10)])
+def test_importance_is_the_head_averaged_attention_of_the_class_token(heads, tokens):
+    query, key = torch.randn(2, 2, heads, tokens, 5)
+    row = class_token_attention(query, key, 0.5)
+    expected = slow_attention(query, key, 0.5)[:, :, 0, 1:].mean(dim=1)
+    torch.testing.assert_close(importance_scores(row, tokens - 1), expected)
+
+
+def test_without_class_token_importance_is_the_mean_attention_received():
+    query, key = torch.randn(2, 2, 3, 6, 5)
+    row = mean_received_attention(query, key, 0.5)
+    expected = slow_attention(query, key, 0.5).mean(dim=(1, 2))
+    torch.testing.assert_close(importance_scores(row, 6), expected)
+
+
+@pytest.mark.parametrize("num_tokens, num_kept", [(1, 1), (1, 0), (7, 3), (16, 16), (9, 0)])
+def test_split_keeps_the_most_important_in_their_order(num_tokens, num_kept):
+    importance = torch.randint(0, 4, (5, num_tokens)).float()  # many ties
+    kept, redundant = split_by_importance(importance, num_kept)
+    for row in range(5):
+        ranked = sorted(range(num_tokens), key=lambda i: (-float(importance[row, i]), i))
+        assert kept[row].tolist() == sorted(ranked[:num_kept])
+        assert redundant[row].tolist() == sorted(ranked[num_kept:])
+
+
+@pytest.mark.parametrize("merge_weights", ["raw", "normalized"])
+def test_merge_is_equation_7(merge_weights):
+    tokens, importance = torch.randn(3, 11, 4), torch.rand(3, 11)
+    labels = torch.stack([torch.randperm(11) % 4 for _ in range(3)])
+    merged = merge_clusters(tokens, importance, labels, 4, merge_weights)
+    for row in range(3):
+        for cluster in range(4):
+            expected, total = torch.zeros(4), 0.0
+            for j in range(11):
+                if labels[row, j] == cluster:
+                    expected += importance[row, j] * tokens[row, j]
+                    total += float(importance[row, j])
+            if merge_weights == "normalized":
+                expected /= total
+            torch.testing.assert_close(merged[row, cluster], expected)
+
+
+def test_normalized_merge_of_tokens_without_importance_is_their_mean():
+    tokens = torch.randn(1, 4, 3)
+    merged = merge_clusters(tokens, torch.zeros(1, 4), torch.tensor([[0, 0, 1, 1]]), 2, "normalized")
+    torch.testing.assert_close(merged[0], torch.stack([tokens[0, :2].mean(0), tokens[0, 2:].mean(0)]))
+
+
+def blobs(num_tokens, width, num_blobs=6, seed=0):
+    """Unit vectors in some bunches."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(num_blobs, width, generator=generator)
+    which = torch.randint(num_blobs, (num_tokens,), generator=generator)
+    tokens = centres[which] + 0.4 * torch.randn(num_tokens, width, generator=generator)
+    return torch.nn.functional.normalize(tokens, dim=-1)
+
+
+def inertia(points, labels, num_clusters):
+    centres = torch.stack([points[labels == cluster].mean(0) for cluster in range(num_clusters)])
+    return float(((points - centres[labels]) ** 2).sum())
+
+
+KMEANS_SHAPES = [(50, 16, 7), (100, 8, 2), (171, 48, 45), (234, 64, 63), (181, 64, 10), (37, 24, 36)]
+
+
+@pytest.mark.parametrize("num_tokens, width, num_clusters", KMEANS_SHAPES)
+def test_kmeans_is_a_fixed_point_of_lloyds_algorithm(num_tokens, width, num_clusters):
+    points = blobs(num_tokens, width)
+    labels = cosine_kmeans(points[None], num_clusters, max_iterations=50)[0]
+    centres = np.stack([points[labels == cluster].mean(0).numpy() for cluster in range(num_clusters)])
+    one_step = KMeans(num_clusters, init=centres, n_init=1, max_iter=1).fit(points.numpy())
+    assert one_step.labels_.tolist() == labels.tolist()
+
+
+@pytest.mark.parametrize("num_tokens, width, num_clusters", KMEANS_SHAPES)
+@pytest.mark.parametrize("kind", ["blobs", "random"])
+def test_kmeans_is_as_good_as_that_of_scikit_learn(num_tokens, width, num_clusters, kind):
+    points = blobs(num_tokens, width, seed=1)
+    if kind == "random":
+        points = torch.nn.functional.normalize(torch.randn(num_tokens, width), dim=-1)
+    scale = torch.rand(num_tokens, 1) + 0.1  # the length of a token does not count
+    labels = cosine_kmeans((points * scale)[None], num_clusters)[0]
+    theirs = KMeans(num_clusters, random_state=0).fit(points.numpy())
+    assert inertia(points, labels, num_clusters) <= 1.05 * theirs.inertia_
+
+
+@pytest.mark.parametrize("tokens", ["equal", "two kinds", "zero", "random"])
+@pytest.mark.parametrize("num_tokens, num_clusters", [(1, 1), (5, 5), (9, 4), (12, 11), (30, 1)])
+def test_kmeans_has_no_empty_cluster(tokens, num_tokens, num_clusters):
+    values = torch.randn(3, num_tokens, 6)
+    if tokens == "equal":
+        values[:] = values[:, :1]
+    elif tokens == "two kinds":
+        values[:, 1:] = values[:, :1]
+        values[:, -1] *= -1
+    elif tokens == "zero":
+        values.zero_()
+    labels = cosine_kmeans(values, num_clusters)
+    for row in labels.tolist():
+        assert set(row) == set(range(num_clusters))
+
+
+def test_kmeans_of_a_batch_is_that_of_its_images():
+    batch = torch.stack([blobs(40, 8, seed=seed) for seed in range(6)])
+    together = cosine_kmeans(batch, 9)
+    assert all(torch.equal(together[i], cosine_kmeans(batch[i : i + 1], 9)[0]) for i in range(6))
+
+
+def test_kmeans_gives_the_same_where_the_host_cannot_look(monkeypatch):
+    batch = torch.stack([blobs(40, 8, seed=seed) for seed in range(4)])
+    batch[0] = batch[0, :1]  # all equal, so that clusters run empty
+    expected = cosine_kmeans(batch, 9)
+    monkeypatch.setattr("ta_llava.vmtc._host_can_see", lambda values: False)
+    assert torch.equal(cosine_kmeans(batch, 9), expected)
+
+
+def test_kmeans_can_be_compiled_without_a_graph_break():
+    batch = torch.stack([blobs(20, 8, seed=seed) for seed in range(2)])
+    compiled = torch.compile(cosine_kmeans, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(batch, 5), cosine_kmeans(batch, 5))
+
+
+def test_kmeans_runs_without_values():
+    assert cosine_kmeans(torch.empty(2, 20, 8, device="meta"), 5).shape == (2, 20)
+
+
+def test_more_clusters_than_tokens_are_refused():
+    with pytest.raises(ValueError, match="3 tokens cannot make 4 clusters"):
+        cosine_kmeans(torch.randn(1, 3, 4), 4)
+
+
+@pytest.mark.parametrize("num_kept, num_clusters", [(5, 3), (5, 1), (5, 0), (0, 1), (0, 4), (10, 1)])
+def test_a_stage_keeps_and_merges(num_kept, num_clusters):
+    tokens, importance = torch.randn(3, 12, 4), torch.rand(3, 12)
+    output, becomes = compress_tokens(tokens, importance, num_kept, num_clusters)
+    assert output.shape == (3, num_kept + num_clusters, 4)
+    kept, redundant = split_by_importance(importance, num_kept)
+    for row in range(3):
+        assert torch.equal(output[row, :num_kept], tokens[row, kept[row]])
+        assert becomes[row, kept[row]].tolist() == list(range(num_kept))
+        for cluster in range(num_clusters):
+            members = [j for j in redundant[row].tolist() if becomes[row, j] == num_kept + cluster]
+            expected = sum(importance[row, j] * tokens[row, j] for j in members)
+            torch.testing.assert_close(output[row, num_kept + cluster], expected)
+        if num_clusters == 0:
+            assert (becomes[row, redundant[row]] == -1).all()
+
+
+def test_gradients_reach_tokens_and_importance():
+    tokens, importance = torch.randn(2, 12, 4, requires_grad=True), torch.rand(2, 12, requires_grad=True)
+    output, becomes = compress_tokens(tokens, importance, 4, 3)
+    output.square().sum().backward()
+    assert (tokens.grad.abs().sum(-1) > 0).all()
+    assert torch.equal(importance.grad != 0, becomes >= 4)  # importance weighs what is merged
+
+
+def test_spatial_downsampling_averages_squares():
+    features = torch.randn(2, 24, 3)
+    output = spatial_downsample(features, (4, 6), 2)
+    for row in range(2):
+        for column in range(3):
+            members = [features[:, y * 6 + x] for y in (2 * row, 2 * row + 1) for x in (2 * column, 2 * column + 1)]
+            torch.testing.assert_close(output[:, row * 3 + column], sum(members) / 4)
+    with pytest.raises(ValueError, match=r"`spd_factor` is 4, which does not divide the grid of 4 x 6"):
+        spatial_downsample(features, (4, 6), 4)
+
+
+# --- the plan ------------------------------------------------------------------------------------------------------
+
+
+def settings(**kwargs):
+    return VmtcConfig(**{"use_vmtc": True, **kwargs})
+
+
+def test_stages_are_equally_spaced_and_remove_the_same_number():
+    stages = plan_stages(settings(vmtc_num_visual_tokens=12), 48, 23)
+    assert {layer: stage.num_kept + stage.num_clusters for layer, stage in stages.items()} == {5: 36, 11: 24, 17: 12}
+
+
+def test_the_published_budgets():
+    assert plan_stages(settings(), 576, 23) == {5: VmtcStage(405, 75), 11: VmtcStage(324, 60), 17: VmtcStage(243, 45)}
+    stages = plan_stages(settings(vmtc_num_visual_tokens=64), 576, 23)
+    assert list(stages.values())[-1] == VmtcStage(54, 10)  # the 10 of 64
+
+
+@pytest.mark.parametrize(
+    "method, expected",
+    [
+        ("last_layer_prune", {22: VmtcStage(64, 0)}),
+        ("layerwise_prune", {5: VmtcStage(405, 0), 11: VmtcStage(235, 0), 17: VmtcStage(64, 0)}),
+        ("merge", {5: VmtcStage(404, 1), 11: VmtcStage(234, 1), 17: VmtcStage(63, 1)}),
+        ("cluster", {5: VmtcStage(342, 63), 11: VmtcStage(198, 37), 17: VmtcStage(54, 10)}),
+    ],
+)
+def test_the_methods_of_table_4(method, expected):
+    assert plan_stages(settings(vmtc_num_visual_tokens=64, vmtc_method=method), 576, 23) == expected
+
+
+@pytest.mark.parametrize("num_patches, num_blocks", [(1, 1), (2, 3), (9, 2), (576, 23), (49, 12)])
+@pytest.mark.parametrize("method", ["last_layer_prune", "layerwise_prune", "merge", "cluster"])
+def test_every_budget_is_met_exactly(num_patches, num_blocks, method):
+    for num_stages in range(1, min(num_blocks, 4) + 1):
+        config = settings(vmtc_method=method, vmtc_num_stages=num_stages)
+        for budget in range(1, min(num_patches, 60) + 1):
+            num_tokens = num_patches
+            for layer, stage in plan_stages(config, num_patches, num_blocks, budget).items():
+                assert 0 <= layer < num_blocks
+                assert stage.num_kept >= 0
+                assert stage.num_kept + stage.num_clusters < num_tokens
+                num_tokens = stage.num_kept + stage.num_clusters
+            assert num_tokens == budget == count_visual_tokens(config, num_patches, budget)
+
+
+def test_layers_can_be_named():
+    stages = plan_stages(settings(vmtc_layers=[2, 3], vmtc_num_visual_tokens=10), 30, 6)
+    assert {layer: stage.num_kept + stage.num_clusters for layer, stage in stages.items()} == {2: 20, 3: 10}
+
+
+def test_the_processor_counts_from_its_own_settings():
+    assert count_visual_tokens(settings(), 576) == 288
+    assert count_visual_tokens(settings(vmtc_keep_ratio=0.001), 36) == 1
+    assert count_visual_tokens(SimpleNamespace(use_vmtc=False, spd_factor=3), 576) == 64
+    assert count_visual_tokens(SimpleNamespace(use_vmtc=False), 576) == 576
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"vmtc_keep_ratio": 0.0}, "`vmtc_keep_ratio` must be above 0 and at most 1, got 0.0"),
+        ({"vmtc_keep_ratio": 1.5}, "`vmtc_keep_ratio` must be above 0 and at most 1, got 1.5"),
+        ({"vmtc_cluster_ratio": -0.1}, "`vmtc_cluster_ratio` must be above 0 and at most 1, got -0.1"),
+        ({"vmtc_num_visual_tokens": 0}, "`vmtc_num_visual_tokens` must be at least 1, got 0"),
+        ({"vmtc_num_stages": 0}, "`vmtc_num_stages` must be at least 1, got 0"),
+        ({"vmtc_layers": [3, 1]}, r"`vmtc_layers` must be indices of blocks from 0, in rising order, got \[3, 1\]"),
+        ({"vmtc_layers": [-2]}, "`vmtc_layers` must be indices"),
+        ({"vmtc_method": "prune"}, "vmtc_method"),
+        ({"vmtc_merge_weights": "mean"}, "vmtc_merge_weights"),
+        ({"use_vmtc": "yes"}, "use_vmtc"),
+    ],
+)
+def test_wrong_fields_are_named(kwargs, message):
+    with pytest.raises(Exception, match=message):
+        settings(**kwargs)
+
+
+@pytest.mark.parametrize(
+    "kwargs, budget, message",
+    [
+        ({}, 37, "The budget is 37 visual tokens, but an image has 36 patches"),
+        ({}, 0, "The budget is 0 visual tokens, but an image has 36 patches"),
+        ({"vmtc_layers": [4]}, 5, "names block 4, but only blocks 0 to 3"),
+        ({"vmtc_layers": []}, 5, "no block may compress"),
+        ({"vmtc_num_stages": 5}, 5, "`vmtc_num_stages` is 5, but only 4 blocks"),
+        ({"use_vmtc": False}, 5, "`num_visual_tokens` is 5, but `use_vmtc` is off"),
+    ],
+)
+def test_plans_that_are_not_possible_are_refused(kwargs, budget, message):
+    with pytest.raises(ValueError, match=message):
+        plan_stages(settings(**kwargs), 36, 4, budget)
+
+
+# --- the tower -----------------------------------------------------------------------------------------------------
+
+
+VISION_CONFIGS = {
+    "clip": (CLIPVisionConfig, {"projection_dim": 24, "intermediate_size": 32}),
+    "siglip": (SiglipVisionConfig, {"intermediate_size": 32}),
+    "dinov2": (Dinov2Config, {"mlp_ratio": 2, "drop_path_rate": 0.1}),
+}
+
+
+def build_tower(kind, implementation="sdpa"):
+    config_class, kwargs = VISION_CONFIGS[kind]
+    config = config_class(
+        hidden_size=24, num_hidden_layers=5, num_attention_heads=3, image_size=24, patch_size=4, **kwargs
+    )
+    torch.manual_seed(0)
+    tower = make_lively(AutoModel.from_config(config, attn_implementation=implementation)).eval()
+    make_compressible(tower)
+    return tower
+
+
+def tower_settings(tower, **kwargs):
+    config = settings(vmtc_num_visual_tokens=9, vmtc_merge_weights="normalized", **kwargs)
+    config.vision_config = tower.config
+    return config
+
+
+def slow_tower(tower, pixel_values, feature_layer, stages):
+    """Hidden states of a tower that compresses, block by block from its own modules, with attention written out."""
+    states = tower.embeddings(pixel_values)
+    states = tower.pre_layrnorm(states) if hasattr(tower, "pre_layrnorm") else states
+    has_class_token = tower.config.model_type != "siglip_vision_model"
+    blocks = tower.encoder.layer if hasattr(tower.encoder, "layer") else tower.encoder.layers
+    heads = tower.config.num_attention_heads
+    for index in range(feature_layer):
+        block = blocks[index]
+        is_clip = hasattr(block, "layer_norm1")
+        attention = block.self_attn if is_clip else block.attention
+        normed = (block.layer_norm1 if is_clip else block.norm1)(states)
+        q, k, v = (
+            getattr(attention, name)(normed).unflatten(-1, (heads, -1)).transpose(1, 2)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+        attended = (weights @ v).transpose(1, 2).flatten(2)
+        attended = attention.out_proj(attended) if is_clip else block.layer_scale1(attention.o_proj(attended))
+        states = states + attended
+        if index in stages:
+            row = weights[:, :, 0, 1:] if has_class_token else weights.mean(2)
+            first = int(has_class_token)
+            patches, _ = compress_tokens(
+                states[:, first:],
+                row.mean(1),
+                stages[index].num_kept,
+                stages[index].num_clusters,
+                "normalized",
+            )
+            states = torch.cat([states[:, :first], patches], 1)
+        mlp = block.mlp(block.layer_norm2(states)) if is_clip else block.layer_scale2(block.mlp(block.norm2(states)))
+        states = states + mlp
+    return states
+
+
+@pytest.mark.parametrize("kind", list(VISION_CONFIGS))
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("method", ["cluster", "merge", "layerwise_prune", "last_layer_prune"])
+@torch.no_grad()
+def test_a_tower_compresses_between_attention_and_mlp(kind, implementation, method):
+    tower = build_tower(kind, implementation)
+    pixel_values = torch.randn(2, 3, 24, 24)
+    config = tower_settings(tower, vmtc_method=method)
+    vmtc = compression_of_call(config, tower, pixel_values, feature_layer=-2)
+    outputs = tower(pixel_values, output_hidden_states=True, vmtc=vmtc)
+    expected = slow_tower(tower, pixel_values, 4, vmtc.stages)
+    torch.testing.assert_close(outputs.hidden_states[-2], expected, atol=1e-4, rtol=1e-4)
+    first = int(kind != "siglip")
+    lengths, length = [], 36
+    for index in range(5):
+        if index in vmtc.stages:
+            length = vmtc.stages[index].num_kept + vmtc.stages[index].num_clusters
+        lengths.append(length + first)
+    assert [states.shape[1] for states in outputs.hidden_states[1:]] == lengths
+    stage_lengths = [stage.num_kept + stage.num_clusters for stage in vmtc.stages.values()]
+    assert [becomes.shape[1] for becomes in vmtc.trace] == [36, *stage_lengths[:-1]]
+
+
+@pytest.mark.parametrize("kind", list(VISION_CONFIGS))
+@torch.no_grad()
+def test_a_tower_that_is_not_asked_to_compress_is_the_stock_one(kind):
+    tower = build_tower(kind)
+    stock = AutoModel.from_config(tower.config).eval()
+    stock.load_state_dict(tower.state_dict())
+    pixel_values = torch.randn(2, 3, 24, 24)
+    assert torch.equal(tower(pixel_values).last_hidden_state, stock(pixel_values).last_hidden_state)
+    config = tower_settings(tower)
+    tower(pixel_values, vmtc=compression_of_call(config, tower, pixel_values, -2))
+    assert torch.equal(tower(pixel_values).last_hidden_state, stock(pixel_values).last_hidden_state)
+    assert compression_of_call(config, tower, pixel_values, -2, num_visual_tokens=36) is None
+
+
+@pytest.mark.parametrize("kind", list(VISION_CONFIGS))
+@torch.no_grad()
+def test_images_do_not_depend_on_the_batch_they_are_in(kind):
+    tower = build_tower(kind)
+    pixel_values = torch.randn(4, 3, 24, 24)
+    config = tower_settings(tower)
+
+    def features(pixels):
+        return tower(pixels, vmtc=compression_of_call(config, tower, pixels, -2)).last_hidden_state
+
+    alone = torch.cat([features(pixel_values[i : i + 1]) for i in range(4)])
+    torch.testing.assert_close(features(pixel_values), alone, atol=1e-5, rtol=1e-5)
+
+
+def test_the_implementation_of_attention_can_be_changed_at_any_time():
+    tower = build_tower("clip")
+    pixel_values = torch.randn(1, 3, 24, 24)
+    config = tower_settings(tower)
+    outputs = []
+    for implementation in ("sdpa", "eager", "sdpa"):
+        tower.set_attn_implementation(implementation)
+        vmtc = compression_of_call(config, tower, pixel_values, -2)
+        outputs.append(tower(pixel_values, vmtc=vmtc).last_hidden_state)
+    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=1e-5)
+    assert torch.equal(outputs[0], outputs[2])
+
+
+@pytest.mark.parametrize("kind", list(VISION_CONFIGS))
+def test_gradients_reach_all_blocks_also_with_checkpointing(kind):
+    gradients = []
+    for checkpointing in (False, True):
+        tower = build_tower(kind)
+        tower.train()
+        for module in tower.modules():
+            if hasattr(module, "drop_prob"):
+                module.drop_prob = 0.0
+        if checkpointing:
+            tower.gradient_checkpointing_enable({"use_reentrant": False})
+        pixel_values = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+        vmtc = compression_of_call(tower_settings(tower), tower, pixel_values, -1)
+        tower(pixel_values, vmtc=vmtc).last_hidden_state.square().mean().backward()
+        blocks = tower.encoder.layer if hasattr(tower.encoder, "layer") else tower.encoder.layers
+        gradients.append({name: p.grad.clone() for name, p in blocks.named_parameters()})
+        assert all(gradient.abs().sum() > 0 for name, gradient in gradients[-1].items() if "k_proj.bias" not in name)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], msg=name)
+
+
+def test_blocks_survive_copying_and_pickling():
+    tower = build_tower("clip")
+    pixel_values = torch.randn(1, 3, 24, 24)
+    vmtc = compression_of_call(tower_settings(tower), tower, pixel_values, -2)
+    expected = tower(pixel_values, vmtc=vmtc).last_hidden_state
+    for other in (copy.deepcopy(tower), pickle.loads(pickle.dumps(tower))):
+        assert torch.equal(other(pixel_values, vmtc=vmtc).last_hidden_state, expected)
+        assert type(other.encoder.layers[0]).__name__ == "CLIPEncoderLayer"
+
+
+def test_what_a_tower_cannot_do_is_refused():
+    tower = build_tower("clip")
+    config = tower_settings(tower)
+    pixel_values = torch.randn(1, 3, 24, 24)
+    with pytest.raises(ValueError, match=r"one `vision_feature_layer`, got \[-2, -3\]"):
+        compression_of_call(config, tower, pixel_values, [-2, -3])
+    with pytest.raises(ValueError, match="`vision_feature_layer` is -6, but the vision tower has 5 blocks"):
+        compression_of_call(config, tower, pixel_values, -6)
+    with pytest.raises(ValueError, match="The budget is 9 visual tokens, but an image has 4 patches"):
+        compression_of_call(config, tower, torch.randn(1, 3, 8, 8), -2)
+    pixtral = AutoModel.from_config(PixtralVisionConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=3))
+    make_compressible(pixtral)
+    with pytest.raises(ValueError, match="does not know the blocks of PixtralVisionModel"):
+        compression_of_call(config, pixtral, pixel_values, -2)
+
+
+# --- in TA-LLaVA ---------------------------------------------------------------------------------------------------
+
+
+def test_the_tower_of_ta_llava_compresses_too(tmp_path):
+    model = build_model(use_vmtc=True, vmtc_num_visual_tokens=4, vmtc_num_stages=2)
+    images = random_images(2)
+    features = model.get_image_features(images)
+    assert [tokens.shape for tokens in features.pooler_output] == [(4, 32)] * 2
+    expected = slow_tower(model.model.vision_tower, images.flatten(0, 1), 2, {}).shape
+    assert expected[1] == 10
+    model.save_pretrained(tmp_path)
+    loaded = TaLlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.config.vmtc_num_visual_tokens == 4
+    torch.testing.assert_close(loaded.get_image_features(images).pooler_output, features.pooler_output)
+    loaded.set_visual_budget(2)
+    assert loaded.get_image_features(images).pooler_output[0].shape == (2, 32)
+    with pytest.raises(ValueError, match="must be a whole number from 1, got 0"):
+        loaded.set_visual_budget(0)
+
+
+def test_ta_llava_compresses_nothing_by_default():
+    assert build_config().use_vmtc is False
+    assert isinstance(build_config(), VmtcConfig)
+    with pytest.raises(Exception, match="`vmtc_keep_ratio` must be above 0"):
+        TaLlavaConfig(vmtc_keep_ratio=0.0)
