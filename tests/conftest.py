@@ -4,9 +4,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoProcessor, CLIPVisionConfig, Gemma2Config, LlamaConfig
+from transformers import (
+    AutoProcessor,
+    CLIPVisionConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
-from ta_llava import TaLlavaConfig, TaLlavaForConditionalGeneration
+from ta_llava import (
+    TaLlavaConfig,
+    TaLlavaForConditionalGeneration,
+    VmtcCmaiLlavaConfig,
+    VmtcCmaiLlavaForConditionalGeneration,
+)
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -31,10 +45,16 @@ def text_config(backbone: str, **kwargs):
         "eos_token_id": EOS,
         **kwargs,
     }
-    if backbone == "gemma2":
-        # A window shorter than the prompts, so that what must not slide would show.
-        return Gemma2Config(**{"query_pre_attn_scalar": 8, "sliding_window": 8, **config})
-    return LlamaConfig(**{"tie_word_embeddings": False, **config})
+    # Windows shorter than the prompts, so that what must not slide would show.
+    config_class, defaults = {
+        "gemma2": (Gemma2Config, {"query_pre_attn_scalar": 8, "sliding_window": 8}),
+        "gemma3": (Gemma3TextConfig, {"query_pre_attn_scalar": 8, "sliding_window": 8, "sliding_window_pattern": 2}),
+        "llama": (LlamaConfig, {"tie_word_embeddings": False}),
+        "mistral": (MistralConfig, {"sliding_window": 12}),
+        "qwen2": (Qwen2Config, {}),
+        "qwen3": (Qwen3Config, {}),
+    }[backbone]
+    return config_class(**{**defaults, **config})
 
 
 def build_config(backbone: str = "gemma2", text_kwargs: dict | None = None, **kwargs) -> TaLlavaConfig:
@@ -130,3 +150,57 @@ EXAMPLE_IMAGE = ROOT / "examples" / "teal_triangle.png"
 def processor():
     """The processor of the shipped model."""
     return AutoProcessor.from_pretrained(SHIPPED_MODEL)
+
+
+# --- LLaVA ---------------------------------------------------------------------------------------------------------
+
+# Visual tokens of an image of 24 x 24 pixels in the models of `build_llava`: of 36 patches, VMTC leaves these.
+NUM_VISUAL_TOKENS = 9
+
+
+def build_llava_config(backbone: str = "llama", **kwargs) -> VmtcCmaiLlavaConfig:
+    """CLIP of 5 layers, a language model of 4 layers, VMTC to 9 visual tokens, and CMAI."""
+    vision_config = CLIPVisionConfig(
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=5,
+        num_attention_heads=3,
+        image_size=24,
+        patch_size=4,
+        projection_dim=24,
+    )
+    return VmtcCmaiLlavaConfig(
+        **{
+            "vision_config": vision_config,
+            "text_config": text_config(backbone, num_hidden_layers=4),
+            "image_token_index": IMAGE,
+            "use_vmtc": True,
+            "vmtc_num_visual_tokens": NUM_VISUAL_TOKENS,
+            "vmtc_merge_weights": "normalized",
+            "use_cmai": True,
+            **kwargs,
+        }
+    )
+
+
+def build_llava(backbone: str = "llama", **kwargs) -> VmtcCmaiLlavaForConditionalGeneration:
+    torch.manual_seed(0)
+    return make_lively(VmtcCmaiLlavaForConditionalGeneration(build_llava_config(backbone, **kwargs))).eval()
+
+
+def llava_prompt(length: int = 6, seed: int = 0, images: int = 1, num_visual_tokens: int = NUM_VISUAL_TOKENS):
+    """`[BOS, words, placeholders, words]` of a row, a few words more between images."""
+    row = [BOS, *random_tokens(2, seed + 100)]
+    for image in range(images):
+        row += [IMAGE] * num_visual_tokens + random_tokens(2, seed + 200 + image)
+    return row + random_tokens(length, seed)
+
+
+def llava_inputs(rows: list[list[int]], side: str = "left", seed: int = 0, num_visual_tokens: int = NUM_VISUAL_TOKENS):
+    """`input_ids`, `attention_mask` and, if there are images, `pixel_values` of rows padded on one side."""
+    inputs = batch_of(rows, side)
+    count = sum(row.count(IMAGE) for row in rows) // num_visual_tokens
+    if count:
+        generator = torch.Generator().manual_seed(seed)
+        inputs["pixel_values"] = torch.randn(count, 3, 24, 24, generator=generator)
+    return inputs

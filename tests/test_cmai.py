@@ -1,0 +1,300 @@
+"""CMAI: each function of the maths against loops written from the paper's equations, and the state in the cache."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import IMAGE, build_llava, llava_inputs, llava_prompt
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import QuantizedLayer
+
+from ta_llava.cmai import (
+    attention_weights,
+    focus_scores,
+    head_averaged_scores,
+    inhibited_pairs,
+    inhibition_ratio,
+    inhibition_threshold,
+    prepare_cache,
+    text_token_mask,
+)
+
+
+# --- the maths -----------------------------------------------------------------------------------------------------
+
+
+def test_the_ratio_grows_linearly_from_0_to_its_maximum():
+    assert [inhibition_ratio(layer, 4, 0.6) for layer in range(4)] == pytest.approx([0, 0.2, 0.4, 0.6])
+    assert inhibition_ratio(0, 1, 0.6) == 0
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("num_queries", [1, 5])
+def test_scores_are_averaged_over_heads(heads, kv_heads, num_queries):
+    query, key = torch.randn(2, heads, num_queries, 8), torch.randn(2, kv_heads, 7, 8)
+    expected = torch.zeros(2, num_queries, 7)
+    for b in range(2):
+        for j in range(num_queries):
+            for k in range(7):
+                for head in range(heads):
+                    expected[b, j, k] += 0.3 * query[b, head, j] @ key[b, head // (heads // kv_heads), k] / heads
+    torch.testing.assert_close(head_averaged_scores(query, key, 0.3), expected)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_weights_are_the_softmax_over_what_is_allowed(softcap):
+    query, key = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 6, 8)
+    allowed = torch.rand(2, 3, 6) < 0.6
+    allowed[..., 0] = True
+    weights = attention_weights(query, key, 0.5, allowed, softcap)
+    for b in range(2):
+        for head in range(4):
+            for j in range(3):
+                scores = [0.5 * float(query[b, head, j] @ key[b, head // 2, k]) for k in range(6)]
+                if softcap is not None:
+                    scores = [softcap * math.tanh(score / softcap) for score in scores]
+                powers = [math.exp(scores[k]) if allowed[b, j, k] else 0.0 for k in range(6)]
+                expected = torch.tensor([power / sum(powers) for power in powers])
+                torch.testing.assert_close(weights[b, head, j], expected)
+
+
+@pytest.mark.parametrize("num_texts, num_images", [(1, 1), (1, 5), (4, 3), (7, 9)])
+@pytest.mark.parametrize("focus", ["tia", "sum", "discounted_sum", "focus"])
+def test_focus_is_that_of_equations_9_to_11_and_table_5(num_texts, num_images, focus):
+    text_to_text, text_to_image = torch.randn(2, num_texts, num_texts), torch.randn(2, num_texts, num_images)
+    index = torch.arange(num_texts)
+    distance = (index[:, None] - index[None]).expand(2, -1, -1)
+    actual = focus_scores(text_to_image, text_to_text, text_to_image, distance > 0, distance, focus, discount=0.7)
+    for b in range(2):
+        for j in range(num_texts):
+            for k in range(num_images):
+                expected = text_to_image[b, j, k].clone()
+                for h in range(j):
+                    if focus == "focus":
+                        expected += text_to_text[b, j, h] * text_to_image[b, h, k]
+                    elif focus == "sum":
+                        expected += text_to_image[b, h, k]
+                    elif focus == "discounted_sum":
+                        expected += 0.7 ** (j - h) * text_to_image[b, h, k]
+                torch.testing.assert_close(actual[b, j, k], expected)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.2, 0.5, 0.6, 0.77, 1.0])
+@pytest.mark.parametrize("num_images", [1, 2, 5, 36])
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_threshold_is_the_quantile_of_what_is_seen(ratio, num_images, ties):
+    focus = torch.randint(0, 3, (3, 4, num_images)).float() if ties else torch.randn(3, 4, num_images)
+    visible = torch.rand(3, 4, num_images) < 0.7
+    visible[0, 0] = False
+    visible[1] = True
+    threshold = inhibition_threshold(focus, visible, ratio)
+    inhibited = inhibited_pairs(focus, visible, ratio)
+    for b in range(3):
+        for j in range(4):
+            seen = focus[b, j][visible[b, j]]
+            if len(seen) == 0:
+                assert not inhibited[b, j].any()
+                continue
+            assert threshold[b, j, 0] == torch.quantile(seen, ratio)
+            for k in range(num_images):
+                below = bool(visible[b, j, k]) and bool(focus[b, j, k] < torch.quantile(seen, ratio))
+                assert inhibited[b, j, k] == below
+
+
+def test_equal_focus_inhibits_nothing():
+    assert not inhibited_pairs(torch.ones(1, 1, 9), torch.ones(1, 1, 9, dtype=torch.bool), 0.6).any()
+
+
+@pytest.mark.parametrize("form", ["2-D", "boolean", "additive", "dict"])
+@pytest.mark.parametrize("past", [0, 3])
+def test_text_is_told_from_padding_in_every_form_of_mask(form, past):
+    tokens = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 1]]).bool()
+    columns = 6 - past
+    mask = tokens.long()
+    if form != "2-D":
+        causal = torch.ones(columns, 9).tril(past).bool()
+        mask = (causal & torch.nn.functional.pad(tokens, (0, 3))[:, None]).unsqueeze(1)
+        if form == "additive":
+            mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+        if form == "dict":
+            mask = {"sliding_attention": None, "full_attention": mask}
+    for length in (past, torch.tensor(past)):
+        assert torch.equal(text_token_mask(mask, columns, length, tokens.device), tokens[:, past:])
+    assert text_token_mask(None, columns, past, tokens.device) is None
+
+
+# --- the cache -----------------------------------------------------------------------------------------------------
+
+
+PROMPTS = [llava_prompt(length=7, seed=1), llava_prompt(length=5, seed=2), llava_prompt(length=9, seed=3, images=2)]
+NEXT = torch.randint(10, 60, (3, 4), generator=torch.Generator().manual_seed(5))
+
+
+def filled_cache(model, kind, prompts=PROMPTS):
+    """A cache after a batch of prompts, and their inputs."""
+    inputs = llava_inputs(prompts)
+    cache = StaticCache(model.config.text_config, max_cache_len=48) if kind == "static" else DynamicCache()
+    model(**inputs, past_key_values=cache)
+    return cache, inputs
+
+
+def logits_after(model, cache, inputs, next_tokens):
+    """Logits of `next_tokens` `(B, t)`, one after the other."""
+    mask, outputs = inputs["attention_mask"], []
+    for token in next_tokens.T:
+        mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=mask.dtype)], dim=1)
+        outputs.append(model(input_ids=token[:, None], attention_mask=mask, past_key_values=cache).logits)
+    return torch.cat(outputs, dim=1)
+
+
+def logits_without_cache(model, inputs, next_tokens):
+    ids = torch.cat([inputs["input_ids"], next_tokens], dim=1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(next_tokens)], dim=1)
+    outputs = model(input_ids=ids, attention_mask=mask, pixel_values=inputs["pixel_values"], use_cache=False)
+    return outputs.logits[:, -next_tokens.shape[1] :]
+
+
+def select_rows(inputs, rows, num_images):
+    """The inputs of some rows; `num_images` of each row of `inputs`."""
+    pixels = inputs["pixel_values"].split(num_images)
+    return {
+        "input_ids": inputs["input_ids"][rows],
+        "attention_mask": inputs["attention_mask"][rows],
+        "pixel_values": torch.cat([pixels[row] for row in rows]),
+    }
+
+
+def reorder(cache):
+    cache.reorder_cache(torch.tensor([2, 0, 2]))
+    return [2, 0, 2]
+
+
+def select(cache):
+    cache.batch_select_indices(torch.tensor([2, 1]))
+    return [2, 1]
+
+
+def repeat(cache):
+    cache.batch_repeat_interleave(2)
+    return [0, 0, 1, 1, 2, 2]
+
+
+def offload(cache):
+    for layer in cache.layers:
+        layer.offload()
+        layer.prefetch()
+    return [0, 1, 2]
+
+
+@pytest.mark.parametrize("backbone", ["llama", "gemma2"])
+@pytest.mark.parametrize(
+    "kind, operation",
+    [("dynamic", reorder), ("static", reorder), ("dynamic", select), ("dynamic", repeat), ("dynamic", offload), ("static", offload)],
+)
+@torch.no_grad()
+def test_the_state_follows_the_batch(backbone, kind, operation):
+    model = build_llava(backbone)
+    cache, inputs = filled_cache(model, kind)
+    rows = operation(cache)
+    inputs = select_rows(inputs, rows, [1, 1, 2])
+    next_tokens = NEXT[rows]
+    actual = logits_after(model, cache, inputs, next_tokens)
+    torch.testing.assert_close(actual, logits_without_cache(model, inputs, next_tokens), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backbone", ["llama", "qwen3"])
+@pytest.mark.parametrize("cropped", [1, 3, 6])
+@torch.no_grad()
+def test_a_cropped_cache_goes_on_as_if_the_rest_had_never_been(backbone, cropped):
+    """Cropped by what came after the prompt, and into the prompt."""
+    model = build_llava(backbone)
+    inputs = llava_inputs(PROMPTS[:1])
+    cache = DynamicCache()
+    ids = torch.cat([inputs["input_ids"], torch.randint(10, 60, (1, 3))], dim=1)
+    model(input_ids=ids, pixel_values=inputs["pixel_values"], past_key_values=cache)
+    other = torch.randint(10, 60, (1, 2))
+    model(input_ids=other, past_key_values=cache)
+    cache.crop(-cropped)
+    ids = torch.cat([ids, other], dim=1)[:, :-cropped]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": inputs["pixel_values"]}
+    actual = logits_after(model, cache, inputs, NEXT[:1])
+    torch.testing.assert_close(actual, logits_without_cache(model, inputs, NEXT[:1]), atol=1e-4, rtol=1e-4)
+    assert cache.layers[1].text_to_image.shape[1] == cache.layers[0].text_columns.shape[1]
+
+
+@torch.no_grad()
+def test_a_cache_cropped_into_the_image_takes_another_image():
+    model = build_llava("llama")
+    first, second = llava_inputs(PROMPTS[:1], seed=1), llava_inputs([llava_prompt(length=6, seed=8)], seed=2)
+    second["input_ids"][0, :2] = first["input_ids"][0, :2]
+    cache = DynamicCache()
+    model(**first, past_key_values=cache)
+    cache.crop(-(first["input_ids"].shape[1] - 1))  # what is left is the first token
+    rest = {**second, "input_ids": second["input_ids"][:, 1:]}
+    actual = model(**rest, past_key_values=cache).logits
+    torch.testing.assert_close(actual, model(**second).logits[:, 1:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backbone", ["llama", "gemma2"])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@torch.no_grad()
+def test_a_reset_cache_is_as_new(backbone, kind):
+    model = build_llava(backbone)
+    cache, _ = filled_cache(model, kind)
+    cache.reset()
+    prompts = [
+        llava_prompt(length=4, seed=11, images=2),
+        llava_prompt(length=9, seed=12),
+        llava_prompt(length=3, seed=13),
+    ]
+    inputs = llava_inputs(prompts, seed=9)
+    model(**inputs, past_key_values=cache)
+    actual = logits_after(model, cache, inputs, NEXT)
+    torch.testing.assert_close(actual, logits_without_cache(model, inputs, NEXT), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_copied_cache_goes_its_own_way():
+    model = build_llava("llama")
+    cache, inputs = filled_cache(model, "dynamic")
+    other = copy.deepcopy(cache)
+    expected = logits_after(model, cache, inputs, NEXT)
+    assert torch.equal(logits_after(model, other, inputs, NEXT), expected)
+
+
+@torch.no_grad()
+def test_the_cache_holds_one_number_per_text_and_image_token():
+    model = build_llava("llama")
+    cache, inputs = filled_cache(model, "dynamic", PROMPTS[:1])
+    num_images = int((inputs["input_ids"] == IMAGE).sum())
+    num_texts = inputs["input_ids"].shape[1] - num_images
+    assert cache.layers[0].text_to_image is None  # nothing is inhibited there
+    assert all(layer.text_to_image.shape == (1, num_texts, num_images) for layer in cache.layers[1:])
+    assert cache.layers[1].keys.shape[2] == inputs["input_ids"].shape[1]
+    logits_after(model, cache, inputs, NEXT[:1])
+    assert cache.layers[1].text_to_image.shape == (1, num_texts + 4, num_images)
+
+
+@torch.no_grad()
+def test_a_cache_filled_without_cmai_is_refused():
+    model = build_llava("llama", use_cmai=False)
+    cache, _ = filled_cache(model, "dynamic")
+    model.config.use_cmai = True
+    with pytest.raises(ValueError, match="The cache holds .* columns that were computed without CMAI"):
+        model(input_ids=NEXT[:, :1], past_key_values=cache)
+
+
+def test_caches_of_an_unknown_kind_are_refused():
+    class OtherLayer(QuantizedLayer):
+        def _quantize(self, tensor, axis):
+            return tensor
+
+        def _dequantize(self, tensor):
+            return tensor
+
+    model = build_llava("llama")
+    cache = DynamicCache()
+    cache.layers = [OtherLayer() for _ in range(4)]
+    with pytest.raises(ValueError, match="CMAI does not support caches with a OtherLayer, only with DynamicLayer"):
+        prepare_cache(cache, model.config.text_config)
