@@ -37,6 +37,7 @@ from transformers.cache_utils import (
 )
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from transformers.utils.generic import maybe_autocast
 
 
 # --- the maths -----------------------------------------------------------------------------------------------------
@@ -454,40 +455,20 @@ class Inhibition:
         ratio = self.ratio(module.layer_idx)
         if ratio == 0:
             return attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-        allowed, image_index, image_seen, text_index, precedes, distance = self._view(attention_mask, key)
         text_query = query
         if self.query_slots is not None:
             text_query = query.take_along_dim(self.query_slots.to(query.device)[:, None, :, None], dim=2)
-
-        weights = None
-        if self.config.cmai_attention == "weights":
-            weights = attention_weights(text_query, key, scaling, allowed, kwargs.get("softcap"))
-            averaged = weights.detach().mean(dim=1)
-        else:
-            averaged = head_averaged_scores(text_query.detach(), key.detach(), scaling)
-        own = averaged.take_along_dim(image_index, dim=2).masked_fill(~image_seen, 0)
-        focus = own
-        if self.config.cmai_focus != "tia":
-            rows = own
-            if self.cache is not None:
-                rows = self.cache.layers[module.layer_idx].update_rows(
-                    own, self.is_single, self.row_positions, self.text_columns.shape[1]
-                )
-            text_to_text = averaged.take_along_dim(text_index, dim=2)
-            focus = focus_scores(
-                own, text_to_text, rows, precedes, distance, self.config.cmai_focus, self.config.cmai_discount
-            )
-        inhibited = inhibited_pairs(focus, image_seen, ratio)
-        # Added up, since places without an image token point to any key.
-        inhibited = torch.zeros_like(averaged).scatter_add(2, image_index.expand_as(inhibited), inhibited.float()) > 0
+        with maybe_autocast(query.device.type, enabled=False):
+            softcap = kwargs.get("softcap")
+            keep, weights = self._kept_keys(module, text_query, key, attention_mask, scaling, ratio, softcap)
         if weights is not None:
             # Softmax over fewer keys is the softmax over all of them, renormalised.
-            weights = weights.masked_fill(inhibited[:, None], 0)
-            weights = (weights / weights.sum(dim=-1, keepdim=True)).to(query.dtype)
+            weights = weights.masked_fill(~keep[:, None], 0)
+            weights = (weights / weights.sum(dim=-1, keepdim=True)).to(value.dtype)
             weights = nn.functional.dropout(weights, p=dropout, training=module.training)
             output = (weights @ value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)).transpose(1, 2)
         else:
-            mask = (allowed & ~inhibited)[:, None]
+            mask = keep[:, None]
             if attention is not ALL_ATTENTION_FUNCTIONS["sdpa"]:
                 mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
             output, weights = attention(
@@ -508,6 +489,43 @@ class Inhibition:
             is_text[:, None, :, None], weights.take_along_dim(slots[:, None, :, None], dim=2), other_weights
         )
         return output, weights
+
+    def _kept_keys(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float,
+        ratio: float,
+        softcap: float | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Which keys `(B, q, K)` the text queries `(B, heads, q, head_dim)` still attend to, and their attention weights
+        before inhibition `(B, heads, q, K)` if the config asks for these.
+        """
+        allowed, image_index, image_seen, text_index, precedes, distance = self._view(attention_mask, key)
+        weights = None
+        if self.config.cmai_attention == "weights":
+            weights = attention_weights(query, key, scaling, allowed, softcap)
+            averaged = weights.detach().mean(dim=1)
+        else:
+            averaged = head_averaged_scores(query.detach(), key.detach(), scaling)
+        focus = own = averaged.take_along_dim(image_index, dim=2).masked_fill(~image_seen, 0)
+        if self.config.cmai_focus != "tia":
+            rows = own
+            if self.cache is not None:
+                rows = self.cache.layers[module.layer_idx].update_rows(
+                    own, self.is_single, self.row_positions, self.text_columns.shape[1]
+                )
+            text_to_text = averaged.take_along_dim(text_index, dim=2)
+            focus = focus_scores(
+                own, text_to_text, rows, precedes, distance, self.config.cmai_focus, self.config.cmai_discount
+            )
+        inhibited = inhibited_pairs(focus, image_seen, ratio).float()
+        # Added up, since places without an image token point to any key.
+        inhibited = torch.zeros_like(averaged).scatter_add(2, image_index.expand_as(inhibited), inhibited)
+        return allowed & (inhibited == 0), weights
 
     def _view(self, attention_mask: torch.Tensor | None, key: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """`_make_view`, once for the layers that share a mask and a device."""

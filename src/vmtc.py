@@ -31,6 +31,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from transformers.utils.generic import maybe_autocast
 
 
 # --- configuration -------------------------------------------------------------------------------------------------
@@ -390,7 +391,8 @@ class TowerCompression:
 
     def attention_row(self, query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
         """What is needed of the attention weights, `(B, heads, 1, tokens)`."""
-        return (class_token_attention if self.has_class_token else mean_received_attention)(query, key, scaling)
+        with maybe_autocast(query.device.type, enabled=False):
+            return (class_token_attention if self.has_class_token else mean_received_attention)(query, key, scaling)
 
     def __call__(self, hidden_states: torch.Tensor, weights: torch.Tensor, stage: VmtcStage) -> torch.Tensor:
         """Compresses `hidden_states` `(B, tokens, d)` by the attention weights `(B, heads, 1 or tokens, tokens)`."""
@@ -399,7 +401,10 @@ class TowerCompression:
             weights = weights[:, :, :1] if self.has_class_token else weights.float().mean(dim=-2, keepdim=True)
         patches = hidden_states[:, num_first:]
         importance = importance_scores(weights, patches.shape[1])
-        patches, becomes = compress_tokens(patches, importance, stage.num_kept, stage.num_clusters, self.merge_weights)
+        with maybe_autocast(patches.device.type, enabled=False):
+            patches, becomes = compress_tokens(
+                patches, importance, stage.num_kept, stage.num_clusters, self.merge_weights
+            )
         self.trace.append(becomes)
         return torch.cat([hidden_states[:, :num_first], patches], dim=1)
 

@@ -190,7 +190,14 @@ def offload(cache):
 @pytest.mark.parametrize("backbone", ["llama", "gemma2"])
 @pytest.mark.parametrize(
     "kind, operation",
-    [("dynamic", reorder), ("static", reorder), ("dynamic", select), ("dynamic", repeat), ("dynamic", offload), ("static", offload)],
+    [
+        ("dynamic", reorder),
+        ("static", reorder),
+        ("dynamic", select),
+        ("dynamic", repeat),
+        ("dynamic", offload),
+        ("static", offload),
+    ],
 )
 @torch.no_grad()
 def test_the_state_follows_the_batch(backbone, kind, operation):

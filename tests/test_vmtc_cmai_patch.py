@@ -1,0 +1,852 @@
+"""LLaVA with VMTC and CMAI: loading, equality with the stock model, generation, training, and the processor."""
+
+import copy
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    BOS,
+    EOS,
+    EXAMPLE_IMAGE,
+    IMAGE,
+    NUM_VISUAL_TOKENS,
+    PAD,
+    VOCAB,
+    batch_of,
+    build_llava,
+    build_llava_config,
+    llava_inputs,
+    llava_prompt,
+    make_lively,
+    random_tokens,
+    text_config,
+)
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch._dynamo.testing import CompileCounter
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    CLIPImageProcessorPil,
+    Dinov2Config,
+    DynamicCache,
+    GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    SiglipVisionConfig,
+    StaticCache,
+)
+
+from ta_llava import (
+    VmtcCmaiLlavaConfig,
+    VmtcCmaiLlavaForConditionalGeneration,
+    VmtcCmaiLlavaModel,
+    VmtcCmaiLlavaProcessor,
+)
+from ta_llava.vmtc import count_visual_tokens
+
+
+BACKBONES = ["llama", "gemma2", "gemma3", "mistral", "qwen2", "qwen3"]
+OFF = {"use_vmtc": False, "use_cmai": False}
+
+
+def assert_close(actual, expected, tolerance=1e-4):
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+
+
+# --- loading -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
+    """A stock LLaVA and the folder it was saved to."""
+    config = build_llava_config().to_dict()
+    names = {name for name in config if name.startswith(("use_", "vmtc_", "cmai_", "spd_"))}
+    config = LlavaConfig(**{name: value for name, value in config.items() if name not in {*names, "model_type"}})
+    torch.manual_seed(0)
+    model = make_lively(LlavaForConditionalGeneration(config), seed=3).eval()
+    folder = tmp_path_factory.mktemp("stock")
+    model.save_pretrained(folder)
+    return model, folder
+
+
+@pytest.mark.parametrize("flags", [{}, {"use_vmtc": True, "vmtc_num_visual_tokens": 9, "use_cmai": True}])
+def test_a_stock_checkpoint_loads_as_it_lies(stock, flags):
+    model, folder = stock
+    loaded, info = VmtcCmaiLlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True, **flags)
+    assert not any(info.values()), info
+    theirs = model.state_dict()
+    assert loaded.state_dict().keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in loaded.state_dict().items())
+    assert loaded.config.use_cmai is bool(flags)
+    base, info = VmtcCmaiLlavaModel.from_pretrained(folder, output_loading_info=True, **flags)
+    assert not info["missing_keys"]
+    assert torch.equal(base.language_model.embed_tokens.weight, model.model.language_model.embed_tokens.weight)
+
+
+@torch.no_grad()
+def test_with_both_flags_off_it_is_the_stock_model(stock):
+    model, folder = stock
+    loaded = VmtcCmaiLlavaForConditionalGeneration.from_pretrained(folder).eval()
+    inputs = llava_inputs(
+        [llava_prompt(num_visual_tokens=36), llava_prompt(length=3, num_visual_tokens=36)], num_visual_tokens=36
+    )
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    arguments = {"max_new_tokens": 6, "do_sample": False, "num_beams": 2}
+    assert torch.equal(loaded.generate(**inputs, **arguments), model.generate(**inputs, **arguments))
+    labels = inputs["input_ids"]
+    assert torch.equal(loaded(**inputs, labels=labels).loss, model(**inputs, labels=labels).loss)
+
+
+def test_what_is_saved_loads_again(tmp_path):
+    model = build_llava()
+    model.save_pretrained(tmp_path)
+    loaded, info = VmtcCmaiLlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert loaded.config.to_dict() == {**model.config.to_dict(), "_name_or_path": str(tmp_path)} or (
+        loaded.config.vmtc_num_visual_tokens == 9 and loaded.config.use_cmai
+    )
+    inputs = llava_inputs([llava_prompt()])
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    for auto_class in (AutoModelForImageTextToText, AutoModel):
+        assert type(auto_class.from_pretrained(tmp_path)).__name__.startswith("VmtcCmaiLlava")
+    saved = (tmp_path / "config.json").read_text()
+    assert "cmai_sdpa" not in saved
+    assert "vmtc_sdpa" not in saved
+    assert "vmtc_cmai_patch.VmtcCmaiLlavaForConditionalGeneration" in saved
+    assert {"vmtc_cmai_patch.py", "vmtc.py", "cmai.py"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_the_config_survives_a_round_trip(tmp_path):
+    config = build_llava_config(vmtc_layers=[1, 2], cmai_focus="sum", cmai_attention="weights", vmtc_method="merge")
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is VmtcCmaiLlavaConfig
+    assert loaded.to_diff_dict() == config.to_diff_dict() or loaded.vmtc_layers == [1, 2]
+    for name in ("vmtc_method", "cmai_focus", "cmai_attention", "use_vmtc", "use_cmai", "vmtc_num_visual_tokens"):
+        assert getattr(loaded, name) == getattr(config, name)
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"cmai_max_ratio": 1.2}, "`cmai_max_ratio` must be from 0 to 1, got 1.2"),
+        ({"cmai_max_ratio": -0.1}, "`cmai_max_ratio` must be from 0 to 1, got -0.1"),
+        ({"cmai_discount": 0.0}, "`cmai_discount` must be above 0 and at most 1, got 0.0"),
+        ({"cmai_focus": "all"}, "cmai_focus"),
+        ({"cmai_attention": "logits"}, "cmai_attention"),
+        ({"spd_factor": 0}, "`spd_factor` must be at least 1, got 0"),
+        ({"spd_factor": 2}, "`spd_factor` is 2 and `use_vmtc` on"),
+        (
+            {"vision_feature_layer": [-2, -3]},
+            r"VMTC works with one `vision_feature_layer`, but the config has \[-2, -3\]",
+        ),
+        ({"vmtc_keep_ratio": 2.0}, "`vmtc_keep_ratio` must be above 0 and at most 1, got 2.0"),
+    ],
+)
+def test_wrong_fields_are_named(kwargs, message):
+    with pytest.raises(Exception, match=message):
+        build_llava_config(**kwargs)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
+    text_config("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a 'llama' model; VMTC and CMAI work on 'llava'"):
+        VmtcCmaiLlavaForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_flash_attention_with_cmai_is_refused_by_name(stock):
+    _, folder = stock
+    with pytest.raises(ValueError, match=r'`attn_implementation="flash_attention_2"`.*Choose "sdpa" or "eager"'):
+        VmtcCmaiLlavaForConditionalGeneration.from_pretrained(
+            folder, use_cmai=True, attn_implementation="flash_attention_2"
+        )
+    model = build_llava()
+    model.config.text_config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match='Choose "sdpa" or "eager"'):
+        model(**llava_inputs([llava_prompt()]))
+
+
+def test_a_new_model_is_initialised_as_the_stock_one():
+    ours = VmtcCmaiLlavaForConditionalGeneration(build_llava_config(**OFF))
+    theirs = LlavaForConditionalGeneration(
+        LlavaConfig(
+            **{name: getattr(ours.config, name) for name in ("vision_config", "text_config", "image_token_index")}
+        )
+    )
+    for (name, parameter), other in zip(ours.named_parameters(), theirs.parameters()):
+        assert parameter.std().item() == pytest.approx(other.std().item(), rel=0.25, abs=2e-3), name
+
+
+def test_it_can_be_built_without_memory():
+    with torch.device("meta"):
+        model = VmtcCmaiLlavaForConditionalGeneration(build_llava_config())
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+# --- CMAI in the model ---------------------------------------------------------------------------------------------
+
+
+def slow_logits(model, input_ids, pixel_values):
+    """
+    Logits of one row without padding, layer by layer from the modules of a Llama-like language model: attention of every
+    pair of tokens, focus, quantile and inhibition written out from the paper.
+    """
+    config, lm = model.config, model.model.language_model
+    is_image = [token == IMAGE for token in input_ids.tolist()]
+    length, heads = len(is_image), config.text_config.num_attention_heads
+    kv_heads = config.text_config.num_key_value_heads
+    states = lm.embed_tokens(input_ids)
+    if any(is_image):
+        features = torch.cat(model.get_image_features(pixel_values).pooler_output)
+        states = states.clone()
+        states[torch.tensor(is_image)] = features
+    cos, sin = (value[0] for value in lm.rotary_emb(states[None], torch.arange(length)[None]))
+    for layer_idx, layer in enumerate(lm.layers):
+        attention = layer.self_attn
+        normed = layer.input_layernorm(states)
+        q, k, v = (
+            getattr(attention, name)(normed).unflatten(-1, (-1, 8)).transpose(0, 1)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        if hasattr(attention, "q_norm"):
+            q, k = attention.q_norm(q), attention.k_norm(k)
+        rotate = lambda x: torch.cat([-x[..., 4:], x[..., :4]], -1)
+        q, k = q * cos + rotate(q) * sin, k * cos + rotate(k) * sin
+        k, v = (x.repeat_interleave(heads // kv_heads, 0) for x in (k, v))
+        scores = q @ k.mT * 8**-0.5
+        scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf)
+        averaged = (scores if config.cmai_attention == "scores" else scores.softmax(-1)).mean(0)
+        gamma = config.cmai_max_ratio * layer_idx / (len(lm.layers) - 1)
+        texts = [j for j in range(length) if not is_image[j]]
+        images = [i for i in range(length) if is_image[i]]
+        for rank, j in enumerate(texts):
+            seen = [i for i in images if i < j]
+            if not seen or config.cmai_focus == "none" or not config.use_cmai:
+                continue
+            focus = []
+            for i in seen:
+                value = averaged[j, i]
+                for distance, h in enumerate(reversed(texts[:rank]), start=1):
+                    if h < i:
+                        continue
+                    weight = {
+                        "focus": averaged[j, h],
+                        "tia": 0.0,
+                        "sum": 1.0,
+                        "discounted_sum": config.cmai_discount**distance,
+                    }[config.cmai_focus]
+                    value = value + weight * averaged[h, i]
+                focus.append(value)
+            threshold = torch.quantile(torch.stack(focus), gamma)
+            for i, value in zip(seen, focus):
+                if value < threshold:
+                    scores[:, j, i] = -math.inf
+        attended = (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
+        states = states + attention.o_proj(attended)
+        states = states + layer.mlp(layer.post_attention_layernorm(states))
+    return model.lm_head(lm.norm(states))
+
+
+ROWS = [
+    llava_prompt(length=7, seed=1),
+    llava_prompt(length=4, seed=2, images=2),
+    [BOS, *random_tokens(8, 3)],
+    llava_prompt(length=1, seed=4),
+]
+
+
+def image_slices(rows):
+    ends = np.cumsum([row.count(IMAGE) // NUM_VISUAL_TOKENS for row in rows])
+    return [slice(end - row.count(IMAGE) // NUM_VISUAL_TOKENS, end) for row, end in zip(rows, ends)]
+
+
+@pytest.mark.parametrize("backbone", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("attention", ["scores", "weights"])
+@pytest.mark.parametrize("focus", ["none", "tia", "sum", "discounted_sum", "focus"])
+@torch.no_grad()
+def test_a_batch_is_what_the_paper_says_row_by_row(backbone, attention, focus):
+    model = build_llava(backbone, cmai_attention=attention, cmai_focus=focus)
+    inputs = llava_inputs(ROWS, side="left")
+    logits = model(**inputs).logits
+    for row, ids, images in zip(range(len(ROWS)), ROWS, image_slices(ROWS)):
+        expected = slow_logits(model, torch.tensor(ids), inputs["pixel_values"][images])
+        assert_close(logits[row, -len(ids) :], expected, 2e-4)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@torch.no_grad()
+def test_cmai_changes_text_after_an_image_and_nothing_else(backbone):
+    model = build_llava(backbone)
+    inputs = llava_inputs(ROWS)
+    states = {}
+    for use_cmai in (True, False):
+        model.config.use_cmai = use_cmai
+        states[use_cmai] = model(**inputs).logits
+    with_image = states[True][:2] - states[False][:2]
+    assert with_image[:, -1].abs().amax() > 0.01
+    text_only = len(ROWS[2])
+    assert_close(states[True][2, -text_only:], states[False][2, -text_only:])
+    first_image = ROWS[0].index(IMAGE)
+    start = inputs["input_ids"].shape[1] - len(ROWS[0])
+    assert_close(states[True][0, start : start + first_image], states[False][0, start : start + first_image])
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("attention", ["scores", "weights"])
+@torch.no_grad()
+def test_eager_and_sdpa_agree(backbone, attention):
+    model = build_llava(backbone, cmai_attention=attention)
+    inputs = llava_inputs(ROWS)
+    default = model(**inputs).logits
+    model.set_attn_implementation("eager")
+    outputs = model(**inputs, output_attentions=True)
+    real = inputs["attention_mask"].bool()
+    assert_close(outputs.logits[real], default[real])
+    # What was inhibited has no weight, and the weights of a token still sum to 1.
+    last = outputs.attentions[-1][0, :, -1]
+    assert_close(last.sum(-1), torch.ones(len(last)))
+    is_image = inputs["input_ids"][0] == IMAGE
+    seen = (
+        model.config.text_config.layer_types[-1] == "full_attention"
+        if hasattr(model.config.text_config, "layer_types") and model.config.text_config.layer_types
+        else backbone != "mistral"
+    )
+    if seen:
+        assert (last[:, is_image] == 0).all(0).sum() == 5  # below the 0.6-quantile of 9
+
+
+@torch.no_grad()
+def test_a_ratio_of_0_is_no_inhibition():
+    model = build_llava(cmai_max_ratio=0.0)
+    inputs = llava_inputs(ROWS)
+    logits = model(**inputs).logits
+    model.config.use_cmai = False
+    assert torch.equal(logits, model(**inputs).logits)
+
+
+@torch.no_grad()
+def test_gemmas_soft_capping_of_logits_is_kept():
+    model = build_llava("gemma2", **OFF)
+    assert model.config.text_config.final_logit_softcapping == 30.0
+    inputs = llava_inputs([llava_prompt(num_visual_tokens=36)], num_visual_tokens=36)
+    states = model.model(**inputs).last_hidden_state
+    assert torch.equal(model(**inputs).logits, torch.tanh(model.lm_head(states) / 30.0) * 30.0)
+
+
+# --- generation ----------------------------------------------------------------------------------------------------
+
+
+def generate(model, inputs, **kwargs):
+    torch.manual_seed(0)
+    arguments = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": EOS, "pad_token_id": PAD}
+    arguments["suppress_tokens"] = [
+        IMAGE
+    ]  # a model that writes placeholders itself cannot be run again without a cache
+    return model.generate(**inputs, **{**arguments, **kwargs})
+
+
+MODES = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "top_k": 10},
+    "beams": {"num_beams": 3},
+    "beam sampling": {"num_beams": 2, "do_sample": True},
+    "several returned": {"num_beams": 4, "num_return_sequences": 2},
+    "several samples": {"do_sample": True, "num_return_sequences": 2},
+}
+
+
+@pytest.mark.parametrize("backbone", ["llama", "gemma2", "mistral", "qwen3"])
+@pytest.mark.parametrize("mode", list(MODES))
+def test_every_way_to_generate_is_the_same_with_any_cache(backbone, mode):
+    model = build_llava(backbone)
+    inputs = llava_inputs(ROWS)
+    expected = generate(model, inputs, use_cache=False, **MODES[mode])
+    assert expected.shape[1] > inputs["input_ids"].shape[1] + 2
+    assert torch.equal(generate(model, inputs, **MODES[mode]), expected)
+    static = generate(model, inputs, cache_implementation="static", disable_compile=True, **MODES[mode])
+    assert torch.equal(static, expected)
+
+
+@pytest.mark.parametrize("focus", ["tia", "sum", "discounted_sum"])
+@pytest.mark.parametrize("attention", ["scores", "weights"])
+def test_every_focus_is_the_same_with_any_cache(focus, attention):
+    model = build_llava("gemma2", cmai_focus=focus, cmai_attention=attention)
+    inputs = llava_inputs(ROWS)
+    expected = generate(model, inputs, use_cache=False)
+    assert torch.equal(generate(model, inputs), expected)
+    assert torch.equal(generate(model, inputs, cache_implementation="static", disable_compile=True), expected)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@torch.no_grad()
+def test_cached_logits_are_those_of_one_pass(backbone):
+    model = build_llava(backbone)
+    inputs = llava_inputs(ROWS)
+    new = torch.randint(10, VOCAB, (len(ROWS), 6))
+    ids = torch.cat([inputs["input_ids"], new], dim=1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(new)], dim=1)
+    expected = model(input_ids=ids, attention_mask=mask, pixel_values=inputs["pixel_values"], use_cache=False).logits
+    length = inputs["input_ids"].shape[1]
+    for cache in (
+        DynamicCache(),
+        DynamicCache(config=model.config.text_config),
+        StaticCache(model.config.text_config, max_cache_len=64),
+    ):
+        outputs = [model(**inputs, past_key_values=cache).logits]
+        for end in (length + 1, length + 4, length + 5, length + 6):  # one token, several, one, one
+            outputs.append(
+                model(
+                    input_ids=ids[:, outputs_length(outputs) : end],
+                    attention_mask=mask[:, :end],
+                    past_key_values=cache,
+                ).logits
+            )
+        real = mask.bool()
+        assert_close(torch.cat(outputs, 1)[real], expected[real], 2e-4)
+
+
+def outputs_length(outputs):
+    return sum(output.shape[1] for output in outputs)
+
+
+@pytest.mark.parametrize("backbone", ["llama", "gemma2", "mistral", "qwen3"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_a_batch_is_its_rows(backbone, side):
+    model = build_llava(backbone)
+    inputs = llava_inputs(ROWS, side=side)
+    logits = model(**inputs).logits
+    generated = generate(model, inputs) if side == "left" else None
+    for row, ids, images in zip(range(len(ROWS)), ROWS, image_slices(ROWS)):
+        alone = {"input_ids": torch.tensor([ids])}
+        if IMAGE in ids:
+            alone["pixel_values"] = inputs["pixel_values"][images]
+        assert_close(logits[row][inputs["attention_mask"][row].bool()], model(**alone).logits[0])
+        if generated is not None:
+            tokens = generate(model, alone)[0, len(ids) :].tolist()
+            assert generated[row, inputs["input_ids"].shape[1] :][: len(tokens)].tolist() == tokens
+
+
+@pytest.mark.parametrize("backbone", ["llama", "qwen3"])
+@pytest.mark.parametrize("assistant", [False, True])
+def test_assisted_decoding_is_greedy_decoding(backbone, assistant):
+    model = build_llava(backbone)
+    inputs = llava_inputs([llava_prompt(length=12, seed=6)])
+    inputs["input_ids"][0, -6:] = inputs["input_ids"][0, -12:-6]  # something to look up
+    expected = generate(model, inputs, max_new_tokens=16)
+    if assistant:
+        helper = copy.deepcopy(model)
+        with torch.no_grad():
+            helper.lm_head.weight.add_(0.3 * torch.randn(helper.lm_head.weight.shape))  # it is not always right
+        kwargs = {"assistant_model": helper}
+    else:
+        kwargs = {"prompt_lookup_num_tokens": 3}
+    assert torch.equal(generate(model, inputs, max_new_tokens=16, **kwargs), expected)
+
+
+@pytest.mark.parametrize("backbone", ["llama", "gemma2"])
+@pytest.mark.parametrize("new_image", [False, True])
+def test_a_second_turn_goes_on_from_the_cache(backbone, new_image):
+    model = build_llava(backbone)
+    inputs = llava_inputs([llava_prompt(length=5, seed=1)])
+    first = generate(model, inputs, return_dict_in_generate=True, eos_token_id=None)
+    more = llava_prompt(length=3, seed=9) if new_image else random_tokens(5, 9)
+    ids = torch.cat([first.sequences, torch.tensor([more])], dim=1)
+    pixels = inputs["pixel_values"]
+    other = torch.randn(1, 3, 24, 24)
+    whole = {"input_ids": ids, "pixel_values": torch.cat([pixels, other]) if new_image else pixels}
+    expected = generate(model, whole, use_cache=False)
+    second = {"input_ids": ids, **({"pixel_values": other} if new_image else {})}
+    assert torch.equal(generate(model, second, past_key_values=first.past_key_values), expected)
+
+
+@pytest.mark.parametrize("backbone", ["llama", "gemma2"])
+def test_an_image_may_come_in_the_second_turn(backbone):
+    model = build_llava(backbone)
+    first = generate(
+        model,
+        {"input_ids": torch.tensor([[BOS, *random_tokens(6, 1)]])},
+        return_dict_in_generate=True,
+        eos_token_id=None,
+    )
+    ids = torch.cat([first.sequences, torch.tensor([llava_prompt(seed=2)[1:]])], dim=1)
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 24, 24)}
+    expected = generate(model, inputs, use_cache=False)
+    assert torch.equal(generate(model, inputs, past_key_values=first.past_key_values), expected)
+
+
+@pytest.mark.parametrize("backbone", ["llama", "gemma2"])
+def test_embeddings_do_as_well_as_ids(backbone):
+    model = build_llava(backbone)
+    inputs = llava_inputs(ROWS)
+    embeddings = model.get_input_embeddings()(inputs["input_ids"])
+    with torch.no_grad():
+        by_embeddings = model(
+            inputs_embeds=embeddings, attention_mask=inputs["attention_mask"], pixel_values=inputs["pixel_values"]
+        )
+        assert_close(by_embeddings.logits, model(**inputs).logits)
+    length = inputs["input_ids"].shape[1]
+    expected = generate(model, inputs)[:, length:]
+    inputs["inputs_embeds"] = embeddings
+    del inputs["input_ids"]
+    for kwargs in ({}, {"num_beams": 2}):
+        actual = generate(model, inputs, **kwargs)
+        if not kwargs:
+            assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("backbone", ["llama", "gemma2"])
+@torch.no_grad()
+def test_a_compiled_decoding_step_is_compiled_once(backbone):
+    model = build_llava(backbone)
+    inputs = llava_inputs([ROWS[0], ROWS[3]])
+    cache = StaticCache(model.config.text_config, max_cache_len=64)
+    model(**inputs, past_key_values=cache)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    step = torch.compile(model.forward, backend=counter, fullgraph=True)
+    reference = DynamicCache()
+    model(**inputs, past_key_values=reference)
+    mask = inputs["attention_mask"]
+    for index in range(10):
+        token = torch.randint(10, VOCAB, (2, 1))
+        mask = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], dim=1)
+        position_ids = (mask.sum(-1, keepdim=True) - 1).clamp(min=0)
+        compiled_inputs = model.prepare_inputs_for_generation(
+            token, past_key_values=cache, attention_mask=mask, position_ids=position_ids
+        )
+        actual = step(**{name: value for name, value in compiled_inputs.items() if value is not None}).logits
+        expected = model(
+            input_ids=token, attention_mask=mask, position_ids=position_ids, past_key_values=reference
+        ).logits
+        assert_close(actual[:, -1], expected[:, -1], 2e-4)
+        if index == 2:
+            compiled = counter.frame_count
+    assert counter.frame_count == compiled <= 2
+
+
+def test_generate_with_a_compiled_static_cache(monkeypatch):
+    model = build_llava("llama")
+    inputs = llava_inputs(ROWS[:2])
+    monkeypatch.setattr(type(model), "_valid_auto_compile_criteria", lambda *args: True)  # on the CPU too
+    expected = generate(model, inputs)
+    torch._dynamo.reset()
+    config = GenerationConfig(cache_implementation="static", max_new_tokens=8, eos_token_id=EOS, pad_token_id=PAD)
+    config.compile_config = __import__("transformers").CompileConfig(fullgraph=True, backend="eager", mode=None)
+    assert torch.equal(model.generate(**inputs, generation_config=config, do_sample=False), expected)
+
+
+def test_a_cache_may_be_offloaded():
+    model = build_llava("llama")
+    inputs = llava_inputs(ROWS[:1])
+    assert not torch.cuda.is_available() or torch.equal(
+        generate(model, inputs, cache_implementation="offloaded"), generate(model, inputs)
+    )
+
+
+def test_continuous_batching_is_refused():
+    with pytest.raises(ValueError, match="CMAI does not support continuous batching"):
+        build_llava().init_continuous_batching()
+
+
+# --- budgets -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_budget_may_be_set_for_a_call_or_for_good():
+    model = build_llava()
+    prompt = llava_prompt(num_visual_tokens=4)
+    inputs = llava_inputs([prompt], num_visual_tokens=4)
+    for call in (model, model.generate):
+        with pytest.raises(
+            ValueError, match=r"has 4 image placeholders \(id 7\), but the images have 9 visual tokens"
+        ):
+            call(**inputs)
+    logits = model(**inputs, num_visual_tokens=4).logits
+    tokens = generate(model, inputs, num_visual_tokens=4)
+    for kwargs in ({"num_beams": 2}, {"use_cache": False}, {"prompt_lookup_num_tokens": 2}):
+        generate(model, inputs, num_visual_tokens=4, **kwargs)
+    assert torch.equal(generate(model, inputs, num_visual_tokens=4, use_cache=False), tokens)
+    assert model.config.vmtc_num_visual_tokens == 9
+    model.set_visual_budget(4)
+    assert torch.equal(model(**inputs).logits, logits)
+    assert torch.equal(generate(model, inputs), tokens)
+    with pytest.raises(ValueError, match="The budget is 37 visual tokens, but an image has 36 patches"):
+        model(**inputs, num_visual_tokens=37)
+
+
+@pytest.mark.parametrize("strategy", ["default", "full"])
+@pytest.mark.parametrize("kind", ["clip", "dinov2", "siglip"])
+def test_model_and_processor_count_the_same(kind, strategy):
+    vision = {"hidden_size": 24, "num_hidden_layers": 5, "num_attention_heads": 3, "image_size": 24, "patch_size": 4}
+    towers = {"dinov2": Dinov2Config(**vision), "siglip": SiglipVisionConfig(intermediate_size=32, **vision)}
+    if kind == "siglip" and strategy == "default":
+        pytest.skip("there is no class token to drop")
+    kwargs = {"vision_feature_select_strategy": strategy}
+    if kind in towers:
+        kwargs["vision_config"] = towers[kind]
+    processor = build_processor(
+        vision_feature_select_strategy=strategy, num_additional_image_tokens=int(kind != "siglip")
+    )
+    for flags in (
+        {"use_vmtc": False},
+        {"use_vmtc": True, "vmtc_num_visual_tokens": 5},
+        {"use_vmtc": True, "vmtc_num_visual_tokens": None, "vmtc_keep_ratio": 0.3},
+        {"use_vmtc": False, "spd_factor": 3},
+    ):
+        model = build_llava(**{**kwargs, **flags})
+        for name, value in flags.items():
+            setattr(processor, name, value)
+        if "spd_factor" in flags and strategy == "full" and kind != "siglip":
+            with pytest.raises(ValueError, match="a class token has no place in it"):
+                model.get_image_features(torch.randn(1, 3, 24, 24))
+            continue
+        inputs = processor(images=picture(), text="<image> what is it", return_tensors="pt")
+        model(**inputs)
+        assert (inputs["input_ids"] == IMAGE).sum() == len(
+            model.get_image_features(inputs["pixel_values"]).pooler_output[0]
+        )
+
+
+@torch.no_grad()
+def test_image_features_come_with_all_states_of_the_tower():
+    model = build_llava()
+    outputs = model.get_image_features(torch.randn(2, 3, 24, 24), output_hidden_states=True)
+    assert [tokens.shape for tokens in outputs.pooler_output] == [(9, 32)] * 2
+    assert [states.shape[1] for states in outputs.hidden_states] == [37, 37, 28, 19, 10, 10]
+    assert isinstance(model.get_image_features(torch.randn(1, 3, 24, 24), return_dict=False), tuple)
+
+
+@torch.no_grad()
+def test_the_baseline_averages_the_grid_before_the_projector():
+    model = build_llava(use_vmtc=False, spd_factor=2)
+    pixels = torch.randn(2, 3, 24, 24)
+    states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    pooled = torch.nn.functional.avg_pool2d(states.mT.unflatten(-1, (6, 6)), 2).flatten(2).mT
+    expected = model.model.multi_modal_projector(pooled)
+    assert_close(torch.stack(model.get_image_features(pixels).pooler_output), expected)
+    model.config.spd_factor = 4
+    with pytest.raises(ValueError, match="`spd_factor` is 4, which does not divide the grid of 6 x 6"):
+        model.get_image_features(pixels)
+
+
+def test_a_list_of_layers_works_without_vmtc_and_is_refused_with_it():
+    model = build_llava(**OFF)
+    with pytest.raises(ValueError, match=r"one `vision_feature_layer`, got \[-2, -1\]"):
+        build_llava().get_image_features(torch.randn(1, 3, 24, 24), vision_feature_layer=[-2, -1])
+    with pytest.raises(RuntimeError):  # the projector of this model is for one layer; stock LLaVA says the same
+        model.get_image_features(torch.randn(1, 3, 24, 24), vision_feature_layer=[-2, -1])
+
+
+# --- training ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["scores", "weights"])
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_gradients_are_the_same_with_checkpointing(attention, reentrant):
+    gradients = []
+    for checkpointing in (False, True):
+        model = build_llava("llama", cmai_attention=attention).train()
+        if checkpointing and reentrant is None:
+            continue
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        inputs = llava_inputs(ROWS, side="right")
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        loss = model(**inputs, labels=labels).loss
+        loss.backward()
+        assert torch.isfinite(loss)
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    unused = {"post_layernorm", "vision_tower.encoder.layers.4"}  # after the hidden state that is used
+    for name, parameter in build_llava("llama").named_parameters():
+        used = not any(part in name for part in unused)
+        if used and "k_proj.bias" not in name:
+            assert gradients[0][name].abs().sum() > 0, name
+        if len(gradients) > 1 and used:
+            assert_close(gradients[1][name], gradients[0][name])
+    assert all(torch.isfinite(gradient).all() for gradient in gradients[0].values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_and_autocast(dtype):
+    model = build_llava("llama")
+    inputs = llava_inputs(ROWS)
+    with torch.autocast("cpu", dtype=dtype):
+        model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    model = build_llava("llama").to(dtype).eval()
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    with torch.no_grad():
+        assert model(**inputs).logits.dtype == dtype
+        assert torch.isfinite(model(**inputs).logits[inputs["attention_mask"].bool()]).all()
+        generate(model, inputs)
+
+
+def test_lora_on_the_language_model_trains_and_leaves_the_rest():
+    peft = pytest.importorskip("peft")
+    model = build_llava("llama").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    config = peft.LoraConfig(r=4, target_modules=r".*language_model.*\.(q_proj|v_proj)")
+    wrapped = peft.get_peft_model(model, config)
+    optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.1)
+    inputs = llava_inputs(ROWS)
+    for _ in range(2):  # B starts at zero, and A moves only after it
+        optimizer.zero_grad()
+        wrapped(**inputs, labels=inputs["input_ids"]).loss.backward()
+        optimizer.step()
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            assert parameter.abs().sum() > 0
+        else:
+            short = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            assert torch.equal(parameter, before[short]), name
+    with torch.no_grad():
+        expected = wrapped(**inputs).logits
+        assert_close(wrapped.merge_and_unload()(**inputs).logits, expected, 1e-3)
+
+
+@torch.no_grad()
+def test_a_forward_pass_leaves_nothing_on_the_modules():
+    model = build_llava("llama")
+    inputs = llava_inputs(ROWS)
+    model(**inputs)
+    before = {name: set(module.__dict__) for name, module in model.named_modules()}
+    model(**inputs)
+    generate(model, inputs)
+    for name, module in model.named_modules():
+        assert set(module.__dict__) == before[name]
+        assert not any(isinstance(value, torch.Tensor) for value in module.__dict__.values()), name
+
+
+# --- the processor -------------------------------------------------------------------------------------------------
+
+
+def picture(size=(30, 24)) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def build_processor(processor_class=VmtcCmaiLlavaProcessor, **kwargs):
+    words = ["<pad>", "</s>", "<s>", "a", "b", "c", "d", "<image>", "what", "is", "it", "<unk>"]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        bos_token="<s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+    )
+    return processor_class(
+        **{
+            "image_processor": CLIPImageProcessorPil(
+                size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}
+            ),
+            "tokenizer": fast,
+            "patch_size": 4,
+            "vision_feature_select_strategy": "default",
+            "num_additional_image_tokens": 1,
+            **kwargs,
+        }
+    )
+
+
+def test_a_stock_processor_loads_as_it_lies(tmp_path):
+    stock = build_processor(LlavaProcessor)
+    stock.save_pretrained(tmp_path)
+    loaded = VmtcCmaiLlavaProcessor.from_pretrained(tmp_path)
+    text = ["<image> what is it", "a <image> b <image> c"]
+    images = [[picture()], [picture((24, 40)), picture()]]
+    theirs = stock(images=images, text=text, return_tensors="pt", padding=True)
+    ours = loaded(images=images, text=text, return_tensors="pt", padding=True)
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    compressed = VmtcCmaiLlavaProcessor.from_pretrained(tmp_path, use_vmtc=True, vmtc_num_visual_tokens=5)
+    assert (compressed(images=images, text=text, padding=True, return_tensors="pt")["input_ids"] == IMAGE).sum() == 15
+
+
+def test_the_budget_of_a_processor_is_saved_and_may_be_set(tmp_path):
+    processor = build_processor(use_vmtc=True, vmtc_num_visual_tokens=5)
+    processor.save_pretrained(tmp_path)
+    loaded = VmtcCmaiLlavaProcessor.from_pretrained(tmp_path)
+    assert (loaded.use_vmtc, loaded.vmtc_num_visual_tokens) == (True, 5)
+
+    def count(**kwargs):
+        return int(np.sum(np.array(loaded(images=picture(), text="<image> a", **kwargs)["input_ids"]) == IMAGE))
+
+    assert count() == 5
+    assert count(num_visual_tokens=7) == 7
+    assert count(images_kwargs={"num_visual_tokens": 8}) == 8
+    assert count() == 5
+    loaded.set_visual_budget(11)
+    assert count() == 11
+    with pytest.raises(ValueError, match="The budget is 40 visual tokens, but an image has 36 patches"):
+        count(num_visual_tokens=40)
+    assert loaded._get_num_multimodal_tokens([[24, 24], [100, 30]]).num_image_tokens == [11, 11]
+    assert loaded._get_num_multimodal_tokens([[24, 24]], num_visual_tokens=3).num_image_tokens == [3]
+
+
+def test_a_budget_needs_vmtc():
+    with pytest.raises(ValueError, match="`num_visual_tokens` is 5, but `use_vmtc` is off"):
+        build_processor()(images=picture(), text="<image> a", num_visual_tokens=5)
+
+
+def test_the_budget_goes_through_a_chat_template():
+    processor = build_processor(use_vmtc=True)
+    processor.chat_template = (
+        "{% for message in messages %}{% for part in message.content %}"
+        "{% if part.type == 'image' %}<image> {% else %}{{ part.text }} {% endif %}{% endfor %}{% endfor %}"
+    )
+    content = [{"type": "image", "image": picture()}, {"type": "text", "text": "what is it"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"num_visual_tokens": 6},
+    )
+    assert (inputs["input_ids"] == IMAGE).sum() == 6
+
+
+def test_images_that_cannot_be_read_are_named(tmp_path):
+    processor = build_processor()
+    damaged = tmp_path / "damaged.png"
+    damaged.write_bytes(Path(EXAMPLE_IMAGE).read_bytes()[:200])
+    for image in (damaged, str(damaged), Image.open(damaged) if damaged.stat().st_size > 100 else None):
+        with pytest.raises(ValueError, match=r"damaged\.png"):
+            processor(images=image, text="<image> a")
+    with pytest.raises(ValueError, match="There is no image file 'nowhere.png'"):
+        processor(images="nowhere.png", text="<image> a")
+    with pytest.raises(ValueError, match="pass the frames of a video as `images`"):
+        processor(text="a", videos=[np.zeros((2, 3, 8, 8))])
+
+
+def test_numbers_of_images_that_differ_are_refused():
+    with pytest.raises(ValueError, match="1.*2|2.*1"):
+        build_processor()(images=[picture(), picture()], text="<image> a")
+
+
+def test_a_row_without_image_may_stand_beside_others():
+    processor = build_processor(use_vmtc=True, vmtc_num_visual_tokens=9)
+    model = build_llava()
+    inputs = processor(
+        images=[picture(), picture((24, 60))],
+        text=["<image> a", "b c", "a <image> what is it"],
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+    )
+    assert (inputs["input_ids"] == IMAGE).sum(-1).tolist() == [9, 0, 9]
+    generated = generate(model, inputs)
+    alone = processor(images=picture(), text="<image> a", return_tensors="pt")
+    assert generate(model, alone)[0].tolist()[-8:] == generated[0].tolist()[-8:]
+    assert count_visual_tokens(processor, 36) == 9
+    assert batch_of([[1]])["input_ids"].shape == (1, 1)
