@@ -11,7 +11,7 @@ import typer
 
 
 app = typer.Typer(
-    help="TA-LLaVA: ask questions about images, export and convert models.",
+    help="TA-LLaVA: ask questions about images; compress, export and convert models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -113,7 +113,7 @@ def _read_batch(path: Path) -> list[tuple[list[str], str]]:
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="Folder or Hub repo of a TA-LLaVA.")],
+    model: Annotated[str, typer.Argument(help="Folder or Hub repo of a TA-LLaVA or a compressed LLaVA.")],
     out: Annotated[Path, typer.Argument(help="New folder.")],
 ) -> None:
     """Write a folder that loads anywhere with trust_remote_code=True, without this package."""
@@ -121,6 +121,84 @@ def export(
         from .export import export_model
 
         export_model(model, out)
+    typer.echo(f"Wrote {out}.")
+
+
+@app.command()
+def compress(
+    llava: Annotated[str, typer.Argument(help="Folder or Hub repo of a LLaVA, e.g. llava-hf/llava-1.5-7b-hf.")],
+    out: Annotated[Path, typer.Argument(help="New folder.")],
+    visual_tokens: Annotated[
+        int | None, typer.Option(help="VMTC on, with so many visual tokens per image.", show_default=False)
+    ] = None,
+    cmai: Annotated[
+        float | None,
+        typer.Option(
+            help="CMAI on, with this share of the image tokens, in [0, 1], inhibited in the last layer.",
+            show_default=False,
+        ),
+    ] = None,
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Copy the weights, also where the file system can link to them.")
+    ] = False,
+) -> None:
+    """
+    Write a LLaVA with fewer visual tokens (VMTC) and inhibited attention to them (CMAI), weights unchanged, that loads
+    anywhere with trust_remote_code=True.
+
+    With one of --visual-tokens and --cmai only that one is on. With neither, both are: half of the tokens, and 0.6.
+    """
+    with _errors_as_messages():
+        from transformers.utils import logging
+
+        from .compress import compress_llava
+
+        logging.set_verbosity_error()
+        config = compress_llava(llava, out, visual_tokens, cmai, link=not copy, progress=True)
+    budget = config.vmtc_num_visual_tokens or f"{config.vmtc_keep_ratio:.0%} of the"
+    settings = [f"VMTC with {budget} visual tokens"] if config.use_vmtc else []
+    settings += [f"CMAI up to {config.cmai_max_ratio}"] if config.use_cmai else []
+    typer.echo(f"Wrote {out}: {', '.join(settings)}.")
+
+
+@app.command()
+def visualize(
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="Image file or URL.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Picture to write.")] = Path("vmtc.png"),
+    visual_tokens: Annotated[
+        int | None,
+        typer.Option(help="Visual tokens to leave. Default: as the model is set, or half of its patches."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or Hub repo of a LLaVA, a TA-LLaVA or a vision tower (CLIP, SigLIP, DINOv2). Default: the model "
+            "shipped with the package."
+        ),
+    ] = None,
+) -> None:
+    """Draw which patches of an image VMTC keeps, and which it merges with which, stage by stage."""
+    with _errors_as_messages():
+        from PIL import Image
+        from transformers.utils import logging
+
+        from .image_loading import load_rgb_image
+
+        if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
+            raise ValueError(f"{out} has no ending of a picture, such as .png.")
+        if not out.parent.is_dir():
+            raise ValueError(f"There is no folder {out.parent}.")
+        opened = load_rgb_image(image)
+
+        from .inference import DEFAULT_MODEL
+        from .visualize import visualize as draw
+
+        logging.set_verbosity_error()  # else it reports the weights of the language model as left over
+        logging.disable_progress_bar()
+        picture, views = draw(opened, model or DEFAULT_MODEL, visual_tokens)
+        picture.save(out)
+    for view in views:
+        typer.echo(view.title)
     typer.echo(f"Wrote {out}.")
 
 

@@ -261,9 +261,10 @@ class CmaiStaticMixin(CmaiLayerMixin):
         if not self.is_empty and image.shape[1] > 0:
             self.image_columns = torch.cat([self.image_columns, image], dim=1)  # type: ignore[list-item]
         self.is_empty = False
-        positions = torch.arange(text.shape[1], device=text.device) + self.num_rows
+        num_rows: Any = self.num_rows
+        positions = torch.arange(text.shape[1], device=text.device) + num_rows
         self.text_columns.index_copy_(1, positions, text)  # type: ignore[union-attr]
-        self.num_rows.add_(text.shape[1])  # type: ignore[union-attr]
+        num_rows.add_(text.shape[1])
         return positions
 
     def update_rows(self, rows: torch.Tensor, is_single: bool, positions: torch.Tensor, capacity: int) -> torch.Tensor:
@@ -340,7 +341,8 @@ def prepare_cache(cache: Cache, text_config: Any) -> None:
                 f"The cache holds {layer.get_seq_length()} columns that were computed without CMAI, so that the text-to-"
                 "image attention of earlier tokens is not in it. Begin with an empty cache while `use_cmai` is on."
             )
-        cache.layers[layer_idx] = _CMAI_LAYERS[type(layer)].__new__(_CMAI_LAYERS[type(layer)])
+        layer_class: Any = _CMAI_LAYERS[type(layer)]
+        cache.layers[layer_idx] = layer_class.__new__(layer_class)
         cache.layers[layer_idx].__dict__.update(layer.__dict__)
 
 

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from .configuration_ta_llava import TaLlavaConfig
-from .modeling_ta_llava import TaLlavaForConditionalGeneration
+from .vmtc_cmai_patch import VmtcCmaiLlavaConfig
 
 
 def check_new_folder(folder: Path) -> None:
@@ -16,18 +16,21 @@ def check_new_folder(folder: Path) -> None:
 
 def export_model(model: str | Path, folder: str | Path) -> None:
     """
-    Copies a TA-LLaVA, from a folder or Hub repo, to a folder from which `AutoConfig`, `AutoModel`,
-    `AutoModelForImageTextToText`, `AutoProcessor` and `pipeline` load it with `trust_remote_code=True`, where this
-    package is not installed.
+    Copies a TA-LLaVA, or a LLaVA with VMTC and CMAI, from a folder or Hub repo to a folder from which `AutoConfig`,
+    `AutoModel`, `AutoModelForImageTextToText`, `AutoProcessor` and `pipeline` load it with `trust_remote_code=True`,
+    where this package is not installed.
 
     Raises:
-        `ValueError`: `folder` is not new, or `model` is no TA-LLaVA.
+        `ValueError`: `folder` is not new, or `model` is neither of them.
     """
     folder = Path(folder)
     check_new_folder(folder)
-    config = AutoConfig.from_pretrained(model)
-    if config.model_type != TaLlavaConfig.model_type:
-        raise ValueError(f"{model} is a {config.model_type!r} model, not a {TaLlavaConfig.model_type!r}.")
-    processor = AutoProcessor.from_pretrained(model)
-    TaLlavaForConditionalGeneration.from_pretrained(model, dtype="auto").save_pretrained(folder)
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    if config.model_type not in (TaLlavaConfig.model_type, VmtcCmaiLlavaConfig.model_type):
+        raise ValueError(
+            f"{model} is a {config.model_type!r} model, not a {TaLlavaConfig.model_type!r} or "
+            f"{VmtcCmaiLlavaConfig.model_type!r}. Of a LLaVA `ta-llava compress` makes one."
+        )
+    processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
+    AutoModelForImageTextToText.from_pretrained(model, dtype="auto", trust_remote_code=False).save_pretrained(folder)
     processor.save_pretrained(folder)

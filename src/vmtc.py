@@ -482,24 +482,26 @@ def _new_compressing_block(block_class: Any) -> nn.Module:
 def make_compressible(tower: Any) -> None:
     """Lets the blocks of a vision tower compress when asked to; a tower of unknown build stays as it is."""
     for index, block in enumerate(_blocks_of(tower)):
-        block.__class__ = compressing_block_class(type(block))
+        block_class: Any = type(block)
+        block.__class__ = compressing_block_class(block_class)
         block.block_index = index
 
 
 def _blocks_of(tower: Any) -> Any:
-    """The blocks of a tower that are built like CLIP's or DINOv2's, or none."""
+    """The blocks of a tower that is built like CLIP or DINOv2 (without registers), or none."""
     encoder = getattr(tower, "encoder", None)
-    blocks = getattr(encoder, "layers", getattr(encoder, "layer", ()))
+    blocks: Any = getattr(encoder, "layers", getattr(encoder, "layer", ()))
     layouts = (
         ("layer_norm1", "self_attn", "layer_norm2", "mlp"),
         ("norm1", "attention", "layer_scale1", "drop_path", "norm2", "mlp", "layer_scale2"),
     )
     known = len(blocks) > 0 and any(all(hasattr(blocks[0], name) for name in layout) for layout in layouts)
-    return blocks if known and hasattr(tower, "embeddings") else ()
+    has_registers = getattr(tower.config, "num_register_tokens", 0) > 0
+    return blocks if known and hasattr(tower, "embeddings") and not has_registers else ()
 
 
 def compression_of_call(
-    config: Any, tower: Any, pixel_values: torch.Tensor, feature_layer: int, num_visual_tokens: int | None = None
+    config: Any, tower: Any, pixel_values: torch.Tensor, feature_layer: Any, num_visual_tokens: int | None = None
 ) -> TowerCompression | None:
     """
     What `vmtc` is to be in a call of `tower(pixel_values, vmtc=...)` whose hidden state `feature_layer` is used; `None`
@@ -518,8 +520,8 @@ def compression_of_call(
     blocks = _blocks_of(tower)
     if not blocks:
         raise ValueError(
-            f"VMTC does not know the blocks of {type(tower).__name__}: it works with CLIP, SigLIP and DINOv2. Set "
-            "`use_vmtc=False`."
+            f"VMTC does not know the blocks of {type(tower).__name__}: it works with CLIP, SigLIP and DINOv2 without "
+            "registers. Set `use_vmtc=False`."
         )
     num_blocks = feature_layer if feature_layer >= 0 else len(blocks) + 1 + feature_layer
     if not 1 <= num_blocks <= len(blocks):

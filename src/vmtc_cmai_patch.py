@@ -180,8 +180,9 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):
                 A budget for this call, instead of that of the config.
 
         Returns:
-            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: the outputs of the tower, whose hidden states
-            get shorter with every stage of VMTC; `pooler_output` is a list of visual tokens `(tokens, d)`, one per image.
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: the outputs of the tower, its hidden states on
+            request (they get shorter with every stage of VMTC); `pooler_output` is a list of visual tokens
+            `(tokens, d)`, one per image.
         """
         config = self.config
         if vision_feature_layer is None:
@@ -437,7 +438,7 @@ class VmtcCmaiLlavaForConditionalGeneration(
         )
 
 
-class VmtcCmaiLlavaImagesKwargs(ImagesKwargs, total=False):
+class VmtcCmaiLlavaImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """
     num_visual_tokens (`int`, *optional*):
         Visual tokens per image in this call, instead of those of the processor. The model must be called with the same.
@@ -446,7 +447,7 @@ class VmtcCmaiLlavaImagesKwargs(ImagesKwargs, total=False):
     num_visual_tokens: int | None
 
 
-class VmtcCmaiLlavaProcessorKwargs(ProcessingKwargs, total=False):
+class VmtcCmaiLlavaProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     images_kwargs: VmtcCmaiLlavaImagesKwargs
 
 

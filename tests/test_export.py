@@ -145,13 +145,19 @@ def test_another_model_is_refused(tmp_path):
         export_model(tmp_path / "model", tmp_path / "out")
 
 
-def test_the_hub_files_import_only_each_other_transformers_torch_and_pillow():
+TA_LLAVA_FILES = {"configuration_ta_llava", "modeling_ta_llava", "processing_ta_llava", "image_loading", "vmtc"}
+
+
+@pytest.mark.parametrize("hub_files", [TA_LLAVA_FILES, {"vmtc_cmai_patch", "vmtc", "cmai", "image_loading"}])
+def test_the_hub_files_import_only_each_other_transformers_torch_and_pillow(hub_files):
     import ast
 
+    import ta_llava
+
     allowed = {"transformers", "torch", "PIL", "numpy", "huggingface_hub", *sys.stdlib_module_names}
-    hub_files = {"configuration_ta_llava", "modeling_ta_llava", "processing_ta_llava"}
-    for name in hub_files:
-        tree = ast.parse((SHIPPED_MODEL / f"{name}.py").read_text())
+    source = Path(ta_llava.__file__).parent
+    for name in sorted(hub_files):
+        tree = ast.parse((source / f"{name}.py").read_text())
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.level:
                 assert node.level == 1 and node.module in hub_files
@@ -167,5 +173,5 @@ def test_the_shipped_code_is_that_of_the_package():
 
     source = Path(ta_llava.__file__).parent
     names = {path.name for path in SHIPPED_MODEL.glob("*.py")}
-    assert names == {f"{name}_ta_llava.py" for name in ("configuration", "modeling", "processing")}
+    assert names == {f"{name}.py" for name in TA_LLAVA_FILES}
     assert all((SHIPPED_MODEL / name).read_text() == (source / name).read_text() for name in names)

@@ -14,6 +14,7 @@ from transformers import (
     AutoModel,
     CLIPVisionConfig,
     Dinov2Config,
+    Dinov2WithRegistersConfig,
     PixtralVisionConfig,
     SiglipVisionConfig,
 )
@@ -483,6 +484,13 @@ def test_what_a_tower_cannot_do_is_refused():
     make_compressible(pixtral)
     with pytest.raises(ValueError, match="does not know the blocks of PixtralVisionModel"):
         compression_of_call(config, pixtral, pixel_values, -2)
+    registers = AutoModel.from_config(
+        Dinov2WithRegistersConfig(
+            hidden_size=24, num_hidden_layers=2, num_attention_heads=3, image_size=24, patch_size=4
+        )
+    )
+    with pytest.raises(ValueError, match="CLIP, SigLIP and DINOv2 without registers"):
+        compression_of_call(config, registers, pixel_values, -2)
 
 
 # --- in TA-LLaVA ---------------------------------------------------------------------------------------------------
