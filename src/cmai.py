@@ -50,7 +50,7 @@ def inhibition_ratio(layer_idx: int, num_layers: int, max_ratio: float) -> float
 
 def head_averaged_scores(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
     """
-    Scaled q.k, averaged over heads. The heads that share keys are added up first, then all heads are one product.
+    Scaled q.k, averaged over heads: one product of all heads, of which those that share keys are added up first.
 
     Args:
         query (`torch.FloatTensor` of shape `(B, heads, q, head_dim)`), key (`(B, kv_heads, K, head_dim)`): Rotated.
@@ -59,9 +59,11 @@ def head_averaged_scores(query: torch.Tensor, key: torch.Tensor, scaling: float)
         `torch.FloatTensor` of shape `(B, q, K)`, float32.
     """
     num_heads, num_queries = query.shape[1:3]
-    folded = query.float().unflatten(1, (key.shape[1], -1)).sum(dim=2) * (scaling / num_heads)
+    groups = query.unflatten(1, (key.shape[1], -1))
     if num_queries == 1:  # decoding: reads the keys where they lie, without a copy of them
-        return (folded.to(key.dtype) @ key.mT).float().sum(dim=1)
+        scores = groups.squeeze(3) @ key.mT
+        return scores.sum(dim=(1, 2), dtype=torch.float32)[:, None] * (scaling / num_heads)
+    folded = groups.float().sum(dim=2) * (scaling / num_heads)
     return folded.transpose(1, 2).flatten(2) @ key.float().transpose(1, 2).flatten(2).mT
 
 
@@ -86,57 +88,73 @@ def attention_weights(
     return scores.masked_fill(~allowed[:, None], -torch.inf).softmax(dim=-1)
 
 
-def focus_scores(
-    own: torch.Tensor,
-    text_to_text: torch.Tensor,
-    text_to_image: torch.Tensor,
-    precedes: torch.Tensor,
-    distance: torch.Tensor,
-    focus: str = "focus",
-    discount: float = 0.9,
-) -> torch.Tensor:
+def focus_scores(own: torch.Tensor, weights: torch.Tensor, text_to_image: torch.Tensor) -> torch.Tensor:
     """
-    Text-to-image focus F of some text tokens, equations 9 to 11, and the alternatives of Table 5.
+    Text-to-image focus F of some text tokens, equations 10 and 11: their own attention to the image tokens, and that of
+    the text tokens before them.
 
     Args:
-        own (`torch.FloatTensor` of shape `(B, q, n)`): Their rows of A_t2i.
-        text_to_text (`torch.FloatTensor` of shape `(B, q, T)`): Their rows of A_t2t.
-        text_to_image (`torch.FloatTensor` of shape `(B, T, n)`): A_t2i of all text tokens; 0 where one cannot see.
-        precedes (`torch.BoolTensor` of shape `(B, q, T)`): Whether a text token is seen and stands strictly before.
-        distance (`torch.LongTensor` of shape `(B, q, T)`): How many text tokens it stands before.
-        focus (`str`): `"tia"`: A_t2i. `"sum"`: sum of A_t2i up to the token. `"discounted_sum"`: the same with
-            `discount ** distance`. `"focus"`: A_t2i + A_t2n A_t2i, the method.
+        own (`torch.FloatTensor` of shape `(B, q, n)`): Their rows of A_t2i; 0 where they cannot see.
+        weights (`torch.FloatTensor` of shape `(B, q, T)`): What each text token counts for them (`focus_weights`).
+        text_to_image (`torch.FloatTensor` of shape `(B, T, n)`): A_t2i of all text tokens.
 
     Returns:
         `torch.FloatTensor` of shape `(B, q, n)`.
     """
-    if focus == "tia":
-        return own
+    return torch.baddbmm(own, weights, text_to_image)
+
+
+def focus_weights(
+    neighbours: torch.Tensor, hidden: torch.Tensor, distance: torch.Tensor, focus: str, discount: float
+) -> torch.Tensor:
+    """
+    What the text tokens before another one count for its focus: A_t2n, or what Table 5 has in its place.
+
+    Args:
+        neighbours (`torch.FloatTensor` of shape `(B, q, T)`): Rows of A_t2n, equation 9; 0 where `hidden`.
+        hidden (`torch.BoolTensor` of shape `(B, q, T)`): Where a text token is not seen or does not stand before.
+        distance (`torch.LongTensor` of shape `(B, q, T)`): How many text tokens it stands before.
+        focus (`str`): `"focus"`: A_t2n. `"sum"`: 1. `"discounted_sum"`: `discount ** distance`.
+    """
     if focus == "focus":
-        weights = text_to_text
-    elif focus == "sum":
-        weights = torch.ones_like(text_to_text)
-    else:
-        weights = discount ** distance.clamp(min=0).to(own.dtype)
-    return own + weights.masked_fill(~precedes, 0) @ text_to_image
+        return neighbours
+    weights = discount ** distance.clamp(min=0) if focus == "discounted_sum" else torch.ones_like(neighbours)
+    return weights.to(neighbours.dtype).masked_fill(hidden, 0)
 
 
-def inhibition_threshold(focus: torch.Tensor, visible: torch.Tensor, ratio: float) -> torch.Tensor:
+def quantile_position(num_seen: torch.Tensor, ratio: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The `ratio`-quantile of each row of `focus` `(B, q, n)` over its `visible` entries, as `torch.quantile` interpolates
-    it linearly: `(B, q, 1)`; infinite for rows without any.
+    Where in ascending order the `ratio`-quantile of `num_seen` values lies, as `torch.quantile` interpolates it linearly.
+
+    Args:
+        num_seen (`torch.LongTensor`): How many values there are, of any shape; none counts as one.
+        ratio (`float` or `torch.FloatTensor`): In [0, 1], of a shape that goes with that of `num_seen`.
+
+    Returns:
+        The two neighbours in the order, in a new last dimension, and the weight of the second, likewise.
     """
-    ascending = focus.masked_fill(~visible, torch.inf).sort(dim=-1).values
-    last = (visible.sum(dim=-1, keepdim=True) - 1).clamp(min=0)
-    rank = last.to(focus.dtype) * ratio
+    last = (num_seen - 1).clamp(min=0)
+    rank = last.float() * ratio
     below = rank.floor().long()
-    above = torch.minimum(below + 1, last)
-    return torch.lerp(ascending.gather(-1, below), ascending.gather(-1, above), rank - below)
+    return torch.stack([below, torch.minimum(below + 1, last)], dim=-1), (rank - below)[..., None]
 
 
-def inhibited_pairs(focus: torch.Tensor, visible: torch.Tensor, ratio: float) -> torch.Tensor:
-    """Which visible image tokens `(B, q, n)` lie strictly below the threshold of their row."""
-    return visible & (focus < inhibition_threshold(focus, visible, ratio))
+def kept_pairs(
+    focus: torch.Tensor, seen: torch.Tensor, neighbours: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """
+    Which of the image tokens that a text token has seen are not inhibited: those at or above the quantile of their row.
+
+    Args:
+        focus (`torch.FloatTensor` of shape `(B, q, n)`), seen (`torch.BoolTensor` of the same).
+        neighbours (`(B, q, 2)`), weight (`(B, q, 1)`): The `quantile_position` of the number of seen ones.
+
+    Returns:
+        `torch.BoolTensor` of shape `(B, q, n)`.
+    """
+    ascending = focus.masked_fill(~seen, torch.inf).sort(dim=-1).values
+    below, above = ascending.gather(-1, neighbours).split(1, dim=-1)
+    return seen & (focus >= torch.lerp(below, above, weight))
 
 
 # --- the cache -----------------------------------------------------------------------------------------------------
@@ -194,11 +212,12 @@ class CmaiDynamicMixin(CmaiLayerMixin):
     def update_rows(self, rows: torch.Tensor, is_single: bool, positions: Any, capacity: int) -> torch.Tensor:
         """Appends the `rows` `(B, t, n)` of this call and returns all, `(B, T, n)`; earlier ones saw no later image."""
         self.num_single = self.num_single + rows.shape[1] if is_single else 0
-        if self.text_to_image is not None:
-            earlier = nn.functional.pad(self.text_to_image, (0, rows.shape[2] - self.text_to_image.shape[2]))
-            rows = torch.cat([earlier, rows], dim=1)
-        # Text before the first image has no rows yet: it saw none.
-        self.text_to_image = nn.functional.pad(rows, (0, 0, capacity - rows.shape[1], 0))
+        earlier = self.text_to_image
+        if earlier is None:  # text before the first image saw none
+            earlier = rows.new_zeros(rows.shape[0], capacity - rows.shape[1], rows.shape[2])
+        elif earlier.shape[2] < rows.shape[2]:
+            earlier = nn.functional.pad(earlier, (0, rows.shape[2] - earlier.shape[2]))
+        self.text_to_image = torch.cat([earlier, rows], dim=1)
         return self.text_to_image
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -398,7 +417,6 @@ class Inhibition:
         num_columns = is_image.shape[1]
         columns = torch.arange(num_columns, device=is_image.device) + past_length
         self.num_seen = past_length + num_columns
-        self.is_text = is_text
         # Of a prompt with images, only the text becomes queries and rows. A decoding step has no image tokens.
         self.query_slots: torch.Tensor | None = None
         image_columns = columns.expand_as(is_image)[:, :0]
@@ -414,8 +432,6 @@ class Inhibition:
                 self.query_slots = _first_true(is_text, max(num_texts, 1))
                 self.query_columns = columns[self.query_slots]
                 self.is_query = is_text.gather(1, self.query_slots)
-                slots = torch.arange(self.query_slots.shape[1], device=columns.device).expand_as(self.query_slots)
-                self.slot_of_column = torch.zeros_like(is_text, dtype=torch.long).scatter(1, self.query_slots, slots)
         self.is_single = self.query_slots is None
         text_columns = torch.where(self.is_query, self.query_columns, -1)
         self.row_positions: torch.Tensor | None = None
@@ -454,15 +470,15 @@ class Inhibition:
         `attention` is the one to use: as it is for the rows of image tokens, with a mask for those of text tokens.
         """
         self.num_calls += 1
-        ratio = self.ratio(module.layer_idx)
-        if ratio == 0:
+        if self.ratio(module.layer_idx) == 0:
             return attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
         text_query = query
         if self.query_slots is not None:
             text_query = query.take_along_dim(self.query_slots.to(query.device)[:, None, :, None], dim=2)
         with maybe_autocast(query.device.type, enabled=False):
-            softcap = kwargs.get("softcap")
-            keep, weights = self._kept_keys(module, text_query, key, attention_mask, scaling, ratio, softcap)
+            keep, weights = self._kept_keys(
+                module.layer_idx, text_query, key, attention_mask, scaling, kwargs.get("softcap")
+            )
         if weights is not None:
             # Softmax over fewer keys is the softmax over all of them, renormalised.
             weights = weights.masked_fill(~keep[:, None], 0)
@@ -481,95 +497,118 @@ class Inhibition:
         other_output, other_weights = attention(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
-        slots, is_text = self.slot_of_column.to(query.device), self.is_text.to(query.device)
-        output = torch.where(
-            is_text[:, :, None, None], output.take_along_dim(slots[:, :, None, None], dim=1), other_output
-        )
+        output = self._replace_text(other_output, output)
         if other_weights is None or weights is None:
             return output, None
-        weights = torch.where(
-            is_text[:, None, :, None], weights.take_along_dim(slots[:, None, :, None], dim=2), other_weights
-        )
-        return output, weights
+        return output, self._replace_text(other_weights.transpose(1, 2), weights.transpose(1, 2)).transpose(1, 2)
+
+    def _replace_text(self, states: torch.Tensor, text_states: torch.Tensor) -> torch.Tensor:
+        """`states` `(B, S, ...)` with `text_states` `(B, q, ...)` on the columns of the text."""
+        slots, is_query = self.query_slots.to(states.device), self.is_query.to(states.device)  # type: ignore[union-attr]
+        rows = torch.arange(len(states), device=states.device)[:, None] * states.shape[1] + slots
+        flat, rows = states.flatten(0, 1), rows.flatten()
+        shape = (-1, *[1] * (flat.dim() - 1))
+        text_states = text_states.flatten(0, 1)
+        # Slots without text keep what is there.
+        text_states = torch.where(is_query.flatten().view(shape), text_states, flat.index_select(0, rows))
+        return flat.index_copy(0, rows, text_states).unflatten(0, states.shape[:2])
 
     def _kept_keys(
         self,
-        module: Any,
+        layer_idx: int,
         query: torch.Tensor,
         key: torch.Tensor,
         attention_mask: torch.Tensor | None,
         scaling: float,
-        ratio: float,
         softcap: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Which keys `(B, q, K)` the text queries `(B, heads, q, head_dim)` still attend to, and their attention weights
         before inhibition `(B, heads, q, K)` if the config asks for these.
         """
-        allowed, image_index, image_seen, text_index, precedes, distance = self._view(attention_mask, key)
+        view = self._view(attention_mask, key)
         weights = None
         if self.config.cmai_attention == "weights":
-            weights = attention_weights(query, key, scaling, allowed, softcap)
+            weights = attention_weights(query, key, scaling, view.allowed[..., :-1], softcap)
             averaged = weights.detach().mean(dim=1)
         else:
             averaged = head_averaged_scores(query.detach(), key.detach(), scaling)
-        focus = own = averaged.take_along_dim(image_index, dim=2).masked_fill(~image_seen, 0)
+        averaged = averaged.gather(2, view.index).masked_fill(view.hidden, 0)
+        num_images = self.image_columns.shape[1]
+        focus = own = averaged[..., :num_images]
         if self.config.cmai_focus != "tia":
             rows = own
             if self.cache is not None:
-                rows = self.cache.layers[module.layer_idx].update_rows(
+                rows = self.cache.layers[layer_idx].update_rows(
                     own, self.is_single, self.row_positions, self.text_columns.shape[1]
                 )
-            text_to_text = averaged.take_along_dim(text_index, dim=2)
-            focus = focus_scores(
-                own, text_to_text, rows, precedes, distance, self.config.cmai_focus, self.config.cmai_discount
+            text_weights = focus_weights(
+                averaged[..., num_images:],
+                view.hidden[..., num_images:],
+                view.distance,
+                self.config.cmai_focus,
+                self.config.cmai_discount,
             )
-        inhibited = inhibited_pairs(focus, image_seen, ratio).float()
-        # Added up, since places without an image token point to any key.
-        inhibited = torch.zeros_like(averaged).scatter_add(2, image_index.expand_as(inhibited), inhibited)
-        return allowed & (inhibited == 0), weights
+            focus = focus_scores(own, text_weights, rows)
+        kept = kept_pairs(focus, view.image_seen, *view.quantiles[layer_idx])
+        return view.allowed.scatter(2, view.image_place, kept)[..., :-1], weights
 
-    def _view(self, attention_mask: torch.Tensor | None, key: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """`_make_view`, once for the layers that share a mask and a device."""
+    def _view(self, attention_mask: torch.Tensor | None, key: torch.Tensor) -> "_View":
+        """What the text queries see of the keys at hand, once for the layers that share a mask and a device."""
         if torch.compiler.is_compiling():
-            return self._make_view(attention_mask, key)
+            return _View(self, attention_mask, key)
         name = (id(attention_mask), key.shape[2], key.device)
         if name not in self._views:
-            self._views[name] = attention_mask, self._make_view(attention_mask, key)  # keeps the mask, and so its id
+            self._views[name] = attention_mask, _View(self, attention_mask, key)  # keeps the mask, and so its id
         return self._views[name][1]
 
-    def _make_view(self, attention_mask: torch.Tensor | None, key: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """
-        What the text queries of this call see of the keys at hand: which keys `(B, q, K)`; where the image keys are
-        `(B, 1, n)` and which are seen `(B, q, n)`; where the text keys are `(B, 1, T)`, which are seen and stand before
-        `(B, q, T)`, and how many text tokens before.
-        """
+
+class _View:
+    """
+    What the text queries of a call see of the keys at hand.
+
+    allowed (`(B, q, K + 1)`): Which keys they see; the last stands for none.
+    image_place (`(B, q, n)`): Where the image keys are; K for none.
+    image_seen (`(B, q, n)`): Which of them are seen.
+    index (`(B, q, n + T)`): Where the image keys and the text keys are, or any key.
+    hidden (`(B, q, n + T)`): Which of them are not seen, or do not stand before.
+    distance (`(B, q, T)`): How many text tokens a text key stands before.
+    quantiles: Of each layer, the `quantile_position` of the number of image keys seen.
+    """
+
+    def __init__(self, call: Inhibition, attention_mask: torch.Tensor | None, key: torch.Tensor):
         device, num_keys = key.device, key.shape[2]
-        columns, is_query = self.query_columns.to(device), self.is_query.to(device)
+        columns, is_query = call.query_columns.to(device), call.is_query.to(device)
         # The keys end with this call's, unless room is left for later ones; a sliding window has lost the first.
-        past = self.num_seen - num_keys
-        offset = past.to(device).clamp(min=0) if isinstance(past, torch.Tensor) else max(past, 0)
+        lost = call.num_seen - num_keys
+        lost = lost.to(device).clamp(min=0) if isinstance(lost, torch.Tensor) else max(lost, 0)
         if attention_mask is None:
-            allowed = torch.arange(num_keys, device=device) + offset <= columns[..., None]
+            allowed = torch.arange(num_keys, device=device) + lost <= columns[..., None]
         else:
             allowed = _is_allowed(attention_mask[:, 0]).expand(len(columns), -1, -1)
-            if self.query_slots is not None:
-                allowed = allowed.take_along_dim(self.query_slots.to(device)[..., None], dim=1)
-        allowed = allowed | ~is_query[..., None]  # of no consequence, but attention over no key is not a number
+            if call.query_slots is not None:
+                allowed = allowed.take_along_dim(call.query_slots.to(device)[..., None], dim=1)
+        # Rows that are no query are of no consequence, but attention over no key is not a number.
+        allowed = allowed | ~is_query[..., None]
+        self.allowed = nn.functional.pad(allowed, (0, 1))
 
-        def seen(key_columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            index = (key_columns - offset)[:, None]
-            inside = (index >= 0) & (key_columns >= 0)[:, None] & is_query[..., None]
-            inside = inside & (key_columns[:, None] < columns[..., None])
-            index = index.clamp(0, num_keys - 1)
-            return index, inside & allowed.take_along_dim(index, dim=2)
+        key_columns = torch.cat([call.image_columns, call.text_columns], dim=1).to(device)
+        place = key_columns - lost
+        is_key = ((key_columns >= 0) & (place >= 0))[:, None]
+        self.index = place.clamp(0, num_keys - 1)[:, None].expand(-1, columns.shape[1], -1)
+        seen = (
+            is_key & is_query[..., None] & (key_columns[:, None] < columns[..., None]) & allowed.gather(2, self.index)
+        )
+        num_images = call.image_columns.shape[1]
+        self.image_seen, self.hidden = seen[..., :num_images], ~seen
+        self.image_place = torch.where(is_key, self.index, num_keys)[..., :num_images]
 
-        text_columns = self.text_columns.to(device)
-        image_index, image_seen = seen(self.image_columns.to(device))
-        text_index, precedes = seen(text_columns)
-        rank = (text_columns >= 0).cumsum(dim=-1)
-        own_rank = rank[:, self.row_positions.to(device)]  # type: ignore[union-attr]
-        return allowed, image_index, image_seen, text_index, precedes, own_rank[..., None] - rank[:, None]
+        rank = (call.text_columns.to(device) >= 0).cumsum(dim=-1)
+        own_rank = rank[:, call.row_positions.to(device)]  # type: ignore[union-attr]
+        self.distance = own_rank[..., None] - rank[:, None]
+        ratios = torch.tensor([call.ratio(layer_idx) for layer_idx in range(call.num_layers)], device=device)
+        neighbours, weight = quantile_position(self.image_seen.sum(dim=-1), ratios[:, None, None])
+        self.quantiles = list(zip(neighbours.unbind(), weight.unbind()))
 
 
 def _first_true(mask: torch.Tensor, count: int) -> torch.Tensor:

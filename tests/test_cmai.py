@@ -12,11 +12,12 @@ from transformers.cache_utils import QuantizedLayer
 from ta_llava.cmai import (
     attention_weights,
     focus_scores,
+    focus_weights,
     head_averaged_scores,
-    inhibited_pairs,
     inhibition_ratio,
-    inhibition_threshold,
+    kept_pairs,
     prepare_cache,
+    quantile_position,
     text_token_mask,
 )
 
@@ -60,12 +61,14 @@ def test_weights_are_the_softmax_over_what_is_allowed(softcap):
 
 
 @pytest.mark.parametrize("num_texts, num_images", [(1, 1), (1, 5), (4, 3), (7, 9)])
-@pytest.mark.parametrize("focus", ["tia", "sum", "discounted_sum", "focus"])
+@pytest.mark.parametrize("focus", ["sum", "discounted_sum", "focus"])
 def test_focus_is_that_of_equations_9_to_11_and_table_5(num_texts, num_images, focus):
     text_to_text, text_to_image = torch.randn(2, num_texts, num_texts), torch.randn(2, num_texts, num_images)
     index = torch.arange(num_texts)
     distance = (index[:, None] - index[None]).expand(2, -1, -1)
-    actual = focus_scores(text_to_image, text_to_text, text_to_image, distance > 0, distance, focus, discount=0.7)
+    neighbours = text_to_text.masked_fill(distance <= 0, 0)
+    weights = focus_weights(neighbours, distance <= 0, distance, focus, discount=0.7)
+    actual = focus_scores(text_to_image, weights, text_to_image)
     for b in range(2):
         for j in range(num_texts):
             for k in range(num_images):
@@ -83,27 +86,23 @@ def test_focus_is_that_of_equations_9_to_11_and_table_5(num_texts, num_images, f
 @pytest.mark.parametrize("ratio", [0.0, 0.2, 0.5, 0.6, 0.77, 1.0])
 @pytest.mark.parametrize("num_images", [1, 2, 5, 36])
 @pytest.mark.parametrize("ties", [False, True])
-def test_the_threshold_is_the_quantile_of_what_is_seen(ratio, num_images, ties):
+def test_what_is_kept_is_not_below_the_quantile_of_what_is_seen(ratio, num_images, ties):
     focus = torch.randint(0, 3, (3, 4, num_images)).float() if ties else torch.randn(3, 4, num_images)
-    visible = torch.rand(3, 4, num_images) < 0.7
-    visible[0, 0] = False
-    visible[1] = True
-    threshold = inhibition_threshold(focus, visible, ratio)
-    inhibited = inhibited_pairs(focus, visible, ratio)
+    seen = torch.rand(3, 4, num_images) < 0.7
+    seen[0, 0] = False
+    seen[1] = True
+    kept = kept_pairs(focus, seen, *quantile_position(seen.sum(-1), ratio))
     for b in range(3):
         for j in range(4):
-            seen = focus[b, j][visible[b, j]]
-            if len(seen) == 0:
-                assert not inhibited[b, j].any()
-                continue
-            assert threshold[b, j, 0] == torch.quantile(seen, ratio)
+            values = focus[b, j][seen[b, j]]
             for k in range(num_images):
-                below = bool(visible[b, j, k]) and bool(focus[b, j, k] < torch.quantile(seen, ratio))
-                assert inhibited[b, j, k] == below
+                is_kept = bool(seen[b, j, k]) and bool(focus[b, j, k] >= torch.quantile(values, ratio))
+                assert kept[b, j, k] == is_kept
 
 
 def test_equal_focus_inhibits_nothing():
-    assert not inhibited_pairs(torch.ones(1, 1, 9), torch.ones(1, 1, 9, dtype=torch.bool), 0.6).any()
+    seen = torch.ones(1, 1, 9, dtype=torch.bool)
+    assert kept_pairs(torch.ones(1, 1, 9), seen, *quantile_position(seen.sum(-1), 0.6)).all()
 
 
 @pytest.mark.parametrize("form", ["2-D", "boolean", "additive", "dict"])
