@@ -342,7 +342,8 @@ def measure(
     setup: Setup, name: str, batch_sizes: list[int], repeats: int, dtype: torch.dtype
 ) -> dict[int, Measurement]:
     """Medians of all rounds, for each batch size."""
-    models = build_models(setup, dtype)
+    with torch.inference_mode(False):  # parameters born in inference mode take slower paths
+        models = build_models(setup, dtype)
     check_backbones(models)
     measurements = {}
     for batch_size in batch_sizes:

@@ -58,12 +58,11 @@ def head_averaged_scores(query: torch.Tensor, key: torch.Tensor, scaling: float)
     Returns:
         `torch.FloatTensor` of shape `(B, q, K)`, float32.
     """
-    num_heads, num_queries = query.shape[1:3]
-    groups = query.unflatten(1, (key.shape[1], -1))
+    batch_size, num_heads, num_queries, head_dim = query.shape
     if num_queries == 1:  # decoding: reads the keys where they lie, without a copy of them
-        scores = groups.squeeze(3) @ key.mT
+        scores = query.reshape(batch_size, key.shape[1], -1, head_dim) @ key.mT
         return scores.sum(dim=(1, 2), dtype=torch.float32)[:, None] * (scaling / num_heads)
-    folded = groups.float().sum(dim=2) * (scaling / num_heads)
+    folded = query.float().unflatten(1, (key.shape[1], -1)).sum(dim=2) * (scaling / num_heads)
     return folded.transpose(1, 2).flatten(2) @ key.float().transpose(1, 2).flatten(2).mT
 
 
@@ -140,21 +139,25 @@ def quantile_position(num_seen: torch.Tensor, ratio: Any) -> tuple[torch.Tensor,
 
 
 def kept_pairs(
-    focus: torch.Tensor, seen: torch.Tensor, neighbours: torch.Tensor, weight: torch.Tensor
+    focus: torch.Tensor, hidden: torch.Tensor, neighbours: torch.Tensor, weight: torch.Tensor, ratio: float
 ) -> torch.Tensor:
     """
-    Which of the image tokens that a text token has seen are not inhibited: those at or above the quantile of their row.
+    Which image tokens are not inhibited: those at or above the quantile of those that the text token sees, and, to no
+    effect, those that it does not see.
 
     Args:
-        focus (`torch.FloatTensor` of shape `(B, q, n)`), seen (`torch.BoolTensor` of the same).
-        neighbours (`(B, q, 2)`), weight (`(B, q, 1)`): The `quantile_position` of the number of seen ones.
+        focus (`torch.FloatTensor` of shape `(B, q, n)`), hidden (`torch.BoolTensor` of the same): What is not seen.
+        neighbours (`(B, q, 2)`), weight (`(B, q, 1)`): The `quantile_position` of the number of seen ones and `ratio`.
 
     Returns:
         `torch.BoolTensor` of shape `(B, q, n)`.
     """
-    ascending = focus.masked_fill(~seen, torch.inf).sort(dim=-1).values
+    focus = focus.masked_fill(hidden, torch.inf)
+    num_images = focus.shape[-1]
+    num_lowest = min(num_images, int(ratio * (num_images - 1)) + 3)  # the neighbours are among them
+    ascending = focus.topk(num_lowest, dim=-1, largest=False).values
     below, above = ascending.gather(-1, neighbours).split(1, dim=-1)
-    return seen & (focus >= torch.lerp(below, above, weight))
+    return focus >= torch.lerp(below, above, weight)
 
 
 # --- the cache -----------------------------------------------------------------------------------------------------
@@ -411,8 +414,8 @@ class Inhibition:
     def __init__(
         self, config: Any, is_image: torch.Tensor, is_text: torch.Tensor, past_length: Any, cache: Cache | None
     ):
-        self.config, self.cache = config, cache
-        self.num_layers = config.text_config.num_hidden_layers
+        self.cache = cache
+        self.attention, self.focus, self.discount = config.cmai_attention, config.cmai_focus, config.cmai_discount
         self.num_calls = 0
         num_columns = is_image.shape[1]
         columns = torch.arange(num_columns, device=is_image.device) + past_length
@@ -445,13 +448,11 @@ class Inhibition:
         if self.row_positions is None:
             num_rows = text_columns.shape[1]
             self.row_positions = torch.arange(num_rows - self.query_columns.shape[1], num_rows, device=columns.device)
+        # gamma of each layer; 0 where nothing is inhibited.
+        num_layers = config.text_config.num_hidden_layers
+        max_ratio = 0.0 if self.focus == "none" or image_columns.shape[1] == 0 else config.cmai_max_ratio
+        self.ratios = [inhibition_ratio(layer_idx, num_layers, max_ratio) for layer_idx in range(num_layers)]
         self._views: dict[Any, Any] = {}
-
-    def ratio(self, layer_idx: int) -> float:
-        """gamma of a layer; 0 where nothing is inhibited."""
-        if self.config.cmai_focus == "none" or self.image_columns.shape[1] == 0:
-            return 0.0
-        return inhibition_ratio(layer_idx, self.num_layers, self.config.cmai_max_ratio)
 
     def attend(
         self,
@@ -470,7 +471,7 @@ class Inhibition:
         `attention` is the one to use: as it is for the rows of image tokens, with a mask for those of text tokens.
         """
         self.num_calls += 1
-        if self.ratio(module.layer_idx) == 0:
+        if self.ratios[module.layer_idx] == 0:
             return attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
         text_query = query
         if self.query_slots is not None:
@@ -528,7 +529,7 @@ class Inhibition:
         """
         view = self._view(attention_mask, key)
         weights = None
-        if self.config.cmai_attention == "weights":
+        if self.attention == "weights":
             weights = attention_weights(query, key, scaling, view.allowed[..., :-1], softcap)
             averaged = weights.detach().mean(dim=1)
         else:
@@ -536,7 +537,7 @@ class Inhibition:
         averaged = averaged.gather(2, view.index).masked_fill(view.hidden, 0)
         num_images = self.image_columns.shape[1]
         focus = own = averaged[..., :num_images]
-        if self.config.cmai_focus != "tia":
+        if self.focus != "tia":
             rows = own
             if self.cache is not None:
                 rows = self.cache.layers[layer_idx].update_rows(
@@ -546,12 +547,13 @@ class Inhibition:
                 averaged[..., num_images:],
                 view.hidden[..., num_images:],
                 view.distance,
-                self.config.cmai_focus,
-                self.config.cmai_discount,
+                self.focus,
+                self.discount,
             )
             focus = focus_scores(own, text_weights, rows)
-        kept = kept_pairs(focus, view.image_seen, *view.quantiles[layer_idx])
-        return view.allowed.scatter(2, view.image_place, kept)[..., :-1], weights
+        kept = kept_pairs(focus, view.hidden[..., :num_images], *view.quantiles[layer_idx])
+        # Where an image token is not seen, this changes nothing: its key is not allowed, or it is none.
+        return view.allowed.scatter(2, view.image_place, kept & view.image_seen)[..., :-1], weights
 
     def _view(self, attention_mask: torch.Tensor | None, key: torch.Tensor) -> "_View":
         """What the text queries see of the keys at hand, once for the layers that share a mask and a device."""
@@ -573,7 +575,7 @@ class _View:
     index (`(B, q, n + T)`): Where the image keys and the text keys are, or any key.
     hidden (`(B, q, n + T)`): Which of them are not seen, or do not stand before.
     distance (`(B, q, T)`): How many text tokens a text key stands before.
-    quantiles: Of each layer, the `quantile_position` of the number of image keys seen.
+    quantiles: Of each layer, the `quantile_position` of the number of image keys seen, and gamma.
     """
 
     def __init__(self, call: Inhibition, attention_mask: torch.Tensor | None, key: torch.Tensor):
@@ -606,9 +608,9 @@ class _View:
         rank = (call.text_columns.to(device) >= 0).cumsum(dim=-1)
         own_rank = rank[:, call.row_positions.to(device)]  # type: ignore[union-attr]
         self.distance = own_rank[..., None] - rank[:, None]
-        ratios = torch.tensor([call.ratio(layer_idx) for layer_idx in range(call.num_layers)], device=device)
+        ratios = torch.tensor(call.ratios, device=device)
         neighbours, weight = quantile_position(self.image_seen.sum(dim=-1), ratios[:, None, None])
-        self.quantiles = list(zip(neighbours.unbind(), weight.unbind()))
+        self.quantiles = list(zip(neighbours.unbind(), weight.unbind(), call.ratios))
 
 
 def _first_true(mask: torch.Tensor, count: int) -> torch.Tensor:
@@ -644,8 +646,8 @@ def route_attention(text_config: Any) -> None:
     Raises:
         `ValueError`: It is set to an implementation that takes no mask of ours.
     """
-    implementation = text_config._attn_implementation or "eager"
-    if implementation.startswith("cmai_"):
+    implementation = text_config._attn_implementation
+    if implementation is None or implementation.startswith("cmai_"):  # None: not chosen yet
         return
     if implementation not in ("eager", "sdpa"):
         raise ValueError(

@@ -246,7 +246,7 @@ def cosine_kmeans(tokens: torch.Tensor, num_clusters: int, max_iterations: int =
     directions = nn.functional.normalize(tokens.float(), dim=-1)
     gram = directions @ directions.mT
     seeds = _most_reducing_seeds(gram, num_clusters)
-    similarity = gram.take_along_dim(seeds[:, None, :], dim=2)
+    similarity = gram.gather(2, seeds[:, None, :].expand(-1, num_tokens, -1))
     best, labels = similarity.max(dim=-1)
     labels = _fill_empty_clusters(labels, -best, num_clusters)
     for _ in range(max_iterations):
@@ -256,7 +256,7 @@ def cosine_kmeans(tokens: torch.Tensor, num_clusters: int, max_iterations: int =
         # Half the squared distance to the centre, up to a constant of the token.
         distance = (centres * similarity).sum(dim=1, keepdim=True) / 2 - similarity
         best, nearest = distance.min(dim=-1)
-        own = distance.take_along_dim(labels[..., None], dim=2).squeeze(2)
+        own = distance.gather(2, labels[..., None]).squeeze(2)
         stays = own <= best + 1e-6  # on ties, so that equal tokens do not change clusters for ever
         nearest = torch.where(stays, labels, nearest)
         if _host_can_see(labels) and torch.equal(nearest, labels):
@@ -267,11 +267,12 @@ def cosine_kmeans(tokens: torch.Tensor, num_clusters: int, max_iterations: int =
 
 def _most_reducing_seeds(gram: torch.Tensor, num_clusters: int) -> torch.Tensor:
     """Indices `(B, c)` of tokens; each makes the sum of squared distances to the nearest seed as small as it can."""
-    distance = 2 - 2 * gram  # (B, candidate, token), then to the nearest of the seeds and the candidate
+    # Of each token, its similarity to the candidate or to a seed, whichever is nearer: (B, candidate, token).
+    nearest = gram.clone()
     rows, seeds = torch.arange(len(gram), device=gram.device), []
     for _ in range(num_clusters):
-        seeds.append(distance.sum(dim=-1).argmin(dim=-1))
-        torch.minimum(distance, distance[rows, seeds[-1]][:, None], out=distance)
+        seeds.append(nearest.sum(dim=-1).argmax(dim=-1))
+        torch.maximum(nearest, nearest[rows, seeds[-1]][:, None], out=nearest)
     return torch.stack(seeds, dim=1)
 
 
@@ -340,11 +341,12 @@ def compress_tokens(
         The tokens `(B, k + c, d)`, and which of them each input token has become, `(B, n)`; -1 where it was dropped.
     """
     kept, redundant = split_by_importance(importance, num_kept)
-    output = [tokens.take_along_dim(kept[..., None], dim=1)]
+    rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+    output = [tokens[rows, kept]]
     index = torch.arange(num_kept, device=tokens.device).expand(len(tokens), -1)
     becomes = torch.full_like(importance, -1, dtype=torch.long).scatter(1, kept, index)
     if num_clusters > 0:
-        redundant_tokens = tokens.take_along_dim(redundant[..., None], dim=1)
+        redundant_tokens = tokens[rows, redundant]
         several = num_clusters > 1
         labels = cosine_kmeans(redundant_tokens.detach(), num_clusters) if several else torch.zeros_like(redundant)
         weights = importance.gather(1, redundant)

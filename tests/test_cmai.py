@@ -91,7 +91,7 @@ def test_what_is_kept_is_not_below_the_quantile_of_what_is_seen(ratio, num_image
     seen = torch.rand(3, 4, num_images) < 0.7
     seen[0, 0] = False
     seen[1] = True
-    kept = kept_pairs(focus, seen, *quantile_position(seen.sum(-1), ratio))
+    kept = kept_pairs(focus, ~seen, *quantile_position(seen.sum(-1), ratio), ratio) & seen
     for b in range(3):
         for j in range(4):
             values = focus[b, j][seen[b, j]]
@@ -102,7 +102,7 @@ def test_what_is_kept_is_not_below_the_quantile_of_what_is_seen(ratio, num_image
 
 def test_equal_focus_inhibits_nothing():
     seen = torch.ones(1, 1, 9, dtype=torch.bool)
-    assert kept_pairs(torch.ones(1, 1, 9), seen, *quantile_position(seen.sum(-1), 0.6)).all()
+    assert kept_pairs(torch.ones(1, 1, 9), ~seen, *quantile_position(seen.sum(-1), 0.6), 0.6).all()
 
 
 @pytest.mark.parametrize("form", ["2-D", "boolean", "additive", "dict"])

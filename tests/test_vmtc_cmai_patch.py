@@ -322,6 +322,22 @@ def test_eager_and_sdpa_agree(backbone, attention):
         assert (last[:, is_image] == 0).all(0).sum() == 5  # below the 0.6-quantile of 9
 
 
+def test_the_implementation_of_attention_is_the_default_one(stock):
+    _, folder = stock
+    model = build_llava()
+    loaded = VmtcCmaiLlavaForConditionalGeneration.from_pretrained(folder, use_cmai=True)
+    inputs = llava_inputs([llava_prompt()])
+    for each in (model, loaded):
+        each.config.use_vmtc, each.config.vmtc_num_visual_tokens = True, NUM_VISUAL_TOKENS
+        each(**inputs)
+        assert each.config._attn_implementation == "sdpa"
+        assert each.model.language_model.config._attn_implementation == "cmai_sdpa"
+        assert each.model.vision_tower.config._attn_implementation == "vmtc_sdpa"
+    model.set_attn_implementation("eager")
+    model(**inputs)
+    assert model.model.language_model.config._attn_implementation == "cmai_eager"
+
+
 @torch.no_grad()
 def test_a_ratio_of_0_is_no_inhibition():
     model = build_llava(cmai_max_ratio=0.0)
