@@ -35,7 +35,7 @@ from transformers import (
 )
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.image_utils import ImageInput, get_image_size, to_numpy_array
+from transformers.image_utils import ImageInput, get_image_size, make_flat_list_of_images, to_numpy_array
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import (
     LlavaCausalLMOutputWithPast,
@@ -156,6 +156,10 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):
             route_attention(config.text_config)
         super().__init__(config)
         make_compressible(self.vision_tower)
+        text_config = self.language_model.config
+        if getattr(text_config, "attn_logit_softcapping", None) and "sdpa" in text_config._attn_implementation:
+            # SDPA cannot soft-cap. Before 5.23 the library lets Gemma-2 use it all the same, and drops the capping.
+            self.language_model.set_attn_implementation("eager")
 
     def get_image_features(
         self,
@@ -448,6 +452,7 @@ class VmtcCmaiLlavaImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call
 
 
 class VmtcCmaiLlavaProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
+    _defaults = {}  # type: ignore[var-annotated]  # transformers before 5.23 looks for it
     images_kwargs: VmtcCmaiLlavaImagesKwargs
 
 
@@ -518,6 +523,16 @@ class VmtcCmaiLlavaProcessor(VisualBudgetMixin, LlavaProcessor):
             raise ValueError("LLaVA reads images and text; pass the frames of a video as `images`.")
         if images is not None:
             images = open_images(images)
+        if text is not None:
+            num_expected = sum(
+                sample.count(self.image_token) for sample in ([text] if isinstance(text, str) else text)
+            )
+            num_images = 0 if images is None else len(make_flat_list_of_images(images))
+            if num_expected != num_images:
+                raise ValueError(
+                    f"The prompts have {num_expected} {self.image_token}, but got {num_images} images. Write one "
+                    f"{self.image_token} per image into the text, or use `apply_chat_template`."
+                )
         return super().__call__(images=images, text=text, **kwargs)
 
     def _process_images(self, images: ImageInput, num_visual_tokens: int | None = None, **kwargs):
