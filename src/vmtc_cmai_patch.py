@@ -521,18 +521,22 @@ class VmtcCmaiLlavaProcessor(VisualBudgetMixin, LlavaProcessor):
         """
         if videos is not None:
             raise ValueError("LLaVA reads images and text; pass the frames of a video as `images`.")
-        if images is not None:
-            images = open_images(images)
-        if text is not None:
-            num_expected = sum(
-                sample.count(self.image_token) for sample in ([text] if isinstance(text, str) else text)
+        images = open_images(images)
+        texts = [text] if isinstance(text, str) else text or []
+        expected = [sample.count(self.image_token) for sample in texts]
+        if isinstance(images, list) and any(row is None or isinstance(row, list) for row in images):
+            rows = [row if isinstance(row, list) else [] for row in images]  # each prompt has its own, or none
+            images = [image for row in rows for image in row] or None
+            counts = [len(row) for row in rows]
+        else:
+            expected = [sum(expected)]
+            counts = [0 if images is None else len(make_flat_list_of_images(images))]
+        if text is not None and counts != expected:
+            raise ValueError(
+                f"The prompts have {', '.join(map(str, expected))} {self.image_token}, but got "
+                f"{', '.join(map(str, counts))} images. Write one {self.image_token} per image into the text, or use "
+                "`apply_chat_template`."
             )
-            num_images = 0 if images is None else len(make_flat_list_of_images(images))
-            if num_expected != num_images:
-                raise ValueError(
-                    f"The prompts have {num_expected} {self.image_token}, but got {num_images} images. Write one "
-                    f"{self.image_token} per image into the text, or use `apply_chat_template`."
-                )
         return super().__call__(images=images, text=text, **kwargs)
 
     def _process_images(self, images: ImageInput, num_visual_tokens: int | None = None, **kwargs):

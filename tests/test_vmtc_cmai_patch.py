@@ -864,6 +864,16 @@ def test_a_row_without_image_may_stand_beside_others():
     )
     assert (inputs["input_ids"] == IMAGE).sum(-1).tolist() == [9, 0, 9]
     generated = generate(model, inputs)
+    nested = processor(
+        images=[[picture()], [], [picture((24, 60))]],
+        text=["<image> a", "b c", "a <image> what is it"],
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+    )
+    assert all(torch.equal(nested[name], inputs[name]) for name in inputs)
+    with pytest.raises(ValueError, match="The prompts have 1, 0 <image>, but got 0, 1 images"):
+        processor(images=[[], [picture()]], text=["<image> a", "b"])
     alone = processor(images=picture(), text="<image> a", return_tensors="pt")
     assert generate(model, alone)[0].tolist()[-8:] == generated[0].tolist()[-8:]
     assert count_visual_tokens(processor, 36) == 9
