@@ -58,11 +58,7 @@ def head_averaged_scores(query: torch.Tensor, key: torch.Tensor, scaling: float)
     Returns:
         `torch.FloatTensor` of shape `(B, q, K)`, float32.
     """
-    batch_size, num_heads, num_queries, head_dim = query.shape
-    if num_queries == 1:  # decoding: reads the keys where they lie, without a copy of them
-        scores = query.reshape(batch_size, key.shape[1], -1, head_dim) @ key.mT
-        return scores.sum(dim=(1, 2), dtype=torch.float32)[:, None] * (scaling / num_heads)
-    folded = query.float().unflatten(1, (key.shape[1], -1)).sum(dim=2) * (scaling / num_heads)
+    folded = query.float().unflatten(1, (key.shape[1], -1)).sum(dim=2) * (scaling / query.shape[1])
     return folded.transpose(1, 2).flatten(2) @ key.float().transpose(1, 2).flatten(2).mT
 
 
@@ -138,12 +134,11 @@ def quantile_position(num_seen: torch.Tensor, ratio: Any) -> tuple[torch.Tensor,
     return torch.stack([below, torch.minimum(below + 1, last)], dim=-1), (rank - below)[..., None]
 
 
-def kept_pairs(
+def inhibited_pairs(
     focus: torch.Tensor, hidden: torch.Tensor, neighbours: torch.Tensor, weight: torch.Tensor, ratio: float
 ) -> torch.Tensor:
     """
-    Which image tokens are not inhibited: those at or above the quantile of those that the text token sees, and, to no
-    effect, those that it does not see.
+    Which image tokens lie strictly below the quantile of those that the text token sees.
 
     Args:
         focus (`torch.FloatTensor` of shape `(B, q, n)`), hidden (`torch.BoolTensor` of the same): What is not seen.
@@ -157,7 +152,7 @@ def kept_pairs(
     num_lowest = min(num_images, int(ratio * (num_images - 1)) + 3)  # the neighbours are among them
     ascending = focus.topk(num_lowest, dim=-1, largest=False).values
     below, above = ascending.gather(-1, neighbours).split(1, dim=-1)
-    return focus >= torch.lerp(below, above, weight)
+    return focus < torch.lerp(below, above, weight)
 
 
 # --- the cache -----------------------------------------------------------------------------------------------------
@@ -166,7 +161,8 @@ def kept_pairs(
 class CmaiLayerMixin:
     """
     What a cache layer keeps beside keys and values, so that the focus of later tokens can be computed: the row of A_t2i
-    of every text token. The first layer also keeps the columns of these text tokens and of the image tokens.
+    of every text token. The first layer also keeps the columns of these text tokens and of the image tokens. It stays on
+    the device when keys and values are offloaded: it is small, and the attention needs it after they have left.
 
     text_to_image (`torch.FloatTensor` of shape `(B, T, n)`, *optional*)
     text_columns (`torch.LongTensor` of shape `(B, T)`, *optional*): -1 for a row that is no text token.
@@ -186,16 +182,6 @@ class CmaiLayerMixin:
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
         self._apply_to_state(lambda value: value.index_select(0, beam_idx.to(value.device)))
-
-    def offload(self) -> None:
-        super().offload()  # type: ignore[misc]
-        if self.text_to_image is not None:
-            self.text_to_image = self.text_to_image.to("cpu", non_blocking=True)
-
-    def prefetch(self) -> None:
-        super().prefetch()  # type: ignore[misc]
-        if self.text_to_image is not None:
-            self.text_to_image = self.text_to_image.to(self.device, non_blocking=True)  # type: ignore[attr-defined]
 
 
 class CmaiDynamicMixin(CmaiLayerMixin):
@@ -379,8 +365,7 @@ def text_token_mask(
     what `generate()` or a user gives: none, `(B, S)`, `(B or 1, 1, columns, keys)` boolean or additive, or a dict of those.
     """
     if isinstance(attention_mask, dict):
-        masks = [attention_mask.get("full_attention"), *attention_mask.values()]
-        attention_mask = next((mask for mask in masks if mask is not None), None)
+        attention_mask = next((mask for mask in attention_mask.values() if mask is not None), None)
     if attention_mask is None:
         return None
     attention_mask = attention_mask.to(device)
@@ -406,26 +391,27 @@ class Inhibition:
 
     Args:
         config ([`VmtcCmaiLlavaConfig`]): The fields that start with `cmai_`.
-        is_image, is_text (`torch.BoolTensor` of shape `(B, S)`): What the columns of this call hold; padding is neither.
+        is_image (`torch.BoolTensor` of shape `(B, S)`, *optional*): Which columns of this call hold image tokens.
+        is_text (`torch.BoolTensor` of shape `(B, S)`): Which hold text; padding is neither.
         past_length (`int` or `torch.Tensor`): Columns in the cache.
         cache (`Cache`, *optional*): Prepared by `prepare_cache`.
     """
 
     def __init__(
-        self, config: Any, is_image: torch.Tensor, is_text: torch.Tensor, past_length: Any, cache: Cache | None
+        self, config: Any, is_image: torch.Tensor | None, is_text: torch.Tensor, past_length: Any, cache: Cache | None
     ):
         self.cache = cache
         self.attention, self.focus, self.discount = config.cmai_attention, config.cmai_focus, config.cmai_discount
         self.num_calls = 0
-        num_columns = is_image.shape[1]
-        columns = torch.arange(num_columns, device=is_image.device) + past_length
-        self.num_seen = past_length + num_columns
-        # Of a prompt with images, only the text becomes queries and rows. A decoding step has no image tokens.
+        num_columns = is_text.shape[1]
+        columns = torch.arange(num_columns, device=is_text.device) + past_length
+        self.columns, self.num_seen = columns, past_length + num_columns
+        # Of a prompt with images, only the text becomes queries and rows.
         self.query_slots: torch.Tensor | None = None
-        image_columns = columns.expand_as(is_image)[:, :0]
-        self.query_columns = columns.expand_as(is_image)
+        image_columns = columns.expand_as(is_text)[:, :0]
+        self.query_columns = columns.expand_as(is_text)
         self.is_query = is_text
-        if num_columns > 1:
+        if is_image is not None:
             num_images, num_texts = num_columns, num_columns
             if not torch.compiler.is_compiling():  # a graph must not wait for numbers, and takes all columns
                 num_images, num_texts = torch.stack([is_image.sum(-1).amax(), is_text.sum(-1).amax()]).tolist()
@@ -468,72 +454,54 @@ class Inhibition:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Attention with inhibition. Arguments and results are those of the library's attention functions, of which
-        `attention` is the one to use: as it is for the rows of image tokens, with a mask for those of text tokens.
+        `attention` is the one to use.
         """
         self.num_calls += 1
         if self.ratios[module.layer_idx] == 0:
             return attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-        text_query = query
-        if self.query_slots is not None:
-            text_query = query.take_along_dim(self.query_slots.to(query.device)[:, None, :, None], dim=2)
+        view = self._view(attention_mask, key)
+        is_sdpa = attention is ALL_ATTENTION_FUNCTIONS["sdpa"]
         with maybe_autocast(query.device.type, enabled=False):
-            keep, weights = self._kept_keys(
-                module.layer_idx, text_query, key, attention_mask, scaling, kwargs.get("softcap")
-            )
-        if weights is not None:
-            # Softmax over fewer keys is the softmax over all of them, renormalised.
-            weights = weights.masked_fill(~keep[:, None], 0)
-            weights = (weights / weights.sum(dim=-1, keepdim=True)).to(value.dtype)
-            weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-            output = (weights @ value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)).transpose(1, 2)
-        else:
-            mask = keep[:, None]
-            if attention is not ALL_ATTENTION_FUNCTIONS["sdpa"]:
-                mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-            output, weights = attention(
-                module, text_query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs
-            )
-        if self.query_slots is None:
-            return output, weights
-        other_output, other_weights = attention(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-        )
-        output = self._replace_text(other_output, output)
-        if other_weights is None or weights is None:
-            return output, None
-        return output, self._replace_text(other_weights.transpose(1, 2), weights.transpose(1, 2)).transpose(1, 2)
+            if query.shape[2] == 1 and is_sdpa and self.attention == "scores" and dropout == 0:
+                return self._attend_once(view, module.layer_idx, query, key, value, scaling)
+            text_query = query.detach()
+            if self.query_slots is not None:
+                slots = self.query_slots.to(query.device)[:, None, :, None]
+                text_query = text_query.gather(2, slots.expand(-1, query.shape[1], -1, query.shape[3]))
+            if self.attention == "weights":
+                rows = view.blocked if self.query_slots is None else view.text_rows(view.blocked)
+                softcap = kwargs.get("softcap")
+                averaged = attention_weights(text_query, key.detach(), scaling, ~rows[..., :-1], softcap).mean(dim=1)
+            else:
+                averaged = head_averaged_scores(text_query, key.detach(), scaling)
+            blocked = self._blocked_keys(view, module.layer_idx, averaged)
+        mask = ~blocked[:, None]
+        if not is_sdpa:
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+        return attention(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
 
-    def _replace_text(self, states: torch.Tensor, text_states: torch.Tensor) -> torch.Tensor:
-        """`states` `(B, S, ...)` with `text_states` `(B, q, ...)` on the columns of the text."""
-        slots, is_query = self.query_slots.to(states.device), self.is_query.to(states.device)  # type: ignore[union-attr]
-        rows = torch.arange(len(states), device=states.device)[:, None] * states.shape[1] + slots
-        flat, rows = states.flatten(0, 1), rows.flatten()
-        shape = (-1, *[1] * (flat.dim() - 1))
-        text_states = text_states.flatten(0, 1)
-        # Slots without text keep what is there.
-        text_states = torch.where(is_query.flatten().view(shape), text_states, flat.index_select(0, rows))
-        return flat.index_copy(0, rows, text_states).unflatten(0, states.shape[:2])
-
-    def _kept_keys(
+    def _attend_once(
         self,
+        view: "_View",
         layer_idx: int,
         query: torch.Tensor,
         key: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        value: torch.Tensor,
         scaling: float,
-        softcap: float | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, None]:
         """
-        Which keys `(B, q, K)` the text queries `(B, heads, q, head_dim)` still attend to, and their attention weights
-        before inhibition `(B, heads, q, K)` if the config asks for these.
+        A step of the decoding: with one query the scores of all heads are few, and serve the focus and the attention. They
+        have the dtype of the keys, a copy of which in float32 would cost more than all else.
         """
-        view = self._view(attention_mask, key)
-        weights = None
-        if self.attention == "weights":
-            weights = attention_weights(query, key, scaling, view.allowed[..., :-1], softcap)
-            averaged = weights.detach().mean(dim=1)
-        else:
-            averaged = head_averaged_scores(query.detach(), key.detach(), scaling)
+        batch_size, num_heads, _, head_dim = query.shape
+        scores = (query * scaling).reshape(batch_size, key.shape[1], -1, head_dim) @ key.mT
+        averaged = scores.sum(dim=(1, 2), dtype=torch.float32)[:, None] / num_heads
+        blocked = self._blocked_keys(view, layer_idx, averaged)
+        weights = scores.masked_fill(blocked[:, None], -torch.inf).softmax(dim=-1, dtype=torch.float32)
+        return (weights.to(value.dtype) @ value).reshape(batch_size, 1, num_heads, -1), None
+
+    def _blocked_keys(self, view: "_View", layer_idx: int, averaged: torch.Tensor) -> torch.Tensor:
+        """Which keys `(B, S, K)` the columns of this call do not attend to, by the text's mean attention `(B, q, K)`."""
         averaged = averaged.gather(2, view.index).masked_fill(view.hidden, 0)
         num_images = self.image_columns.shape[1]
         focus = own = averaged[..., :num_images]
@@ -551,9 +519,12 @@ class Inhibition:
                 self.discount,
             )
             focus = focus_scores(own, text_weights, rows)
-        kept = kept_pairs(focus, view.hidden[..., :num_images], *view.quantiles[layer_idx])
-        # Where an image token is not seen, this changes nothing: its key is not allowed, or it is none.
-        return view.allowed.scatter(2, view.image_place, kept & view.image_seen)[..., :-1], weights
+        hidden = view.hidden[..., :num_images]
+        inhibited = inhibited_pairs(focus, hidden, *view.quantiles[layer_idx]) | hidden
+        if self.query_slots is None:
+            return view.blocked.scatter(2, view.image_place, inhibited)[..., :-1]
+        rows = view.text_rows(view.blocked).scatter(2, view.image_place, inhibited)
+        return view.blocked.flatten(0, 1).index_copy(0, view.rows, rows.flatten(0, 1)).view_as(view.blocked)[..., :-1]
 
     def _view(self, attention_mask: torch.Tensor | None, key: torch.Tensor) -> "_View":
         """What the text queries see of the keys at hand, once for the layers that share a mask and a device."""
@@ -567,11 +538,11 @@ class Inhibition:
 
 class _View:
     """
-    What the text queries of a call see of the keys at hand.
+    What the columns of a call see of the keys at hand, and the text queries among them of images and text.
 
-    allowed (`(B, q, K + 1)`): Which keys they see; the last stands for none.
+    blocked (`(B, S, K + 1)`): Which keys they do not see; the last stands for none.
+    rows (`(B * q)`): Where the text queries are among the `B * S` columns, if they are not all of them.
     image_place (`(B, q, n)`): Where the image keys are; K for none.
-    image_seen (`(B, q, n)`): Which of them are seen.
     index (`(B, q, n + T)`): Where the image keys and the text keys are, or any key.
     hidden (`(B, q, n + T)`): Which of them are not seen, or do not stand before.
     distance (`(B, q, T)`): How many text tokens a text key stands before.
@@ -585,32 +556,39 @@ class _View:
         lost = call.num_seen - num_keys
         lost = lost.to(device).clamp(min=0) if isinstance(lost, torch.Tensor) else max(lost, 0)
         if attention_mask is None:
-            allowed = torch.arange(num_keys, device=device) + lost <= columns[..., None]
+            allowed = torch.arange(num_keys, device=device) + lost <= call.columns.to(device)[:, None]
+            allowed = allowed.expand(len(columns), -1, -1)
         else:
             allowed = _is_allowed(attention_mask[:, 0]).expand(len(columns), -1, -1)
-            if call.query_slots is not None:
-                allowed = allowed.take_along_dim(call.query_slots.to(device)[..., None], dim=1)
-        # Rows that are no query are of no consequence, but attention over no key is not a number.
-        allowed = allowed | ~is_query[..., None]
-        self.allowed = nn.functional.pad(allowed, (0, 1))
+        # Padding sees nothing, and attention over no key is not a number: of no consequence, it sees all.
+        blocked = ~allowed & allowed.any(dim=-1, keepdim=True)
+        self.blocked = nn.functional.pad(blocked, (0, 1))
+        if call.query_slots is not None:
+            starts = torch.arange(len(columns), device=device)[:, None] * blocked.shape[1]
+            self.rows = (starts + call.query_slots.to(device)).flatten()
 
         key_columns = torch.cat([call.image_columns, call.text_columns], dim=1).to(device)
         place = key_columns - lost
         is_key = ((key_columns >= 0) & (place >= 0))[:, None]
         self.index = place.clamp(0, num_keys - 1)[:, None].expand(-1, columns.shape[1], -1)
-        seen = (
-            is_key & is_query[..., None] & (key_columns[:, None] < columns[..., None]) & allowed.gather(2, self.index)
-        )
+        blocked = self.blocked if call.query_slots is None else self.text_rows(self.blocked)
+        seen = is_key & is_query[..., None] & (key_columns[:, None] < columns[..., None])
+        self.hidden = ~seen | blocked.gather(2, self.index)
         num_images = call.image_columns.shape[1]
-        self.image_seen, self.hidden = seen[..., :num_images], ~seen
-        self.image_place = torch.where(is_key, self.index, num_keys)[..., :num_images]
+        # Rows that are no text stay as they are.
+        self.image_place = torch.where(is_key & is_query[..., None], self.index, num_keys)[..., :num_images]
 
         rank = (call.text_columns.to(device) >= 0).cumsum(dim=-1)
         own_rank = rank[:, call.row_positions.to(device)]  # type: ignore[union-attr]
         self.distance = own_rank[..., None] - rank[:, None]
         ratios = torch.tensor(call.ratios, device=device)
-        neighbours, weight = quantile_position(self.image_seen.sum(dim=-1), ratios[:, None, None])
+        num_seen = (~self.hidden[..., :num_images]).sum(dim=-1)
+        neighbours, weight = quantile_position(num_seen, ratios[:, None, None])
         self.quantiles = list(zip(neighbours.unbind(), weight.unbind(), call.ratios))
+
+    def text_rows(self, states: torch.Tensor) -> torch.Tensor:
+        """Those rows of `states` `(B, S, ...)` that are the text queries, `(B, q, ...)`."""
+        return states.flatten(0, 1).index_select(0, self.rows).unflatten(0, (len(states), -1))
 
 
 def _first_true(mask: torch.Tensor, count: int) -> torch.Tensor:

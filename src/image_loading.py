@@ -28,8 +28,8 @@ _MAX_ASPECT_RATIO = 4
 
 def open_images(images: Any) -> Any:
     """
-    The same, lists in lists included, with an open image for every path, URL or base64 string; what is open already is
-    read to its end.
+    The same, lists in lists included, with an RGB image for every path, URL or base64 string, as `load_image` of the
+    library makes it; what is open already is read to its end and stays as it is.
 
     Raises:
         `ValueError`: One of them is not a readable image; the message names it.
@@ -37,7 +37,7 @@ def open_images(images: Any) -> Any:
     if isinstance(images, (list, tuple)):
         return [open_images(image) for image in images]
     if isinstance(images, (str, os.PathLike)):
-        return _open_image(os.fspath(images))
+        return ImageOps.exif_transpose(_open_image(os.fspath(images))).convert("RGB")  # as the library does it
     if isinstance(images, Image.Image):
         try:
             images.load()
@@ -51,9 +51,9 @@ def load_rgb_image(image: Any) -> Image.Image:
     An RGB image from whatever a user has: path, URL, base64 string, PIL image, or an array or tensor of shape
     `(H, W)`, `(H, W, C)` or `(C, H, W)` with 1 to 4 channels.
 
-    Transparent images are laid on white, 16-bit ones scaled to 8 bits, of animated ones the first frame is taken, and
-    the EXIF orientation is applied. Arrays hold integers of 8 or 16 bits, or floats in [0, 1] or
-    [0, 255].
+    Transparent images are laid on white (those from URLs and base64 lose their transparency in the library), 16-bit ones
+    scaled to 8 bits, of animated ones the first frame is taken, and the EXIF orientation is applied. Arrays hold integers
+    of 8 or 16 bits, or floats in [0, 1] or [0, 255].
 
     Raises:
         `ValueError`: What was given is not a readable image; the message names it.

@@ -22,11 +22,11 @@ decides (importance, similarity) is computed in float32, ties are broken by inde
 
 import math
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from typing import Any, Literal
 
 import torch
-from huggingface_hub.dataclasses import strict
+from huggingface_hub.dataclasses import strict, validated_field
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
@@ -35,6 +35,23 @@ from transformers.utils.generic import maybe_autocast
 
 
 # --- configuration -------------------------------------------------------------------------------------------------
+
+
+def at_least_1(value: int | None) -> None:
+    """Checks a field, as the two functions below; also when it is set later."""
+    if value is not None and value < 1:
+        raise ValueError(f"must be at least 1, got {value}.")
+
+
+def share_above_0(value: float) -> None:
+    if not 0 < value <= 1:
+        raise ValueError(f"must be above 0 and at most 1, got {value}.")
+
+
+def rising_indices(value: list[int] | tuple[int, ...] | None) -> None:
+    layers = list(value or ())
+    if layers != sorted(set(layers)) or any(layer < 0 for layer in layers):
+        raise ValueError(f"must be indices of blocks from 0, in rising order, got {value}.")
 
 
 @strict
@@ -66,26 +83,16 @@ class VmtcConfig(PreTrainedConfig):
     """
 
     use_vmtc: bool = False
-    vmtc_num_visual_tokens: int | None = None
-    vmtc_keep_ratio: float = 0.5
-    vmtc_num_stages: int = 3
-    vmtc_layers: list[int] | tuple[int, ...] | None = None
-    vmtc_cluster_ratio: float = 10 / 64
+    vmtc_num_visual_tokens: int | None = validated_field(at_least_1, default=None)
+    vmtc_keep_ratio: float | int = validated_field(share_above_0, default=0.5)
+    vmtc_num_stages: int = validated_field(at_least_1, default=3)
+    vmtc_layers: list[int] | tuple[int, ...] | None = validated_field(rising_indices, default=None)
+    vmtc_cluster_ratio: float | int = validated_field(share_above_0, default=10 / 64)
     vmtc_method: Literal["last_layer_prune", "layerwise_prune", "merge", "cluster"] = "cluster"
     vmtc_merge_weights: Literal["raw", "normalized"] = "raw"
 
     def validate_vmtc(self):
         """Part of `@strict` validation."""
-        for name in ("vmtc_keep_ratio", "vmtc_cluster_ratio"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` must be above 0 and at most 1, got {getattr(self, name)}.")
-        for name in ("vmtc_num_visual_tokens", "vmtc_num_stages"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        layers = self.vmtc_layers or ()
-        if list(layers) != sorted(set(layers)) or any(layer < 0 for layer in layers):
-            raise ValueError(f"`vmtc_layers` must be indices of blocks from 0, in rising order, got {layers}.")
         if self.use_vmtc and not isinstance(getattr(self, "vision_feature_layer", -1), int):
             raise ValueError(
                 f"VMTC works with one `vision_feature_layer`, but the config has {self.vision_feature_layer}: the hidden "
@@ -111,6 +118,7 @@ def count_visual_tokens(settings: Any, num_patches: int, num_visual_tokens: int 
     if num_visual_tokens is None:
         num_visual_tokens = settings.vmtc_num_visual_tokens
     if num_visual_tokens is None:
+        share_above_0(settings.vmtc_keep_ratio)
         return max(1, round(settings.vmtc_keep_ratio * num_patches))
     if not 1 <= num_visual_tokens <= num_patches:
         raise ValueError(
@@ -396,13 +404,24 @@ class TowerCompression:
         with maybe_autocast(query.device.type, enabled=False):
             return (class_token_attention if self.has_class_token else mean_received_attention)(query, key, scaling)
 
-    def __call__(self, hidden_states: torch.Tensor, weights: torch.Tensor, stage: VmtcStage) -> torch.Tensor:
-        """Compresses `hidden_states` `(B, tokens, d)` by the attention weights `(B, heads, 1 or tokens, tokens)`."""
+    def complete_row(self, row: torch.Tensor | None, attention: Any, normed: torch.Tensor) -> torch.Tensor:
+        """
+        `row`, if it is one; else the `attention_row` from the projections of an `attention` and its input `(B, tokens, d)`.
+        The weights of eager attention are not it: dropout and half precision have changed them.
+        """
+        if row is not None and row.shape[-2] == 1:
+            return row
+        num_heads = attention.num_heads if hasattr(attention, "num_heads") else attention.num_attention_heads
+        scaling = attention.scale if hasattr(attention, "scale") else attention.scaling
+        query = attention.q_proj(normed[:, :1] if self.has_class_token else normed)
+        query, key = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, attention.k_proj(normed)))
+        return self.attention_row(query, key, scaling)
+
+    def __call__(self, hidden_states: torch.Tensor, row: torch.Tensor, stage: VmtcStage) -> torch.Tensor:
+        """Compresses `hidden_states` `(B, tokens, d)` by the `attention_row` `(B, heads, 1, tokens)`."""
         num_first = int(self.has_class_token)
-        if weights.shape[-2] != 1:  # eager attention has them all
-            weights = weights[:, :, :1] if self.has_class_token else weights.float().mean(dim=-2, keepdim=True)
         patches = hidden_states[:, num_first:]
-        importance = importance_scores(weights, patches.shape[1])
+        importance = importance_scores(row, patches.shape[1])
         with maybe_autocast(patches.device.type, enabled=False):
             patches, becomes = compress_tokens(
                 patches, importance, stage.num_kept, stage.num_clusters, self.merge_weights
@@ -412,7 +431,6 @@ class TowerCompression:
 
 
 def stage_attention_forward(
-    implementation: str,
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -423,17 +441,16 @@ def stage_attention_forward(
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    An attention function of the library that makes no attention weights; in a block that compresses, this gives the row
-    of them that VMTC needs, from the queries and keys at hand. Registered as `vmtc_<implementation>`.
+    SDPA; in a block that compresses, also the `attention_row`, from the queries and keys at hand. Registered as
+    `vmtc_sdpa`; other implementations stay as they are, and the block projects queries and keys once more.
     """
-    attend = ALL_ATTENTION_FUNCTIONS[implementation]
+    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
     output, weights = attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     return output, weights if vmtc is None else vmtc.attention_row(query, key, scaling)
 
 
-for _implementation in ("sdpa", "flash_attention_2", "flash_attention_3"):  # eager attention has its weights anyway
-    AttentionInterface.register(f"vmtc_{_implementation}", partial(stage_attention_forward, _implementation))
-    AttentionMaskInterface.register(f"vmtc_{_implementation}", ALL_MASK_ATTENTION_FUNCTIONS[_implementation])
+AttentionInterface.register("vmtc_sdpa", stage_attention_forward)
+AttentionMaskInterface.register("vmtc_sdpa", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
 @cache
@@ -454,17 +471,14 @@ def compressing_block_class(block_class: Any) -> type[nn.Module]:
                 return super().forward(hidden_states, None, **kwargs)
             if hasattr(self, "layer_norm1"):  # CLIP and SigLIP
                 normed = self.layer_norm1(hidden_states)
-                attended, weights = self.self_attn(normed, None, vmtc=vmtc, **kwargs)
-                if weights is None:  # SigLIP's attention does not pass `vmtc` on
-                    query, key = (
-                        projection(normed).unflatten(-1, (self.self_attn.num_heads, -1)).transpose(1, 2)
-                        for projection in (self.self_attn.q_proj, self.self_attn.k_proj)
-                    )
-                    weights = vmtc.attention_row(query, key, self.self_attn.scale)
-                hidden_states = vmtc(hidden_states + attended, weights, stage)
+                attended, row = self.self_attn(normed, None, vmtc=vmtc, **kwargs)
+                row = vmtc.complete_row(row, self.self_attn, normed)
+                hidden_states = vmtc(hidden_states + attended, row, stage)
                 return hidden_states + self.mlp(self.layer_norm2(hidden_states))
-            attended, weights = self.attention(self.norm1(hidden_states), None, vmtc=vmtc, **kwargs)
-            hidden_states = vmtc(self.drop_path(self.layer_scale1(attended)) + hidden_states, weights, stage)
+            normed = self.norm1(hidden_states)
+            attended, row = self.attention(normed, None, vmtc=vmtc, **kwargs)
+            row = vmtc.complete_row(row, self.attention, normed)
+            hidden_states = vmtc(self.drop_path(self.layer_scale1(attended)) + hidden_states, row, stage)
             return self.drop_path(self.layer_scale2(self.mlp(self.norm2(hidden_states)))) + hidden_states
 
         def __reduce_ex__(self, protocol):
@@ -513,6 +527,8 @@ def compression_of_call(
         `ValueError`: A budget that the images do not allow, a `feature_layer` that is not one index, or a tower that is
             not built like CLIP, SigLIP or DINOv2.
     """
+    if not config.use_vmtc and num_visual_tokens is None:
+        return None
     num_patches = math.prod(patch_grid(config, pixel_values))
     if not config.use_vmtc:
         count_visual_tokens(config, num_patches, num_visual_tokens)  # a budget without VMTC is an error
@@ -534,22 +550,17 @@ def compression_of_call(
     stages = plan_stages(config, num_patches, num_blocks, num_visual_tokens)
     if not stages:
         return None
-    implementation = tower.config._attn_implementation or "eager"
-    if implementation != "eager" and not implementation.startswith("vmtc_"):
-        # In each call, so that `set_attn_implementation` works at any time.
-        if f"vmtc_{implementation}" not in ALL_ATTENTION_FUNCTIONS.valid_keys():
-            raise ValueError(
-                f"VMTC works with eager, sdpa or flash attention in the vision tower, not {implementation}."
-            )
-        tower.config._attn_implementation = f"vmtc_{implementation}"
+    if tower.config._attn_implementation == "sdpa":  # in each call, as it may be set at any time
+        tower.config._attn_implementation = "vmtc_sdpa"
     has_class_token = any(hasattr(tower.embeddings, name) for name in ("class_embedding", "cls_token"))
     return TowerCompression(stages, config.vmtc_merge_weights, has_class_token)
 
 
 def patch_grid(config: Any, pixel_values: torch.Tensor) -> tuple[int, int]:
     """Rows and columns of patches of images `(..., height, width)`."""
-    patch_size = config.vision_config.patch_size
-    return pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size
+    size = config.vision_config.patch_size
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return pixel_values.shape[-2] // height, pixel_values.shape[-1] // width
 
 
 class VisualBudgetMixin:

@@ -23,7 +23,7 @@ stop attending to the image tokens it has least to do with (`cmai.py`).
 from typing import Any, Literal
 
 import torch
-from huggingface_hub.dataclasses import strict
+from huggingface_hub.dataclasses import strict, validated_field
 from torch import nn
 from transformers import (
     GenerationMixin,
@@ -35,6 +35,7 @@ from transformers import (
 )
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.feature_extraction_utils import BatchFeature
+from transformers.generation import LogitsProcessorList, SuppressTokensLogitsProcessor
 from transformers.image_utils import ImageInput, get_image_size, make_flat_list_of_images, to_numpy_array
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import (
@@ -51,12 +52,20 @@ from .image_loading import open_images
 from .vmtc import (
     VisualBudgetMixin,
     VmtcConfig,
+    at_least_1,
     compression_of_call,
     count_visual_tokens,
     make_compressible,
     patch_grid,
+    share_above_0,
     spatial_downsample,
 )
+
+
+def share(value: float) -> None:
+    """Checks a field, also when it is set later."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"must be from 0 to 1, got {value}.")
 
 
 @strict
@@ -98,20 +107,14 @@ class VmtcCmaiLlavaConfig(VmtcConfig, LlavaConfig):
     model_type = "vmtc_cmai_llava"
 
     use_cmai: bool = False
-    cmai_max_ratio: float = 0.6
+    cmai_max_ratio: float | int = validated_field(share, default=0.6)
     cmai_focus: Literal["none", "tia", "sum", "discounted_sum", "focus"] = "focus"
     cmai_attention: Literal["scores", "weights"] = "scores"
-    cmai_discount: float = 0.9
-    spd_factor: int = 1
+    cmai_discount: float | int = validated_field(share_above_0, default=0.9)
+    spd_factor: int = validated_field(at_least_1, default=1)
 
     def validate_cmai(self):
         """Part of `@strict` validation."""
-        if not 0 <= self.cmai_max_ratio <= 1:
-            raise ValueError(f"`cmai_max_ratio` must be from 0 to 1, got {self.cmai_max_ratio}.")
-        if not 0 < self.cmai_discount <= 1:
-            raise ValueError(f"`cmai_discount` must be above 0 and at most 1, got {self.cmai_discount}.")
-        if self.spd_factor < 1:
-            raise ValueError(f"`spd_factor` must be at least 1, got {self.spd_factor}.")
         if self.spd_factor > 1 and self.use_vmtc:
             raise ValueError(
                 f"`spd_factor` is {self.spd_factor} and `use_vmtc` on, but what VMTC leaves has no grid to down-sample. Use "
@@ -148,12 +151,18 @@ class VmtcCmaiLlavaPreTrainedModel(VisualBudgetMixin, LlavaPreTrainedModel):
         super().save_pretrained(save_directory, **kwargs)
 
 
+def _check_config(config: VmtcCmaiLlavaConfig) -> None:
+    """Finds, before anything is built, fields that do not go together and an attention that cannot be used."""
+    config.validate()  # arguments of `from_pretrained` were set after the config was made
+    if config.use_cmai:
+        route_attention(config.text_config)
+
+
 class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):
     """LLaVA without its language modelling head, with VMTC in the vision tower and CMAI in the language model."""
 
     def __init__(self, config: VmtcCmaiLlavaConfig):
-        if config.use_cmai:  # an attention that cannot be used is found before anything is built
-            route_attention(config.text_config)
+        _check_config(config)
         super().__init__(config)
         make_compressible(self.vision_tower)
         text_config = self.language_model.config
@@ -231,18 +240,25 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):
         outputs.pooler_output = list(self.multi_modal_projector(features))
         return outputs
 
-    def get_placeholder_mask(self, input_ids: Any, inputs_embeds: torch.Tensor, image_features: torch.Tensor):
-        """Where the placeholders are, `(B, S, 1)`; raises unless there are as many as visual tokens."""
-        is_image = self._is_placeholder(input_ids, inputs_embeds)
-        if not torch.compiler.is_compiling() and is_image.sum() != len(image_features):
-            raise ValueError(
-                f"The text has {int(is_image.sum())} image placeholders (id {self.config.image_token_id}), but the images "
-                f"have {len(image_features)} visual tokens. Processor and model must have the same budget: pass the same "
-                "`num_visual_tokens` to both calls, or call `set_visual_budget` on both."
+    def _check_placeholders(self, is_image: torch.Tensor, features: list[torch.Tensor]) -> None:
+        """Raises unless there are as many placeholders, True in `is_image` `(B, S)`, as visual tokens."""
+        if torch.compiler.is_compiling():
+            return
+        found, needed = int(is_image.sum()), sum(len(tokens) for tokens in features)
+        if found == needed:
+            return
+        each = f"{len(features)} images of {len(features[0])} visual tokens each, {needed} together"
+        remedy = "Write `<image>` into the prompt before it goes to the processor."
+        if found > 0:
+            remedy = (
+                f"That would be {found / len(features):g} for an image. Processor and model must have the same budget: pass "
+                "the same `num_visual_tokens` to both calls, or call `set_visual_budget` on both."
             )
-        return is_image.unsqueeze(-1)
+        raise ValueError(
+            f"The text has {found} image placeholders (id {self.config.image_token_id}), but there are {each}. {remedy}"
+        )
 
-    def _is_placeholder(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    def _is_placeholder(self, input_ids: torch.Tensor | None, inputs_embeds: Any) -> torch.Tensor:
         """Which columns `(B, S)` are placeholders: by their ids or, where there are none, by their embeddings."""
         if input_ids is not None:
             return (input_ids == self.config.image_token_id).to(inputs_embeds.device)
@@ -289,11 +305,15 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):
                 return_dict=True,
             )
             mm_encoder_outputs = {**(mm_encoder_outputs or {}), "image": features}
+        has_images = mm_encoder_outputs is not None and mm_encoder_outputs.get("image") is not None
+        if mm_encoder_outputs is not None and has_images:
+            is_image = self._is_placeholder(input_ids, inputs_embeds if input_ids is None else input_ids)
+            self._check_placeholders(is_image, mm_encoder_outputs["image"].pooler_output)
         if use_cache is not None:
             kwargs["use_cache"] = use_cache
         if self.config.use_cmai:
             past_key_values, kwargs["cmai"] = self._prepare_inhibition(
-                input_ids, inputs_embeds, attention_mask, past_key_values, use_cache
+                input_ids, inputs_embeds, attention_mask, past_key_values, use_cache, has_images
             )
         outputs = super().forward(
             input_ids=input_ids,
@@ -319,6 +339,7 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):
         attention_mask: Any,
         past_key_values: Cache | None,
         use_cache: bool | None,
+        has_images: bool,
     ) -> tuple[Cache | None, Inhibition]:
         """The cache, made if there is to be one, and what the layers of the language model are to inhibit."""
         route_attention(self.config.text_config)
@@ -333,13 +354,13 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):
             past_length = cache.get_seq_length()
         columns: Any = input_ids if inputs_embeds is None else inputs_embeds
         batch_size, num_columns = columns.shape[:2]
-        is_image = self._is_placeholder(input_ids, columns)
-        is_text = None
-        if num_columns > 1:
-            is_text = text_token_mask(attention_mask, num_columns, past_length, columns.device)
-        else:  # what is decoded is text, should it be a placeholder too
-            is_image = torch.zeros_like(is_image)
-        is_text = ~is_image if is_text is None else is_text.expand(batch_size, -1) & ~is_image
+        is_image: torch.Tensor | None = None
+        is_text = torch.ones(batch_size, num_columns, dtype=torch.bool, device=columns.device)
+        # A single column without images is a step of the decoding, whose token is text, should it be a placeholder too.
+        if num_columns > 1 or has_images:
+            tokens = text_token_mask(attention_mask, num_columns, past_length, columns.device)
+            is_image = self._is_placeholder(input_ids, columns)
+            is_text = ~is_image if tokens is None else tokens & ~is_image
         return past_key_values, Inhibition(self.config, is_image, is_text, past_length, cache)
 
 
@@ -349,8 +370,7 @@ class VmtcCmaiLlavaForConditionalGeneration(
     """LLaVA with VMTC and CMAI and a language modelling head, for generation and training."""
 
     def __init__(self, config: VmtcCmaiLlavaConfig):
-        if config.use_cmai:
-            route_attention(config.text_config)
+        _check_config(config)
         LlavaPreTrainedModel.__init__(self, config)  # not the stock head's, which builds the stock model
         self.model = VmtcCmaiLlavaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
@@ -360,6 +380,15 @@ class VmtcCmaiLlavaForConditionalGeneration(
         """See [`VmtcCmaiLlavaModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        chunk_size = generation_config.prefill_chunk_size
+        if self.config.use_cmai and chunk_size is not None and (input_ids == self.config.image_token_id).any():
+            raise ValueError(
+                f"With CMAI a prompt with images cannot be prefilled in chunks of {chunk_size} tokens. Pass "
+                "`prefill_chunk_size=None`."
+            )
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
     def init_continuous_batching(self, *args, **kwargs):
         """Refused with CMAI: continuous batching packs requests into one row, and each must see its own image only."""
         if self.config.use_cmai:
@@ -368,6 +397,12 @@ class VmtcCmaiLlavaForConditionalGeneration(
                 "with a padded batch, or `use_cmai=False`."
             )
         return super().init_continuous_batching(*args, **kwargs)
+
+    def _get_candidate_generator(self, *args, **kwargs):
+        # What is looked up in the prompt must not hold placeholders: there is no image for them.
+        suppress = SuppressTokensLogitsProcessor([self.config.image_token_id], device=self.device)
+        kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or ()), suppress])
+        return super()._get_candidate_generator(*args, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -525,7 +560,8 @@ class VmtcCmaiLlavaProcessor(VisualBudgetMixin, LlavaProcessor):
         texts = [text] if isinstance(text, str) else text or []
         expected = [sample.count(self.image_token) for sample in texts]
         if isinstance(images, list) and any(row is None or isinstance(row, list) for row in images):
-            rows = [row if isinstance(row, list) else [] for row in images]  # each prompt has its own, or none
+            # Each prompt has its own, or none.
+            rows = [row if isinstance(row, list) else [] if row is None else [row] for row in images]
             images = [image for row in rows for image in row] or None
             counts = [len(row) for row in rows]
         else:

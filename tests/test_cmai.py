@@ -14,8 +14,8 @@ from ta_llava.cmai import (
     focus_scores,
     focus_weights,
     head_averaged_scores,
+    inhibited_pairs,
     inhibition_ratio,
-    kept_pairs,
     prepare_cache,
     quantile_position,
     text_token_mask,
@@ -86,23 +86,23 @@ def test_focus_is_that_of_equations_9_to_11_and_table_5(num_texts, num_images, f
 @pytest.mark.parametrize("ratio", [0.0, 0.2, 0.5, 0.6, 0.77, 1.0])
 @pytest.mark.parametrize("num_images", [1, 2, 5, 36])
 @pytest.mark.parametrize("ties", [False, True])
-def test_what_is_kept_is_not_below_the_quantile_of_what_is_seen(ratio, num_images, ties):
+def test_what_is_inhibited_is_below_the_quantile_of_what_is_seen(ratio, num_images, ties):
     focus = torch.randint(0, 3, (3, 4, num_images)).float() if ties else torch.randn(3, 4, num_images)
     seen = torch.rand(3, 4, num_images) < 0.7
     seen[0, 0] = False
     seen[1] = True
-    kept = kept_pairs(focus, ~seen, *quantile_position(seen.sum(-1), ratio), ratio) & seen
+    inhibited = inhibited_pairs(focus, ~seen, *quantile_position(seen.sum(-1), ratio), ratio)
     for b in range(3):
         for j in range(4):
             values = focus[b, j][seen[b, j]]
             for k in range(num_images):
-                is_kept = bool(seen[b, j, k]) and bool(focus[b, j, k] >= torch.quantile(values, ratio))
-                assert kept[b, j, k] == is_kept
+                if seen[b, j, k]:
+                    assert inhibited[b, j, k] == bool(focus[b, j, k] < torch.quantile(values, ratio))
 
 
 def test_equal_focus_inhibits_nothing():
     seen = torch.ones(1, 1, 9, dtype=torch.bool)
-    assert kept_pairs(torch.ones(1, 1, 9), ~seen, *quantile_position(seen.sum(-1), 0.6), 0.6).all()
+    assert not inhibited_pairs(torch.ones(1, 1, 9), ~seen, *quantile_position(seen.sum(-1), 0.6), 0.6).any()
 
 
 @pytest.mark.parametrize("form", ["2-D", "boolean", "additive", "dict"])

@@ -137,23 +137,29 @@ def test_the_config_survives_a_round_trip(tmp_path):
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        ({"cmai_max_ratio": 1.2}, "`cmai_max_ratio` must be from 0 to 1, got 1.2"),
-        ({"cmai_max_ratio": -0.1}, "`cmai_max_ratio` must be from 0 to 1, got -0.1"),
-        ({"cmai_discount": 0.0}, "`cmai_discount` must be above 0 and at most 1, got 0.0"),
+        ({"cmai_max_ratio": 1.2}, "cmai_max_ratio.*must be from 0 to 1, got 1.2"),
+        ({"cmai_max_ratio": -0.1}, "cmai_max_ratio.*must be from 0 to 1, got -0.1"),
+        ({"cmai_discount": 0.0}, "cmai_discount.*must be above 0 and at most 1, got 0.0"),
         ({"cmai_focus": "all"}, "cmai_focus"),
         ({"cmai_attention": "logits"}, "cmai_attention"),
-        ({"spd_factor": 0}, "`spd_factor` must be at least 1, got 0"),
+        ({"spd_factor": 0}, "spd_factor.*must be at least 1, got 0"),
         ({"spd_factor": 2}, "`spd_factor` is 2 and `use_vmtc` on"),
         (
             {"vision_feature_layer": [-2, -3]},
             r"VMTC works with one `vision_feature_layer`, but the config has \[-2, -3\]",
         ),
-        ({"vmtc_keep_ratio": 2.0}, "`vmtc_keep_ratio` must be above 0 and at most 1, got 2.0"),
+        ({"vmtc_keep_ratio": 2.0}, "vmtc_keep_ratio.*must be above 0 and at most 1, got 2.0"),
     ],
 )
-def test_wrong_fields_are_named(kwargs, message):
-    with pytest.raises(Exception, match=message):
+def test_wrong_fields_are_named(stock, kwargs, message):
+    with pytest.raises(Exception, match=f"(?s){message}"):
         build_llava_config(**kwargs)
+    with pytest.raises(Exception, match=f"(?s){message}"):
+        VmtcCmaiLlavaForConditionalGeneration.from_pretrained(stock[1], **{"use_vmtc": True, **kwargs})
+
+
+def test_ratios_may_be_whole_numbers():
+    assert build_llava_config(cmai_max_ratio=1, vmtc_keep_ratio=1, cmai_discount=1).cmai_max_ratio == 1
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
@@ -467,6 +473,15 @@ def test_assisted_decoding_is_greedy_decoding(backbone, assistant):
     assert torch.equal(generate(model, inputs, max_new_tokens=16, **kwargs), expected)
 
 
+def test_placeholders_are_not_looked_up_in_the_prompt():
+    """The colon of "ASSISTANT:" is also that of "USER: <image>"."""
+    model = build_llava("llama")
+    prompt = llava_prompt(length=6, seed=6)
+    prompt[prompt.index(IMAGE) - 1] = prompt[-1]
+    inputs = llava_inputs([prompt])
+    assert torch.equal(generate(model, inputs, prompt_lookup_num_tokens=3), generate(model, inputs))
+
+
 @pytest.mark.parametrize("backbone", ["llama", "gemma2"])
 @pytest.mark.parametrize("new_image", [False, True])
 def test_a_second_turn_goes_on_from_the_cache(backbone, new_image):
@@ -582,7 +597,7 @@ def test_a_budget_may_be_set_for_a_call_or_for_good():
     inputs = llava_inputs([prompt], num_visual_tokens=4)
     for call in (model, model.generate):
         with pytest.raises(
-            ValueError, match=r"has 4 image placeholders \(id 7\), but the images have 9 visual tokens"
+            ValueError, match=r"has 4 image placeholders \(id 7\), but there are 1 images of 9 visual tokens"
         ):
             call(**inputs)
     logits = model(**inputs, num_visual_tokens=4).logits
@@ -596,6 +611,8 @@ def test_a_budget_may_be_set_for_a_call_or_for_good():
     assert torch.equal(generate(model, inputs), tokens)
     with pytest.raises(ValueError, match="The budget is 37 visual tokens, but an image has 36 patches"):
         model(**inputs, num_visual_tokens=37)
+    with pytest.raises(ValueError, match="has 0 image placeholders.*Write `<image>` into the prompt"):
+        model(input_ids=torch.tensor([[BOS, 11, 12]]), pixel_values=inputs["pixel_values"])
 
 
 @pytest.mark.parametrize("strategy", ["default", "full"])
