@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from huggingface_hub.errors import StrictDataclassError
 
 
 app = typer.Typer(
-    help="TA-LLaVA: ask questions about images; compress, export and convert models.",
+    help="TA-LLaVA, and VMTC and CMAI for LLaVA: ask questions about images; compress, export and convert models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -22,8 +23,8 @@ def _errors_as_messages() -> Iterator[None]:
     """Errors of the user's input as one line on stderr and exit code 1, instead of a traceback."""
     try:
         yield
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
+    except (ValueError, OSError, StrictDataclassError) as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(1) from error
 
 
@@ -189,6 +190,8 @@ def visualize(
         if not out.parent.is_dir():
             raise ValueError(f"There is no folder {out.parent}.")
         opened = load_rgb_image(image)
+        if out.exists() and Path(image).exists() and out.samefile(image):
+            raise ValueError(f"{out} is the image itself. Name another file with -o.")
 
         from .inference import DEFAULT_MODEL
         from .visualize import visualize as draw

@@ -78,7 +78,7 @@ def compress_llava(
         raise ValueError(f"The CMAI ratio must be from 0 to 1, got {cmai_max_ratio}.")
     folder = _find_source(source)
     config = _compressed_config(source, folder, num_visual_tokens, cmai_max_ratio)
-    processor = _compressed_processor(source, folder, config)
+    processor = _compressed_processor(source, folder, config, num_visual_tokens)
     files = _find_weights(source, folder)
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -86,9 +86,10 @@ def compress_llava(
         unfinished = Path(scratch) / "model"
         unfinished.mkdir()
         processor.save_pretrained(unfinished)
-        for name in (_INDEX, "generation_config.json"):
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, unfinished / name)
+        if (folder / "generation_config.json").is_file():
+            shutil.copyfile(folder / "generation_config.json", unfinished / "generation_config.json")
+        if [file.name for file in files] != [_WEIGHTS]:
+            shutil.copyfile(folder / _INDEX, unfinished / _INDEX)
         for file in tqdm(files, unit="file", desc="weights", disable=None if progress else True):
             _link_or_copy(file, unfinished / file.name, link)
         config.save_pretrained(unfinished)  # the code too
@@ -134,7 +135,7 @@ def _find_weights(source: str | Path, folder: Path) -> list[Path]:
         `ValueError`: There are none, one is missing or damaged, or lacks what the index says is in it.
     """
     weight_map, names = {}, [_WEIGHTS]
-    if (folder / _INDEX).is_file():
+    if not (folder / _WEIGHTS).is_file() and (folder / _INDEX).is_file():  # in this order, as the library has it
         try:
             weight_map = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
             names = sorted(set(weight_map.values()))
@@ -193,7 +194,7 @@ def _compressed_config(
     both = num_visual_tokens is None and cmai_max_ratio is None
     flags: dict[str, Any] = {
         "use_vmtc": both or num_visual_tokens is not None,
-        "vmtc_num_visual_tokens": None,  # set below, checked when the size of the images is known
+        "vmtc_num_visual_tokens": None,  # set when the size of the images is known
         "vmtc_keep_ratio": DEFAULT_KEEP_RATIO,
         "use_cmai": both or cmai_max_ratio is not None,
         "cmai_max_ratio": DEFAULT_CMAI_MAX_RATIO if cmai_max_ratio is None else cmai_max_ratio,
@@ -207,15 +208,16 @@ def _compressed_config(
         raise ValueError(f"{source}: {_one_line(error.__cause__ or error)}") from error
     except (ValueError, AttributeError) as error:
         raise ValueError(f"The config.json of {source} cannot be used: {_one_line(error)}") from error
-    config.vmtc_num_visual_tokens = num_visual_tokens
     config.architectures = [VmtcCmaiLlavaForConditionalGeneration.__name__]
     config.auto_map = dict(AUTO_MAP)
     return config
 
 
-def _compressed_processor(source: str | Path, folder: Path, config: VmtcCmaiLlavaConfig) -> VmtcCmaiLlavaProcessor:
+def _compressed_processor(
+    source: str | Path, folder: Path, config: VmtcCmaiLlavaConfig, num_visual_tokens: int | None
+) -> VmtcCmaiLlavaProcessor:
     """
-    The processor that goes with `config`. What it must know of the vision tower, and old checkpoints do not say, comes
+    The processor that goes with `config`, both with a budget of `num_visual_tokens`. What it must know of the vision tower, and old checkpoints do not say, comes
     from a run of the tower without data.
 
     Raises:
@@ -245,6 +247,8 @@ def _compressed_processor(source: str | Path, folder: Path, config: VmtcCmaiLlav
             f"`image_token_id={config.image_token_id}`. One of them is not of this model."
         )
     num_patches = math.prod(patch_grid(config, pixel_values))
+    if num_visual_tokens is not None:
+        config.vmtc_num_visual_tokens = count_visual_tokens(config, num_patches, num_visual_tokens)
     is_default = config.vision_feature_select_strategy == "default"
     num_features = _count_features(source, config, pixel_values)
     processor.use_vmtc = config.use_vmtc
@@ -263,5 +267,5 @@ def _count_features(source: str | Path, config: VmtcCmaiLlavaConfig, pixel_value
         with torch.device("meta"), torch.no_grad():
             model = VmtcCmaiLlavaModel(deepcopy(config)).eval()
             return len(model.get_image_features(pixel_values.to("meta"), return_dict=True).pooler_output[0])
-    except ValueError as error:
-        raise ValueError(f"{source} does not work with these settings: {_one_line(error)}") from error
+    except (ValueError, StrictDataclassError) as error:
+        raise ValueError(f"{source} does not work with these settings: {_one_line(error.__cause__ or error)}") from error

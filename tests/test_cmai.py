@@ -260,6 +260,49 @@ def test_a_reset_cache_is_as_new(backbone, kind):
     torch.testing.assert_close(actual, logits_without_cache(model, inputs, NEXT), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@torch.no_grad()
+def test_a_reset_cache_has_forgotten_a_prompt_of_the_same_shape(kind):
+    model = build_llava("llama")
+    cache, _ = filled_cache(model, kind)
+    logits_after(model, cache, llava_inputs(PROMPTS), NEXT)
+    cache.reset()
+    inputs = llava_inputs([[*row[:-3], *reversed(row[-3:])] for row in PROMPTS], seed=9)
+    model(**inputs, past_key_values=cache)
+    actual = logits_after(model, cache, inputs, NEXT)
+    torch.testing.assert_close(actual, logits_without_cache(model, inputs, NEXT), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backbone", ["llama", "gemma2", "mistral"])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@torch.no_grad()
+def test_a_later_turn_may_bring_an_image(backbone, kind):
+    model = build_llava(backbone)
+    cache, inputs = filled_cache(model, kind, PROMPTS[:1])
+    turn = llava_inputs([llava_prompt(length=4, seed=21)], seed=5)
+    model(input_ids=turn["input_ids"], pixel_values=turn["pixel_values"], past_key_values=cache)
+    inputs = {
+        "input_ids": torch.cat([inputs["input_ids"], turn["input_ids"]], dim=1),
+        "attention_mask": torch.cat([inputs["attention_mask"], turn["attention_mask"]], dim=1),
+        "pixel_values": torch.cat([inputs["pixel_values"], turn["pixel_values"]]),
+    }
+    actual = logits_after(model, cache, inputs, NEXT[:1])
+    torch.testing.assert_close(actual, logits_without_cache(model, inputs, NEXT[:1]), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_cache_may_be_cropped_again_and_further():
+    model = build_llava("llama")
+    cache, inputs = filled_cache(model, "dynamic", PROMPTS[:1])
+    logits_after(model, cache, inputs, NEXT[:1])
+    cache.crop(-3)
+    cache.crop(-4)  # one that came later, three of the prompt
+    ids = inputs["input_ids"][:, :-3]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": inputs["pixel_values"]}
+    actual = logits_after(model, cache, inputs, NEXT[:1])
+    torch.testing.assert_close(actual, logits_without_cache(model, inputs, NEXT[:1]), atol=1e-4, rtol=1e-4)
+
+
 @torch.no_grad()
 def test_a_copied_cache_goes_its_own_way():
     model = build_llava("llama")

@@ -282,6 +282,17 @@ def test_placeholders_equal_features_where_the_stock_processor_does_not_say(tmp_
         assert model(**inputs_of(processor, num_visual_tokens=5), num_visual_tokens=5).logits.isfinite().all()
 
 
+def test_a_single_file_counts_more_than_an_index_that_an_earlier_save_left(own_stock, tmp_path):
+    newer = build_stock_model()
+    with torch.no_grad():
+        newer.lm_head.weight.fill_(0.5)
+    newer.save_pretrained(tmp_path / "single")
+    shutil.copy(tmp_path / "single" / "model.safetensors", own_stock)
+    compress_llava(own_stock, tmp_path / "out", 9)
+    assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
+    assert (load(tmp_path / "out")[0].lm_head.weight == 0.5).all()
+
+
 def test_an_already_compressed_folder_is_set_anew(stock, tmp_path):
     compress_llava(stock, tmp_path / "one", 9, 0.6)
     compress_llava(tmp_path / "one", tmp_path / "two", cmai_max_ratio=0.2)

@@ -11,6 +11,8 @@ import torch
 from conftest import build_config, build_model, make_lively, random_images
 from sklearn.cluster import KMeans
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoModel,
     CLIPVisionConfig,
     Dinov2Config,
@@ -19,8 +21,12 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
 from ta_llava import TaLlavaConfig, TaLlavaForConditionalGeneration
 from ta_llava.vmtc import (
+    TowerCompression,
     VmtcConfig,
     VmtcStage,
     class_token_attention,
@@ -66,7 +72,7 @@ def test_without_class_token_importance_is_the_mean_attention_received():
     torch.testing.assert_close(importance_scores(row, 6), expected)
 
 
-@pytest.mark.parametrize("num_tokens, num_kept", [(1, 1), (1, 0), (7, 3), (16, 16), (9, 0)])
+@pytest.mark.parametrize("num_tokens, num_kept", [(1, 1), (1, 0), (7, 3), (16, 16), (9, 0), (200, 90)])
 def test_split_keeps_the_most_important_in_their_order(num_tokens, num_kept):
     importance = torch.randint(0, 4, (5, num_tokens)).float()  # many ties
     kept, redundant = split_by_importance(importance, num_kept)
@@ -441,6 +447,34 @@ def test_the_implementation_of_attention_can_be_changed_at_any_time():
         outputs.append(tower(pixel_values, vmtc=vmtc).last_hidden_state)
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=1e-5)
     assert torch.equal(outputs[0], outputs[2])
+
+
+def test_another_implementation_of_attention_keeps_its_name():
+    """Flash attention is told by its name; any other that makes no weights stands for it here."""
+    AttentionInterface.register(
+        "nameless_sdpa", lambda *args, vmtc=None, **kwargs: sdpa_attention_forward(*args, **kwargs)
+    )
+    AttentionMaskInterface.register("nameless_sdpa", sdpa_mask)
+    tower = build_tower("clip")
+    pixel_values = torch.randn(1, 3, 24, 24)
+    config = tower_settings(tower)
+    expected = tower(pixel_values, vmtc=compression_of_call(config, tower, pixel_values, -2)).last_hidden_state
+    tower.config._attn_implementation = "nameless_sdpa"
+    vmtc = compression_of_call(config, tower, pixel_values, -2)
+    assert tower.config._attn_implementation == "nameless_sdpa"
+    torch.testing.assert_close(tower(pixel_values, vmtc=vmtc).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_what_decides_is_float32_under_autocast():
+    vmtc = TowerCompression({}, "normalized", has_class_token=True)
+    states, query, key = torch.randn(2, 31, 8), torch.randn(2, 3, 31, 8), torch.randn(2, 3, 31, 8)
+    row = vmtc.attention_row(query, key, 0.3)
+    expected = vmtc(states, row, VmtcStage(10, 5))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(vmtc.attention_row(query, key, 0.3), row)
+        assert torch.equal(vmtc(states, row, VmtcStage(10, 5)), expected)
+    assert torch.equal(vmtc.trace[0], vmtc.trace[1])
 
 
 @pytest.mark.parametrize("kind", list(VISION_CONFIGS))

@@ -110,9 +110,8 @@ def test_what_is_saved_loads_again(tmp_path):
     model.save_pretrained(tmp_path)
     loaded, info = VmtcCmaiLlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
-    assert loaded.config.to_dict() == {**model.config.to_dict(), "_name_or_path": str(tmp_path)} or (
-        loaded.config.vmtc_num_visual_tokens == 9 and loaded.config.use_cmai
-    )
+    flags = ("use_vmtc", "vmtc_num_visual_tokens", "vmtc_merge_weights", "use_cmai", "cmai_max_ratio")
+    assert all(getattr(loaded.config, name) == getattr(model.config, name) for name in flags)
     inputs = llava_inputs([llava_prompt()])
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
     for auto_class in (AutoModelForImageTextToText, AutoModel):
@@ -129,7 +128,7 @@ def test_the_config_survives_a_round_trip(tmp_path):
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert type(loaded) is VmtcCmaiLlavaConfig
-    assert loaded.to_diff_dict() == config.to_diff_dict() or loaded.vmtc_layers == [1, 2]
+    assert loaded.vmtc_layers == [1, 2]
     for name in ("vmtc_method", "cmai_focus", "cmai_attention", "use_vmtc", "use_cmai", "vmtc_num_visual_tokens"):
         assert getattr(loaded, name) == getattr(config, name)
 
@@ -524,13 +523,22 @@ def test_embeddings_do_as_well_as_ids(backbone):
         )
         assert_close(by_embeddings.logits, model(**inputs).logits)
     length = inputs["input_ids"].shape[1]
-    expected = generate(model, inputs)[:, length:]
+    expected, beams = (generate(model, inputs, num_beams=n)[:, length:] for n in (1, 2))
     inputs["inputs_embeds"] = embeddings
     del inputs["input_ids"]
-    for kwargs in ({}, {"num_beams": 2}):
-        actual = generate(model, inputs, **kwargs)
-        if not kwargs:
-            assert torch.equal(actual, expected)
+    assert torch.equal(generate(model, inputs), expected)
+    assert torch.equal(generate(model, inputs, num_beams=2), beams)
+
+
+@pytest.mark.parametrize("backbone", ["gemma2", "gemma3", "mistral"])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_generation_goes_on_beyond_the_window(backbone, kind):
+    model = build_llava(backbone)
+    inputs = llava_inputs(ROWS[:2])
+    arguments = {"max_new_tokens": 40, "eos_token_id": None}
+    expected = generate(model, inputs, use_cache=False, **arguments)
+    kwargs = {"cache_implementation": "static", "disable_compile": True} if kind == "static" else {}
+    assert torch.equal(generate(model, inputs, **arguments, **kwargs), expected)
 
 
 @pytest.mark.parametrize("backbone", ["llama", "gemma2"])
@@ -574,12 +582,38 @@ def test_generate_with_a_compiled_static_cache(monkeypatch):
     assert torch.equal(model.generate(**inputs, generation_config=config, do_sample=False), expected)
 
 
-def test_a_cache_may_be_offloaded():
+@torch.no_grad()
+def test_the_state_is_there_when_keys_and_values_have_been_offloaded():
+    """In the order of the library: a layer is updated and offloaded, and then its attention runs."""
     model = build_llava("llama")
     inputs = llava_inputs(ROWS[:1])
-    assert not torch.cuda.is_available() or torch.equal(
-        generate(model, inputs, cache_implementation="offloaded"), generate(model, inputs)
-    )
+    cache = DynamicCache()
+    model(**inputs, past_key_values=cache)
+    for layer in cache.layers:
+        state = layer.text_to_image
+        layer.offload()
+        assert layer.text_to_image is state
+
+
+def test_prefill_in_chunks_is_refused_with_images():
+    model = build_llava("llama")
+    with pytest.raises(ValueError, match="cannot be prefilled in chunks of 4 tokens"):
+        generate(model, llava_inputs(ROWS[:1]), prefill_chunk_size=4)
+    text = {"input_ids": torch.tensor([ROWS[2]])}
+    assert torch.equal(generate(model, text, prefill_chunk_size=4), generate(model, text))
+
+
+@torch.no_grad()
+def test_the_last_column_of_a_prompt_may_hold_an_image_token():
+    model = build_llava("llama")
+    ids = torch.tensor([[BOS, 11, 12, IMAGE, 13, 14, IMAGE]])
+    pixels = torch.randn(2, 3, 24, 24)
+    expected = model(input_ids=ids, pixel_values=pixels, num_visual_tokens=1).logits
+    cache = DynamicCache()
+    first = model(input_ids=ids[:, :-1], pixel_values=pixels[:1], num_visual_tokens=1, past_key_values=cache).logits
+    last = model(input_ids=ids[:, -1:], pixel_values=pixels[1:], num_visual_tokens=1, past_key_values=cache).logits
+    assert_close(torch.cat([first, last], dim=1), expected)
+    assert cache.layers[0].image_columns.tolist() == [[3, 6]]
 
 
 def test_continuous_batching_is_refused():
@@ -862,9 +896,26 @@ def test_images_that_cannot_be_read_are_named(tmp_path):
         processor(text="a", videos=[np.zeros((2, 3, 8, 8))])
 
 
+def test_files_are_read_as_the_stock_processor_reads_them(tmp_path):
+    turned = tmp_path / "turned.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    picture((40, 24)).save(turned, exif=exif)
+    transparent = tmp_path / "transparent.png"
+    picture().convert("RGBA").save(transparent)
+    for path in (turned, transparent):
+        ours, theirs = (
+            build_processor(kind)(images=str(path), text="<image> a", return_tensors="pt")["pixel_values"]
+            for kind in (VmtcCmaiLlavaProcessor, LlavaProcessor)
+        )
+        assert torch.equal(ours, theirs)
+
+
 def test_numbers_of_images_that_differ_are_refused():
     with pytest.raises(ValueError, match="The prompts have 1 <image>, but got 2 images"):
         build_processor()(images=[picture(), picture()], text="<image> a")
+    with pytest.raises(ValueError, match="The prompts have 1, 0 <image>, but got 1, 1 images"):
+        build_processor()(images=[[picture()], picture()], text=["<image> a", "b"])
     with pytest.raises(ValueError, match="The prompts have 2 <image>, but got 0 images"):
         build_processor()(text=["<image> a", "b <image>"])
 
