@@ -466,8 +466,7 @@ class Inhibition:
                 return self._attend_once(view, module.layer_idx, query, key, value, scaling)
             text_query = query.detach()
             if self.query_slots is not None:
-                slots = self.query_slots.to(query.device)[:, None, :, None]
-                text_query = text_query.gather(2, slots.expand(-1, query.shape[1], -1, query.shape[3]))
+                text_query = view.text_rows(text_query.transpose(1, 2)).transpose(1, 2)
             if self.attention == "weights":
                 rows = view.blocked if self.query_slots is None else view.text_rows(view.blocked)
                 softcap = kwargs.get("softcap")

@@ -217,8 +217,8 @@ def _compressed_processor(
     source: str | Path, folder: Path, config: VmtcCmaiLlavaConfig, num_visual_tokens: int | None
 ) -> VmtcCmaiLlavaProcessor:
     """
-    The processor that goes with `config`, both with a budget of `num_visual_tokens`. What it must know of the vision tower, and old checkpoints do not say, comes
-    from a run of the tower without data.
+    The processor that goes with `config`, both with a budget of `num_visual_tokens`. What it must know of the vision
+    tower, and old checkpoints do not say, comes from a run of the tower without data.
 
     Raises:
         `ValueError`: There is none, it is not LLaVA's, it does not fit the model, or the budget not its images.
@@ -268,4 +268,6 @@ def _count_features(source: str | Path, config: VmtcCmaiLlavaConfig, pixel_value
             model = VmtcCmaiLlavaModel(deepcopy(config)).eval()
             return len(model.get_image_features(pixel_values.to("meta"), return_dict=True).pooler_output[0])
     except (ValueError, StrictDataclassError) as error:
-        raise ValueError(f"{source} does not work with these settings: {_one_line(error.__cause__ or error)}") from error
+        raise ValueError(
+            f"{source} does not work with these settings: {_one_line(error.__cause__ or error)}"
+        ) from error

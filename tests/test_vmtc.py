@@ -20,7 +20,6 @@ from transformers import (
     PixtralVisionConfig,
     SiglipVisionConfig,
 )
-
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
