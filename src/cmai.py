@@ -100,7 +100,7 @@ def focus_scores(own: torch.Tensor, weights: torch.Tensor, text_to_image: torch.
 
 
 def focus_weights(
-    neighbours: torch.Tensor, hidden: torch.Tensor, distance: torch.Tensor, focus: str, discount: float
+    neighbours: torch.Tensor, hidden: torch.Tensor, distance: torch.Tensor | None, focus: str, discount: float
 ) -> torch.Tensor:
     """
     What the text tokens before another one count for its focus: A_t2n, or what Table 5 has in its place.
@@ -108,12 +108,12 @@ def focus_weights(
     Args:
         neighbours (`torch.FloatTensor` of shape `(B, q, T)`): Rows of A_t2n, equation 9; 0 where `hidden`.
         hidden (`torch.BoolTensor` of shape `(B, q, T)`): Where a text token is not seen or does not stand before.
-        distance (`torch.LongTensor` of shape `(B, q, T)`): How many text tokens it stands before.
+        distance (`torch.LongTensor` of shape `(B, q, T)`): How many text tokens it stands before; `None` for `"sum"`.
         focus (`str`): `"focus"`: A_t2n. `"sum"`: 1. `"discounted_sum"`: `discount ** distance`.
     """
     if focus == "focus":
         return neighbours
-    weights = discount ** distance.clamp(min=0) if focus == "discounted_sum" else torch.ones_like(neighbours)
+    weights: torch.Tensor = torch.ones_like(neighbours) if distance is None else discount ** distance.clamp(min=0)
     return weights.to(neighbours.dtype).masked_fill(hidden, 0)
 
 
@@ -544,7 +544,7 @@ class _View:
     image_place (`(B, q, n)`): Where the image keys are; K for none.
     index (`(B, q, n + T)`): Where the image keys and the text keys are, or any key.
     hidden (`(B, q, n + T)`): Which of them are not seen, or do not stand before.
-    distance (`(B, q, T)`): How many text tokens a text key stands before.
+    distance (`(B, q, T)`, *optional*): How many text tokens a text key stands before, for `"discounted_sum"`.
     quantiles: Of each layer, the `quantile_position` of the number of image keys seen, and gamma.
     """
 
@@ -577,9 +577,11 @@ class _View:
         # Rows that are no text stay as they are.
         self.image_place = torch.where(is_key & is_query[..., None], self.index, num_keys)[..., :num_images]
 
-        rank = (call.text_columns.to(device) >= 0).cumsum(dim=-1)
-        own_rank = rank[:, call.row_positions.to(device)]  # type: ignore[union-attr]
-        self.distance = own_rank[..., None] - rank[:, None]
+        self.distance: torch.Tensor | None = None
+        if call.focus == "discounted_sum":
+            rank = (call.text_columns.to(device) >= 0).cumsum(dim=-1)
+            own_rank = rank[:, call.row_positions.to(device)]  # type: ignore[union-attr]
+            self.distance = own_rank[..., None] - rank[:, None]
         ratios = torch.tensor(call.ratios, device=device)
         num_seen = (~self.hidden[..., :num_images]).sum(dim=-1)
         neighbours, weight = quantile_position(num_seen, ratios[:, None, None])

@@ -36,7 +36,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple, logging
 
 from .configuration_ta_llava import TaLlavaConfig
-from .vmtc import VisualBudgetMixin, compression_of_call, make_compressible
+from .vmtc import VisualBudgetMixin, compression_of_call, make_compressible, pass_as_parent
 
 
 logger = logging.get_logger(__name__)
@@ -370,18 +370,7 @@ def prefix_reading_layer_class(layer_class: Any) -> type[nn.Module]:
                 return hidden_states
             return prefix_reader(hidden_states, self.prefix_source)
 
-        def __reduce_ex__(self, protocol):
-            return _new_prefix_reading_layer, (layer_class,), self.__getstate__()
-
-    PrefixReadingLayer.__name__ = layer_class.__name__
-    PrefixReadingLayer.__qualname__ = layer_class.__qualname__
-    return PrefixReadingLayer
-
-
-def _new_prefix_reading_layer(layer_class: Any) -> nn.Module:
-    """What pickle needs to make a layer whose class has no name of its own."""
-    prefix_reading_class = prefix_reading_layer_class(layer_class)
-    return prefix_reading_class.__new__(prefix_reading_class)
+    return pass_as_parent(PrefixReadingLayer, prefix_reading_layer_class)
 
 
 class TaLlavaPreTrainedModel(VisualBudgetMixin, PreTrainedModel):

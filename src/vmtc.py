@@ -118,7 +118,8 @@ def count_visual_tokens(settings: Any, num_patches: int, num_visual_tokens: int 
     if num_visual_tokens is None:
         num_visual_tokens = settings.vmtc_num_visual_tokens
     if num_visual_tokens is None:
-        share_above_0(settings.vmtc_keep_ratio)
+        if not 0 < settings.vmtc_keep_ratio <= 1:  # of a processor; a config has found it before
+            raise ValueError(f"`vmtc_keep_ratio` must be above 0 and at most 1, got {settings.vmtc_keep_ratio}.")
         return max(1, round(settings.vmtc_keep_ratio * num_patches))
     if not 1 <= num_visual_tokens <= num_patches:
         raise ValueError(
@@ -453,11 +454,26 @@ AttentionInterface.register("vmtc_sdpa", stage_attention_forward)
 AttentionMaskInterface.register("vmtc_sdpa", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
+def pass_as_parent(subclass: Any, factory: Any) -> Any:
+    """
+    Gives a class that `factory(parent)` has made the name of its parent, by which device placement and sharding find
+    layers, and lets its instances be pickled, though the class has no name of its own.
+    """
+    parent = subclass.__base__
+    subclass.__name__, subclass.__qualname__ = parent.__name__, parent.__qualname__
+    subclass.__reduce_ex__ = lambda self, protocol: (_new_instance, (factory, parent), self.__getstate__())
+    return subclass
+
+
+def _new_instance(factory: Any, parent: Any) -> nn.Module:
+    return factory(parent).__new__(factory(parent))
+
+
 @cache
 def compressing_block_class(block_class: Any) -> type[nn.Module]:
     """
     Subclass of the block class of a tower (CLIP, SigLIP, DINOv2) that compresses between attention and MLP where `vmtc`
-    says so, and else is its parent. It keeps the name of its parent, by which device placement and sharding find blocks.
+    says so, and else is its parent.
     """
 
     class CompressingBlock(block_class):
@@ -481,18 +497,7 @@ def compressing_block_class(block_class: Any) -> type[nn.Module]:
             hidden_states = vmtc(self.drop_path(self.layer_scale1(attended)) + hidden_states, row, stage)
             return self.drop_path(self.layer_scale2(self.mlp(self.norm2(hidden_states)))) + hidden_states
 
-        def __reduce_ex__(self, protocol):
-            return _new_compressing_block, (block_class,), self.__getstate__()
-
-    CompressingBlock.__name__ = block_class.__name__
-    CompressingBlock.__qualname__ = block_class.__qualname__
-    return CompressingBlock
-
-
-def _new_compressing_block(block_class: Any) -> nn.Module:
-    """What pickle needs to make a block whose class has no name of its own."""
-    compressing_class = compressing_block_class(block_class)
-    return compressing_class.__new__(compressing_class)
+    return pass_as_parent(CompressingBlock, compressing_block_class)
 
 
 def make_compressible(tower: Any) -> None:

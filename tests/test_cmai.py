@@ -67,7 +67,8 @@ def test_focus_is_that_of_equations_9_to_11_and_table_5(num_texts, num_images, f
     index = torch.arange(num_texts)
     distance = (index[:, None] - index[None]).expand(2, -1, -1)
     neighbours = text_to_text.masked_fill(distance <= 0, 0)
-    weights = focus_weights(neighbours, distance <= 0, distance, focus, discount=0.7)
+    given = distance if focus == "discounted_sum" else None
+    weights = focus_weights(neighbours, distance <= 0, given, focus, discount=0.7)
     actual = focus_scores(text_to_image, weights, text_to_image)
     for b in range(2):
         for j in range(num_texts):
