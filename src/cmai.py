@@ -21,6 +21,7 @@ call), n: image tokens of a row, K: keys. A column is a place in the whole seque
 (the averaged attention, the focus, its quantile) is float32.
 """
 
+import math
 import sys
 from functools import partial
 from typing import Any
@@ -58,8 +59,9 @@ def head_averaged_scores(query: torch.Tensor, key: torch.Tensor, scaling: float)
     Returns:
         `torch.FloatTensor` of shape `(B, q, K)`, float32.
     """
-    folded = query.float().unflatten(1, (key.shape[1], -1)).sum(dim=2) * (scaling / query.shape[1])
-    return folded.transpose(1, 2).flatten(2) @ key.float().transpose(1, 2).flatten(2).mT
+    folded = query.unflatten(1, (key.shape[1], -1)).sum(dim=2, dtype=torch.float32) * (scaling / query.shape[1])
+    key = key.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return folded.transpose(1, 2).flatten(2) @ key.flatten(2).mT
 
 
 def attention_weights(
@@ -117,42 +119,39 @@ def focus_weights(
     return weights.to(neighbours.dtype).masked_fill(hidden, 0)
 
 
-def quantile_position(num_seen: torch.Tensor, ratio: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def threshold_rank(num_seen: Any, ratio: Any) -> Any:
     """
-    Where in ascending order the `ratio`-quantile of `num_seen` values lies, as `torch.quantile` interpolates it linearly.
+    Which of `num_seen` values, in ascending order from 0, is the first that does not lie below their `ratio`-quantile, as
+    `torch.quantile` interpolates it linearly: what lies strictly below that value lies strictly below the quantile, and
+    the other way round. The product of the two is taken for whole if it is so within 1e-3, so that its rounding does not
+    count.
 
     Args:
-        num_seen (`torch.LongTensor`): How many values there are, of any shape; none counts as one.
-        ratio (`float` or `torch.FloatTensor`): In [0, 1], of a shape that goes with that of `num_seen`.
-
-    Returns:
-        The two neighbours in the order, in a new last dimension, and the weight of the second, likewise.
+        num_seen (`int` or `torch.LongTensor`): How many values there are; none counts as one.
+        ratio (`float` or `torch.FloatTensor`): In [0, 1]; a number where the other is one.
     """
-    last = (num_seen - 1).clamp(min=0)
-    rank = last.float() * ratio
-    below = rank.floor().long()
-    return torch.stack([below, torch.minimum(below + 1, last)], dim=-1), (rank - below)[..., None]
+    rank = (num_seen - 1) * ratio - 1e-3
+    if isinstance(rank, torch.Tensor):
+        return rank.ceil().clamp(min=0).long()
+    return max(math.ceil(rank), 0)
 
 
-def inhibited_pairs(
-    focus: torch.Tensor, hidden: torch.Tensor, neighbours: torch.Tensor, weight: torch.Tensor, ratio: float
-) -> torch.Tensor:
+def inhibited_pairs(focus: torch.Tensor, rank: Any, num_lowest: int) -> torch.Tensor:
     """
-    Which image tokens lie strictly below the quantile of those that the text token sees.
+    Which image tokens have less focus than the one of that `rank`.
 
     Args:
-        focus (`torch.FloatTensor` of shape `(B, q, n)`), hidden (`torch.BoolTensor` of the same): What is not seen.
-        neighbours (`(B, q, 2)`), weight (`(B, q, 1)`): The `quantile_position` of the number of seen ones and `ratio`.
+        focus (`torch.FloatTensor` of shape `(B, q, n)`): Infinite where the text token does not see.
+        rank (`torch.LongTensor` of shape `(B, q, 1)`, *optional*): `threshold_rank` of each text token; `None` if all
+            have the highest that is possible.
+        num_lowest (`int`): One more than the highest rank that is possible, at most n.
 
     Returns:
         `torch.BoolTensor` of shape `(B, q, n)`.
     """
-    focus = focus.masked_fill(hidden, torch.inf)
-    num_images = focus.shape[-1]
-    num_lowest = min(num_images, int(ratio * (num_images - 1)) + 3)  # the neighbours are among them
-    ascending = focus.topk(num_lowest, dim=-1, largest=False).values
-    below, above = ascending.gather(-1, neighbours).split(1, dim=-1)
-    return focus < torch.lerp(below, above, weight)
+    if rank is None:
+        return focus < focus.topk(num_lowest, largest=False, sorted=False).values.amax(dim=-1, keepdim=True)
+    return focus < focus.topk(num_lowest, largest=False).values.gather(-1, rank)
 
 
 # --- the cache -----------------------------------------------------------------------------------------------------
@@ -184,10 +183,28 @@ class CmaiLayerMixin:
         self._apply_to_state(lambda value: value.index_select(0, beam_idx.to(value.device)))
 
 
-class CmaiDynamicMixin(CmaiLayerMixin):
-    """The state of a layer that grows."""
+# Rows that a buffer which gets longer has room for at least.
+_LEAST_ROOM = 16
 
+
+class CmaiDynamicMixin(CmaiLayerMixin):
+    """
+    The state of a layer that grows.
+
+    room (`torch.FloatTensor` of shape `(B, T or more, n)`, *optional*): Holds `text_to_image`, and has room for rows to
+        come, so that it is not copied in every step.
+    block (`tuple[int, int]`, *optional*): See `Inhibition`; in the first layer.
+    """
+
+    room: torch.Tensor | None = None
+    num_rows = 0
+    block: tuple[int, int] | None = None
     num_single = 0  # the last so many columns have one row each; of those before, only text has
+    _names = ("room", "text_columns", "image_columns")
+
+    @property
+    def text_to_image(self) -> torch.Tensor | None:  # type: ignore[override]
+        return None if self.room is None else self.room[:, : self.num_rows]
 
     def update_columns(
         self, text: torch.Tensor, image: torch.Tensor, is_single: bool, num_columns: int, max_length: int
@@ -201,13 +218,19 @@ class CmaiDynamicMixin(CmaiLayerMixin):
     def update_rows(self, rows: torch.Tensor, is_single: bool, positions: Any, capacity: int) -> torch.Tensor:
         """Appends the `rows` `(B, t, n)` of this call and returns all, `(B, T, n)`; earlier ones saw no later image."""
         self.num_single = self.num_single + rows.shape[1] if is_single else 0
-        earlier = self.text_to_image
-        if earlier is None:  # text before the first image saw none
-            earlier = rows.new_zeros(rows.shape[0], capacity - rows.shape[1], rows.shape[2])
-        elif earlier.shape[2] < rows.shape[2]:
-            earlier = nn.functional.pad(earlier, (0, rows.shape[2] - earlier.shape[2]))
-        self.text_to_image = torch.cat([earlier, rows], dim=1)
-        return self.text_to_image
+        batch_size, num_new, num_images = rows.shape
+        room = self.room
+        fits = room is not None and room.shape[1] >= capacity and room.shape[2] == num_images
+        if room is None or not fits or (room.is_inference() and not torch.is_inference_mode_enabled()):
+            # Text before the first image saw none.
+            more = 0 if room is None else max(_LEAST_ROOM, capacity // 8)
+            grown = rows.new_zeros(batch_size, capacity + more, num_images)
+            if room is not None:
+                grown[:, : self.num_rows, : room.shape[2]] = room[:, : self.num_rows]
+            self.room = room = grown
+        room[:, capacity - num_new : capacity] = rows
+        self.num_rows = capacity
+        return room[:, :capacity]
 
     def crop(self, tokens_to_remove: int) -> None:
         before = self.get_seq_length()  # type: ignore[attr-defined]
@@ -215,8 +238,9 @@ class CmaiDynamicMixin(CmaiLayerMixin):
         after = self.get_seq_length()  # type: ignore[attr-defined]
         num_rows = min(before - after, self.num_single)
         self.num_single -= num_rows
-        if self.text_to_image is not None:
-            self.text_to_image = self.text_to_image[:, : self.text_to_image.shape[1] - num_rows]
+        self.num_rows = max(self.num_rows - num_rows, 0)
+        if before - after > num_rows:
+            self.block = None
         if self.text_columns is not None and self.image_columns is not None:
             text = self.text_columns[:, : self.text_columns.shape[1] - num_rows]
             self.text_columns = text.masked_fill(text >= after, -1)
@@ -232,12 +256,8 @@ class CmaiDynamicMixin(CmaiLayerMixin):
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
-        self.text_to_image = self.text_columns = self.image_columns = None
-        self.num_single = 0
-
-
-# Rows for which static buffers have room at least.
-_LEAST_ROOM = 16
+        self.room = self.text_columns = self.image_columns = self.block = None
+        self.num_single = self.num_rows = 0
 
 
 class CmaiStaticMixin(CmaiLayerMixin):
@@ -395,6 +415,10 @@ class Inhibition:
         is_text (`torch.BoolTensor` of shape `(B, S)`): Which hold text; padding is neither.
         past_length (`int` or `torch.Tensor`): Columns in the cache.
         cache (`Cache`, *optional*): Prepared by `prepare_cache`.
+
+    block (`tuple[int, int]`, *optional*): The columns of the first image token and of the first text token after it, if
+        all rows have their image tokens in that one block, and text alone from there to the end. Where nothing is padded
+        either, slices take the place of indices (`_attend_block`).
     """
 
     def __init__(
@@ -403,6 +427,7 @@ class Inhibition:
         self.cache = cache
         self.attention, self.focus, self.discount = config.cmai_attention, config.cmai_focus, config.cmai_discount
         self.num_calls = 0
+        self.block: tuple[int, int] | None = None
         num_columns = is_text.shape[1]
         columns = torch.arange(num_columns, device=is_text.device) + past_length
         self.columns, self.num_seen = columns, past_length + num_columns
@@ -412,9 +437,15 @@ class Inhibition:
         self.query_columns = columns.expand_as(is_text)
         self.is_query = is_text
         if is_image is not None:
-            num_images, num_texts = num_columns, num_columns
+            num_images, num_texts, block = num_columns, num_columns, None
             if not torch.compiler.is_compiling():  # a graph must not wait for numbers, and takes all columns
-                num_images, num_texts = torch.stack([is_image.sum(-1).amax(), is_text.sum(-1).amax()]).tolist()
+                num_images, num_texts, block = _layout(is_image, is_text)
+            if isinstance(past_length, int) and past_length == 0:
+                self.block = block
+            if self.block is not None:  # text before the block sees no image, and counts for nothing
+                end = self.block[1]
+                is_text = is_text & (torch.arange(num_columns, device=is_text.device) >= end)
+                num_texts = num_columns - end
             if num_images > 0:
                 order = _first_true(is_image, num_images)
                 image_columns = torch.where(is_image.gather(1, order), columns[order], -1)
@@ -430,6 +461,9 @@ class Inhibition:
                 text_columns, image_columns, self.is_single, num_columns, cache.get_max_length()
             )
             text_columns, image_columns = first.text_columns, first.image_columns
+            if self.is_single:
+                self.block = first.block
+            first.block = self.block
         self.text_columns, self.image_columns = text_columns, image_columns
         if self.row_positions is None:
             num_rows = text_columns.shape[1]
@@ -459,8 +493,12 @@ class Inhibition:
         self.num_calls += 1
         if self.ratios[module.layer_idx] == 0:
             return attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-        view = self._view(attention_mask, key)
         is_sdpa = attention is ALL_ATTENTION_FUNCTIONS["sdpa"]
+        is_whole = attention_mask is None and not torch.compiler.is_compiling() and key.shape[2] == self.num_seen
+        if is_whole and is_sdpa and self.block is not None and self.attention == "scores" and dropout == 0:
+            with maybe_autocast(query.device.type, enabled=False):
+                return self._attend_block(attention, module, query, key, value, scaling, **kwargs)
+        view = self._view(attention_mask, key)
         with maybe_autocast(query.device.type, enabled=False):
             if query.shape[2] == 1 and is_sdpa and self.attention == "scores" and dropout == 0:
                 return self._attend_once(view, module.layer_idx, query, key, value, scaling)
@@ -478,6 +516,73 @@ class Inhibition:
         if not is_sdpa:
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
         return attention(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+
+    def _attend_block(
+        self,
+        attention: Any,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        **kwargs,
+    ) -> tuple[torch.Tensor, None]:
+        """`attend` for the most frequent layout (`block`) with nothing padded: slices take the place of indices."""
+        start, end = self.block  # type: ignore[misc]
+        batch_size, num_heads, num_columns, head_dim = query.shape
+        num_groups = key.shape[1]
+        if self.query_slots is None:
+            # A step of the decoding, see `_attend_once`. One product for all rows and heads is faster than a nested one.
+            key, value = key.flatten(0, 1), value.flatten(0, 1)
+            scores = query.reshape(len(key), -1, head_dim) * scaling @ key.mT
+            by_row = scores.view(batch_size, num_heads, -1)
+            averaged = by_row[..., start:].detach().mean(dim=1, dtype=torch.float32)[:, None]
+            by_row[..., start:end].masked_fill_(self._inhibited_images(module.layer_idx, averaged), -torch.inf)
+            return (scores.softmax(dim=-1) @ value).view(batch_size, 1, num_heads, head_dim), None
+
+        text_query = query[:, :, end:]
+        averaged = head_averaged_scores(text_query.detach(), key[:, :, start:].detach(), scaling)
+        inhibited = self._inhibited_images(module.layer_idx, averaged)
+        name = (query.dtype, query.device)
+        if name not in self._views:
+            bias = torch.full((num_columns - end, num_columns), -torch.inf, dtype=query.dtype, device=query.device)
+            self._views[name] = bias.triu(end + 1).expand(batch_size, 1, num_heads // num_groups, -1, -1)
+        bias = self._views[name].clone(memory_format=torch.contiguous_format)
+        bias[..., start:end].masked_fill_(inhibited[:, None, None], -torch.inf)
+        # The text is attended by itself. Heads that share keys become one head with more queries: no keys are repeated.
+        text_output = nn.functional.scaled_dot_product_attention(
+            text_query.reshape(batch_size, num_groups, -1, head_dim),
+            key,
+            value,
+            attn_mask=bias.flatten(2, 3),
+            scale=scaling,
+        )
+        text_output = text_output.reshape(text_query.shape).transpose(1, 2)
+        before = (states[:, :, :end] for states in (query, key, value))
+        output, _ = attention(module, *before, None, scaling=scaling, **kwargs)
+        return torch.cat([output, text_output], dim=1), None
+
+    def _inhibited_images(self, layer_idx: int, averaged: torch.Tensor) -> torch.Tensor:
+        """Which image tokens `(B, q, n)` are inhibited; `averaged` `(B, q, n + T)` ends with the queries themselves."""
+        num_images = self.block[1] - self.block[0]  # type: ignore[index]
+        focus = own = averaged[..., :num_images]
+        if self.focus != "tia":
+            weights, rows = averaged[..., num_images:], own
+            num_queries, num_texts = weights.shape[1:]
+            if self.cache is not None:
+                layer: Any = self.cache.layers[layer_idx]
+                rows = layer.update_rows(own, self.is_single, self.row_positions, num_texts)
+            if self.focus != "focus":
+                index = torch.arange(num_texts, device=own.device)
+                distance = (index[-num_queries:, None] - index).expand_as(weights)
+                discounted = distance if self.focus == "discounted_sum" else None
+                weights = focus_weights(weights, distance <= 0, discounted, self.focus, self.discount)
+            if num_queries == 1:  # what stands before
+                weights, rows = weights[..., :-1], rows[:, :-1]
+            else:
+                weights = weights.tril(num_texts - num_queries - 1)
+            focus = focus_scores(own, weights, rows)
+        return inhibited_pairs(focus, None, threshold_rank(num_images, self.ratios[layer_idx]) + 1)
 
     def _attend_once(
         self,
@@ -519,7 +624,7 @@ class Inhibition:
             )
             focus = focus_scores(own, text_weights, rows)
         hidden = view.hidden[..., :num_images]
-        inhibited = inhibited_pairs(focus, hidden, *view.quantiles[layer_idx]) | hidden
+        inhibited = inhibited_pairs(focus.masked_fill(hidden, torch.inf), *view.ranks[layer_idx]) | hidden
         if self.query_slots is None:
             return view.blocked.scatter(2, view.image_place, inhibited)[..., :-1]
         rows = view.text_rows(view.blocked).scatter(2, view.image_place, inhibited)
@@ -545,7 +650,7 @@ class _View:
     index (`(B, q, n + T)`): Where the image keys and the text keys are, or any key.
     hidden (`(B, q, n + T)`): Which of them are not seen, or do not stand before.
     distance (`(B, q, T)`, *optional*): How many text tokens a text key stands before, for `"discounted_sum"`.
-    quantiles: Of each layer, the `quantile_position` of the number of image keys seen, and gamma.
+    ranks: Of each layer, the `threshold_rank` of each text query `(B, q, 1)`, and more than the highest possible.
     """
 
     def __init__(self, call: Inhibition, attention_mask: torch.Tensor | None, key: torch.Tensor):
@@ -584,12 +689,26 @@ class _View:
             self.distance = own_rank[..., None] - rank[:, None]
         ratios = torch.tensor(call.ratios, device=device)
         num_seen = (~self.hidden[..., :num_images]).sum(dim=-1)
-        neighbours, weight = quantile_position(num_seen, ratios[:, None, None])
-        self.quantiles = list(zip(neighbours.unbind(), weight.unbind(), call.ratios))
+        ranks = threshold_rank(num_seen, ratios[:, None, None])[..., None]
+        highest = [threshold_rank(num_images, ratio) + 1 for ratio in call.ratios]  # computed differently
+        self.ranks = [(rank, min(top + 1, num_images)) for rank, top in zip(ranks.unbind(), highest)]
 
     def text_rows(self, states: torch.Tensor) -> torch.Tensor:
         """Those rows of `states` `(B, S, ...)` that are the text queries, `(B, q, ...)`."""
         return states.flatten(0, 1).index_select(0, self.rows).unflatten(0, (len(states), -1))
+
+
+def _layout(is_image: torch.Tensor, is_text: torch.Tensor) -> tuple[int, int, tuple[int, int] | None]:
+    """The most image tokens and the most text tokens that a row has, and the `block` of [`Inhibition`], if there is one."""
+    count = is_image.sum(dim=-1)
+    start = is_image.int().argmax(dim=-1)
+    index = torch.arange(is_image.shape[1], device=is_image.device)
+    is_text_after = (is_text | (index < (start + count)[:, None])).all()
+    numbers = [count.amax(), is_text.sum(dim=-1).amax(), count.amin(), start.amin(), start.amax()]
+    num_images, num_texts, least, first, last, is_followed = map(int, torch.stack([*numbers, is_text_after]).tolist())
+    end = first + num_images
+    is_block = is_followed > 0 and num_images == least > 0 and first == last and end < is_image.shape[1]
+    return num_images, num_texts, (first, end) if is_block else None
 
 
 def _first_true(mask: torch.Tensor, count: int) -> torch.Tensor:

@@ -9,7 +9,9 @@ from conftest import IMAGE, build_llava, llava_inputs, llava_prompt
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import QuantizedLayer
 
+from ta_llava import cmai
 from ta_llava.cmai import (
+    Inhibition,
     attention_weights,
     focus_scores,
     focus_weights,
@@ -17,8 +19,8 @@ from ta_llava.cmai import (
     inhibited_pairs,
     inhibition_ratio,
     prepare_cache,
-    quantile_position,
     text_token_mask,
+    threshold_rank,
 )
 
 
@@ -92,18 +94,18 @@ def test_what_is_inhibited_is_below_the_quantile_of_what_is_seen(ratio, num_imag
     seen = torch.rand(3, 4, num_images) < 0.7
     seen[0, 0] = False
     seen[1] = True
-    inhibited = inhibited_pairs(focus, ~seen, *quantile_position(seen.sum(-1), ratio), ratio)
+    rank = threshold_rank(seen.sum(-1), torch.tensor(ratio))
+    inhibited = inhibited_pairs(focus.masked_fill(~seen, torch.inf), rank[..., None], num_images)
     for b in range(3):
         for j in range(4):
             values = focus[b, j][seen[b, j]]
             for k in range(num_images):
                 if seen[b, j, k]:
-                    assert inhibited[b, j, k] == bool(focus[b, j, k] < torch.quantile(values, ratio))
+                    assert inhibited[b, j, k] == bool(focus[b, j, k] < torch.quantile(values.double(), ratio))
 
 
 def test_equal_focus_inhibits_nothing():
-    seen = torch.ones(1, 1, 9, dtype=torch.bool)
-    assert not inhibited_pairs(torch.ones(1, 1, 9), ~seen, *quantile_position(seen.sum(-1), 0.6), 0.6).any()
+    assert not inhibited_pairs(torch.ones(1, 1, 9), None, threshold_rank(9, 0.6) + 1).any()
 
 
 @pytest.mark.parametrize("form", ["2-D", "boolean", "additive", "dict"])
@@ -317,8 +319,9 @@ def test_a_copied_cache_goes_its_own_way():
 def test_the_cache_holds_one_number_per_text_and_image_token():
     model = build_llava("llama")
     cache, inputs = filled_cache(model, "dynamic", PROMPTS[:1])
-    num_images = int((inputs["input_ids"] == IMAGE).sum())
-    num_texts = inputs["input_ids"].shape[1] - num_images
+    is_image = inputs["input_ids"][0] == IMAGE
+    num_images = int(is_image.sum())
+    num_texts = len(is_image) - int(is_image.nonzero().amax()) - 1  # of the text, what stands after the image
     assert cache.layers[0].text_to_image is None  # nothing is inhibited there
     assert all(layer.text_to_image.shape == (1, num_texts, num_images) for layer in cache.layers[1:])
     assert cache.layers[1].keys.shape[2] == inputs["input_ids"].shape[1]
@@ -348,3 +351,69 @@ def test_caches_of_an_unknown_kind_are_refused():
     cache.layers = [OtherLayer() for _ in range(4)]
     with pytest.raises(ValueError, match="CMAI does not support caches with a OtherLayer, only with DynamicLayer"):
         prepare_cache(cache, model.config.text_config)
+
+
+# --- one forward pass ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backbone", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("focus", ["tia", "sum", "discounted_sum", "focus"])
+@torch.no_grad()
+def test_slices_give_what_indices_give(backbone, focus, monkeypatch):
+    """Prompts of one layout, without padding, are computed by slices; a later question of several words is not."""
+    model = build_llava(backbone, cmai_focus=focus)
+    prompts = [llava_prompt(length=7, seed=1), llava_prompt(length=7, seed=2)]
+    calls = []
+    attend_block = Inhibition._attend_block
+
+    def logits():
+        inputs = llava_inputs(prompts)
+        cache = DynamicCache()
+        outputs = [model(**inputs, past_key_values=cache).logits]
+        for tokens in NEXT[:2].split([1, 1, 2], dim=1):
+            outputs.append(model(input_ids=tokens, past_key_values=cache).logits)
+        cache.crop(-1)
+        outputs.append(model(input_ids=NEXT[:2, :1], past_key_values=cache).logits)
+        return torch.cat(outputs, dim=1)
+
+    monkeypatch.setattr(
+        Inhibition, "_attend_block", lambda *args, **kwargs: calls.append(1) or attend_block(*args, **kwargs)
+    )
+    by_slices = logits()
+    assert len(calls) == 4 * (model.config.text_config.num_hidden_layers - 1)
+    layout = cmai._layout
+    monkeypatch.setattr(cmai, "_layout", lambda *args: (*layout(*args)[:2], None))
+    torch.testing.assert_close(by_slices, logits(), atol=1e-5, rtol=1e-4)
+    assert len(calls) == 4 * (model.config.text_config.num_hidden_layers - 1)
+
+
+@pytest.mark.parametrize(
+    "rows, block",
+    [
+        (["tiittt"], (1, 3)),
+        (["iittt", "iittt"], (0, 2)),
+        (["tiittt", "iitttt"], None),
+        (["iittt", "ttttt"], None),
+        (["iittit"], None),
+        (["iitt-"], None),
+        (["tii"], None),
+        (["ttt"], None),
+    ],
+)
+def test_a_block_is_seen_where_all_rows_have_it(rows, block):
+    is_image = torch.tensor([[token == "i" for token in row] for row in rows])
+    is_text = torch.tensor([[token == "t" for token in row] for row in rows])
+    num_images, num_texts = max(row.count("i") for row in rows), max(row.count("t") for row in rows)
+    assert cmai._layout(is_image, is_text) == (num_images, num_texts, block)
+
+
+@torch.no_grad()
+def test_a_cache_filled_in_inference_mode_goes_on_outside():
+    model = build_llava("llama")
+    with torch.inference_mode():
+        cache, _ = filled_cache(model, "dynamic", PROMPTS[:1])
+        model(input_ids=NEXT[:1, :1], past_key_values=cache)
+    inside = copy.deepcopy(cache)
+    outside = model(input_ids=NEXT[:1, 1:2], past_key_values=cache).logits
+    with torch.inference_mode():
+        torch.testing.assert_close(model(input_ids=NEXT[:1, 1:2], past_key_values=inside).logits, outside)
