@@ -277,12 +277,19 @@ def cosine_kmeans(tokens: torch.Tensor, num_clusters: int, max_iterations: int =
 def _most_reducing_seeds(gram: torch.Tensor, num_clusters: int) -> torch.Tensor:
     """Indices `(B, c)` of tokens; each makes the sum of squared distances to the nearest seed as small as it can."""
     # Of each token, its similarity to the candidate or to a seed, whichever is nearer: (B, candidate, token).
-    nearest = gram.clone()
-    rows, seeds = torch.arange(len(gram), device=gram.device), []
+    nearest, seeds = gram.clone(), []
     for _ in range(num_clusters):
-        seeds.append(nearest.sum(dim=-1).argmax(dim=-1))
-        torch.maximum(nearest, nearest[rows, seeds[-1]][:, None], out=nearest)
-    return torch.stack(seeds, dim=1)
+        seeds.append(nearest.sum(dim=-1).argmax(dim=-1, keepdim=True))
+        torch.maximum(nearest, _take_tokens(nearest, seeds[-1]), out=nearest)
+    return torch.cat(seeds, dim=1)
+
+
+def _take_tokens(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Of tokens `(B, n, d)` those at `index` `(B, m)`, `(B, m, d)`; on a CPU several times faster than indexing."""
+    if len(tokens) == 1:
+        return tokens[0].index_select(0, index[0])[None]
+    starts = torch.arange(0, tokens.shape[0] * tokens.shape[1], tokens.shape[1], device=tokens.device)
+    return tokens.flatten(0, 1).index_select(0, (index + starts[:, None]).flatten()).view(*index.shape, tokens.shape[2])
 
 
 def _fill_empty_clusters(labels: torch.Tensor, distance: torch.Tensor, num_clusters: int) -> torch.Tensor:
@@ -350,12 +357,11 @@ def compress_tokens(
         The tokens `(B, k + c, d)`, and which of them each input token has become, `(B, n)`; -1 where it was dropped.
     """
     kept, redundant = split_by_importance(importance, num_kept)
-    rows = torch.arange(len(tokens), device=tokens.device)[:, None]
-    output = [tokens[rows, kept]]
+    output = [_take_tokens(tokens, kept)]
     index = torch.arange(num_kept, device=tokens.device).expand(len(tokens), -1)
     becomes = torch.full_like(importance, -1, dtype=torch.long).scatter(1, kept, index)
     if num_clusters > 0:
-        redundant_tokens = tokens[rows, redundant]
+        redundant_tokens = _take_tokens(tokens, redundant)
         several = num_clusters > 1
         labels = cosine_kmeans(redundant_tokens.detach(), num_clusters) if several else torch.zeros_like(redundant)
         weights = importance.gather(1, redundant)
