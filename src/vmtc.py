@@ -289,7 +289,9 @@ def _take_tokens(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     if len(tokens) == 1:
         return tokens[0].index_select(0, index[0])[None]
     starts = torch.arange(0, tokens.shape[0] * tokens.shape[1], tokens.shape[1], device=tokens.device)
-    return tokens.flatten(0, 1).index_select(0, (index + starts[:, None]).flatten()).view(*index.shape, tokens.shape[2])
+    return (
+        tokens.flatten(0, 1).index_select(0, (index + starts[:, None]).flatten()).view(*index.shape, tokens.shape[2])
+    )
 
 
 def _fill_empty_clusters(labels: torch.Tensor, distance: torch.Tensor, num_clusters: int) -> torch.Tensor:
