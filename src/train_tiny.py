@@ -38,6 +38,7 @@ from .configuration_ta_llava import TaLlavaConfig
 from .easy_vqa_data import CAPTION_PROMPT, COLORS, SHAPES, Scene, load_easy_vqa, load_pixels, shape_mask
 from .modeling_ta_llava import TaLlavaForConditionalGeneration
 from .processing_ta_llava import TaLlavaProcessor
+from .train import last_complete_checkpoint
 
 
 IMAGE_SIZE, PATCH_SIZE = 64, 8
@@ -324,11 +325,8 @@ def run_stage(
         model, arguments, data_collator=dataset.collate, train_dataset=dataset, optimizers=(optimizer, None)
     )
     print(f"{name}: {steps} steps, batch {batch_size}")
-    # The state is the last file of a checkpoint to be written: one without it was cut off.
-    complete = sorted(
-        folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name.split("-")[1])
-    )
-    trainer.train(resume_from_checkpoint=str(complete[-1].parent) if complete else None)
+    checkpoint = last_complete_checkpoint(folder)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     (folder / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
     torch.save({"settings": settings, "model": model.state_dict()}, finished.with_suffix(".tmp"))
     finished.with_suffix(".tmp").rename(finished)

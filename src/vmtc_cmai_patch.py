@@ -224,21 +224,62 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):
         self, pixel_values: torch.Tensor, feature_layer: Any, select_strategy: str, **kwargs
     ) -> BaseModelOutputWithPooling:
         """`get_image_features` with the baseline SPD before the projector."""
-        if not isinstance(feature_layer, int):
+        outputs, features = self._run_vision_tower(pixel_values, feature_layer, select_strategy, **kwargs)
+        outputs.pooler_output = list(self.multi_modal_projector(features))
+        return outputs
+
+    def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """
+        What a frozen vision tower need compute only once: the features of images before the projector, compressed if the
+        config says so. They go to `forward` and `generate()` as `vision_features`.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(N, 3, H, W)`):
+                Normalised images.
+
+        Returns:
+            `torch.FloatTensor` of shape `(N, M, vision width)`; with several feature layers their widths add up.
+        """
+        config = self.config
+        feature_layer = config.vision_feature_layer
+        if pixel_values.dim() == 5:  # (B, I, 3, H, W)
+            pixel_values = pixel_values.flatten(0, 1)
+        vmtc = compression_of_call(config, self.vision_tower, pixel_values, feature_layer)
+        kwargs = {} if vmtc is None else {"vmtc": vmtc}
+        return self._run_vision_tower(pixel_values, feature_layer, config.vision_feature_select_strategy, **kwargs)[1]
+
+    def _run_vision_tower(
+        self, pixel_values: torch.Tensor, feature_layer: Any, select_strategy: str, **kwargs
+    ) -> tuple[BaseModelOutputWithPooling, torch.Tensor]:
+        """Outputs of the vision tower, and the features `(N, M, vision width)` that are selected, after SPD."""
+        layers = [feature_layer] if isinstance(feature_layer, int) else feature_layer
+        if self.config.spd_factor > 1 and len(layers) > 1:
             raise ValueError(f"`spd_factor` works with one `vision_feature_layer`, got {feature_layer}.")
         kwargs["output_hidden_states"] = True
         outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
-        features = outputs.hidden_states[feature_layer]
+        features = torch.cat([outputs.hidden_states[layer] for layer in layers], dim=-1)
         features = features[:, 1:] if select_strategy == "default" else features
+        if self.config.spd_factor == 1:
+            return outputs, features
         height, width = patch_grid(self.config, pixel_values)
         if features.shape[1] != height * width:
             raise ValueError(
                 f"`spd_factor` needs a grid of {height} x {width} visual tokens, but there are {features.shape[1]}: a class "
                 'token has no place in it. Set `vision_feature_select_strategy="default"`.'
             )
-        features = spatial_downsample(features, (height, width), self.config.spd_factor)
-        outputs.pooler_output = list(self.multi_modal_projector(features))
-        return outputs
+        return outputs, spatial_downsample(features, (height, width), self.config.spd_factor)
+
+    def _project(self, vision_features: torch.Tensor) -> BaseModelOutputWithPooling:
+        """What `get_image_features` gives, from what `get_vision_features` has computed before."""
+        layers = self.config.vision_feature_layer
+        width = self.config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
+        if vision_features.dim() != 3 or vision_features.shape[-1] != width:
+            raise ValueError(
+                f"`vision_features` has shape {tuple(vision_features.shape)}, expected (images, visual tokens, {width}). "
+                "Make them with `get_vision_features`."
+            )
+        vision_features = vision_features.to(self.get_input_embeddings().weight.dtype)
+        return BaseModelOutputWithPooling(pooler_output=list(self.multi_modal_projector(vision_features)))
 
     def _check_placeholders(self, is_image: torch.Tensor, features: list[torch.Tensor]) -> None:
         """Raises unless there are as many placeholders, True in `is_image` `(B, S)`, as visual tokens."""
@@ -279,6 +320,7 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):
         image_sizes: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         num_visual_tokens: int | None = None,
+        vision_features: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
     ) -> tuple | LlavaModelOutputWithPast:
@@ -289,12 +331,21 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):
             num_visual_tokens (`int`, *optional*):
                 Visual tokens per image in this call, instead of those of the config. The processor must have been called
                 with the same number.
+            vision_features (`torch.FloatTensor` of shape `(N, M, vision width)`, *optional*):
+                Instead of `pixel_values`: what `get_vision_features` has computed of the images before.
 
         Raises:
-            `ValueError`: Placeholders that do not match the visual tokens, or a cache that was filled without CMAI.
+            `ValueError`: Placeholders that do not match the visual tokens, images given twice or of a wrong shape, or a
+                cache that was filled without CMAI.
         """
-        if pixel_values is not None and mm_encoder_outputs is not None and mm_encoder_outputs.get("image") is not None:
-            raise ValueError("Give `pixel_values` or `mm_encoder_outputs`, not both.")
+        has_images = mm_encoder_outputs is not None and mm_encoder_outputs.get("image") is not None
+        given = {
+            "pixel_values": pixel_values is not None,
+            "vision_features": vision_features is not None,
+            "mm_encoder_outputs": has_images,
+        }
+        if sum(given.values()) > 1:
+            raise ValueError(f"Give {' or '.join(f'`{name}`' for name in given if given[name])}, not both.")
         if pixel_values is not None:
             features = self.get_image_features(
                 pixel_values,
@@ -305,7 +356,9 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):
                 return_dict=True,
             )
             mm_encoder_outputs = {**(mm_encoder_outputs or {}), "image": features}
-        has_images = mm_encoder_outputs is not None and mm_encoder_outputs.get("image") is not None
+        elif vision_features is not None:
+            mm_encoder_outputs = {**(mm_encoder_outputs or {}), "image": self._project(vision_features)}
+        has_images = any(given.values())
         if mm_encoder_outputs is not None and has_images:
             is_image = self._is_placeholder(input_ids, inputs_embeds if input_ids is None else input_ids)
             self._check_placeholders(is_image, mm_encoder_outputs["image"].pooler_output)
@@ -380,6 +433,20 @@ class VmtcCmaiLlavaForConditionalGeneration(
         """See [`VmtcCmaiLlavaModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
+    def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """See [`VmtcCmaiLlavaModel.get_vision_features`]."""
+        return self.model.get_vision_features(pixel_values)
+
+    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs):
+        # `generate()` gets the images ready here, once, and from then on knows how to repeat them for beams.
+        vision_features = model_kwargs.pop("vision_features", None)
+        if vision_features is not None:
+            encoded = dict(model_kwargs.get("mm_encoder_outputs") or {})
+            if encoded.get("image") is not None or model_kwargs.get("pixel_values") is not None:
+                raise ValueError("Give `vision_features` or images in another form, not both.")
+            model_kwargs["mm_encoder_outputs"] = {**encoded, "image": self.model._project(vision_features)}
+        return super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
+
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         chunk_size = generation_config.prefill_chunk_size
         if self.config.use_cmai and chunk_size is not None and (input_ids == self.config.image_token_id).any():
@@ -420,11 +487,12 @@ class VmtcCmaiLlavaForConditionalGeneration(
         image_sizes: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         num_visual_tokens: int | None = None,
+        vision_features: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple | LlavaCausalLMOutputWithPast:
         r"""
-        The arguments of `LlavaForConditionalGeneration.forward`, and `num_visual_tokens` of
-        [`VmtcCmaiLlavaModel.forward`]. `generate()` takes it too.
+        The arguments of `LlavaForConditionalGeneration.forward`, and `num_visual_tokens` and `vision_features` of
+        [`VmtcCmaiLlavaModel.forward`]. `generate()` takes them too.
 
         Example:
 
@@ -454,6 +522,7 @@ class VmtcCmaiLlavaForConditionalGeneration(
             image_sizes=image_sizes,
             mm_encoder_outputs=mm_encoder_outputs,
             num_visual_tokens=num_visual_tokens,
+            vision_features=vision_features,
             **kwargs,
         )
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -704,6 +704,78 @@ def test_the_baseline_averages_the_grid_before_the_projector():
         model.get_image_features(pixels)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        OFF,
+        {"use_vmtc": False, "spd_factor": 2},
+        {**OFF, "vision_feature_layer": [-2, -1]},
+        {"use_vmtc": False, "vision_feature_select_strategy": "full"},
+    ],
+)
+@torch.no_grad()
+def test_vision_features_stand_for_pixel_values(flags):
+    model = build_llava(**flags)
+    pixels = torch.randn(4, 3, 24, 24)
+    features = model.get_vision_features(pixels)
+    assert torch.equal(model.model.get_vision_features(pixels.view(2, 2, 3, 24, 24)), features)
+    count = features.shape[1]
+    rows = [
+        llava_prompt(5, 1, num_visual_tokens=count),
+        llava_prompt(3, 2, images=2, num_visual_tokens=count),
+        llava_prompt(4, 3, num_visual_tokens=count),
+    ]
+    inputs = batch_of(rows)
+    expected = model(**inputs, pixel_values=pixels, labels=inputs["input_ids"])
+    output = model(**inputs, vision_features=features.clone(), labels=inputs["input_ids"])
+    assert torch.equal(output.logits, expected.logits)
+    assert torch.equal(output.loss, expected.loss)
+    assert torch.equal(output.image_hidden_states, expected.image_hidden_states)
+    for mode in MODES.values():
+        for kwargs in ({}, {"use_cache": False}):
+            by_pixels = generate(model, {**inputs, "pixel_values": pixels}, **mode, **kwargs)
+            assert torch.equal(generate(model, {**inputs, "vision_features": features}, **mode, **kwargs), by_pixels)
+
+
+@torch.no_grad()
+def test_vision_features_are_checked_as_pixels_are():
+    model = build_llava()
+    inputs = llava_inputs([llava_prompt()])
+    features = model.get_vision_features(inputs["pixel_values"])
+    assert features.shape == (1, NUM_VISUAL_TOKENS, 24)
+    for call in (model, model.model, model.generate):
+        with pytest.raises(ValueError, match="not both"):
+            call(**inputs, vision_features=features)
+        encoded = {"image": model.get_image_features(inputs["pixel_values"])}
+        with pytest.raises(ValueError, match="not both"):
+            call(input_ids=inputs["input_ids"], vision_features=features, mm_encoder_outputs=encoded)
+        with pytest.raises(ValueError, match=r"has shape \(1, 9, 20\), expected \(images, visual tokens, 24\)"):
+            call(input_ids=inputs["input_ids"], vision_features=features[..., :20])
+        with pytest.raises(ValueError, match=r"has shape \(1, 1, 9, 24\), expected \(images, visual tokens, 24\)"):
+            call(input_ids=inputs["input_ids"], vision_features=features[None])
+        with pytest.raises(ValueError, match=r"has 9 image placeholders \(id 7\), but there are 1 images of 8 visual"):
+            call(input_ids=inputs["input_ids"], vision_features=features[:, :8])
+    half = build_llava().to(torch.bfloat16)
+    assert half(input_ids=inputs["input_ids"], vision_features=features).logits.dtype == torch.bfloat16
+
+
+def test_vision_features_are_projected_once_and_go_through_assisted_decoding(monkeypatch):
+    model = build_llava("llama")
+    inputs = llava_inputs([llava_prompt(length=12, seed=6)])
+    inputs["input_ids"][0, -6:] = inputs["input_ids"][0, -12:-6]  # something to look up
+    expected = generate(model, inputs, max_new_tokens=16)
+    with torch.no_grad():
+        features = model.get_vision_features(inputs.pop("pixel_values"))
+    calls = []
+    model.model.multi_modal_projector.register_forward_hook(lambda *args: calls.append(1))
+    for kwargs in ({}, {"prompt_lookup_num_tokens": 3}, {"assistant_model": copy.deepcopy(build_llava("llama"))}):
+        calls.clear()
+        arguments = {"max_new_tokens": 16, **kwargs}
+        assert torch.equal(generate(model, {**inputs, "vision_features": features}, **arguments), expected)
+        assert calls == [1]
+
+
 def test_a_list_of_layers_works_without_vmtc_and_is_refused_with_it():
     model = build_llava(**OFF)
     with pytest.raises(ValueError, match=r"one `vision_feature_layer`, got \[-2, -1\]"):

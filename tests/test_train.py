@@ -1,0 +1,384 @@
+"""Training by recipes: what is trained and what is not, interruptions, the cache, LoRA, and several processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer
+from typer.testing import CliRunner
+
+import ta_llava  # noqa: F401  (registers the models)
+from ta_llava.cli import app
+from ta_llava.train import (
+    SUMMARY,
+    DataSettings,
+    Recipe,
+    accumulation_steps,
+    count_parameters,
+    load_recipe,
+    merge_adapter,
+    run_curriculum,
+    train,
+    train_only,
+)
+
+
+MODEL = ROOT / "checkpoints" / "ta-llava-tiny"
+READING = ["projector", "prefix", "adapters"]
+COLORS = ("red", "green", "blue", "black")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> DataSettings:
+    """Eight images of one colour each, in LLaVA's format."""
+    folder = tmp_path_factory.mktemp("data")
+    records = []
+    for index in range(8):
+        pixels = np.full((64, 64, 3), index * 30, dtype=np.uint8)
+        pixels[8 : 8 + 4 * index, 8:40] = (250 - 20 * index, 10, 30 * index)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+        turns = [("human", "<image>\nwhat color is the shape?"), ("gpt", COLORS[index % 4])]
+        if index % 3 == 0:
+            turns += [("human", "is there a circle in the image?"), ("gpt", "no")]
+        conversations = [{"from": role, "value": value} for role, value in turns]
+        records.append({"id": f"sample-{index}", "image": f"{index}.png", "conversations": conversations})
+    (folder / "data.json").write_text(json.dumps(records))
+    return DataSettings(path=str(folder / "data.json"), image_folder=str(folder))
+
+
+@pytest.fixture
+def recipe(data, tmp_path) -> Recipe:
+    arguments = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return Recipe(
+        model=str(MODEL),
+        output_dir=str(tmp_path / "out"),
+        train=READING,
+        data=data,
+        global_batch_size=4,
+        training_arguments=arguments,
+    )
+
+
+def losses(folder) -> list[float]:
+    summary = json.loads((Path(folder) / SUMMARY).read_text())
+    return [entry["loss"] for entry in summary["log"] if "loss" in entry]
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).state_dict()
+
+
+# --- recipes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, parts, learning_rate, batch_size, max_length",
+    [
+        ("ta_llava/phase1", READING, 1e-3, 256, 1024),
+        ("ta_llava/phase2", READING, 5e-5, 128, 1024),
+        ("ta_llava/phase3", [*READING, "language_model"], 2e-5, 128, 1024),
+        ("llava/pretrain", ["projector"], 1e-3, 256, 2048),
+        ("llava/finetune", ["projector", "language_model"], 2e-5, 128, 2048),
+    ],
+)
+def test_the_recipes_have_the_values_of_the_papers(name, parts, learning_rate, batch_size, max_length):
+    recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml")
+    assert recipe.train == parts
+    assert recipe.global_batch_size == batch_size
+    assert recipe.data.max_length == max_length
+    arguments = recipe.training_arguments
+    assert arguments["learning_rate"] == learning_rate
+    assert (arguments["num_train_epochs"], arguments["warmup_steps"], arguments["weight_decay"]) == (1, 0.03, 0)
+    assert (arguments["lr_scheduler_type"], arguments["adam_beta1"], arguments["adam_beta2"]) == ("cosine", 0.9, 0.999)
+    assert accumulation_steps(recipe, arguments["per_device_train_batch_size"], 8) == 1
+
+
+def test_overrides_reach_every_level(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"train": ["prefix"], "training_arguments": {"learning_rate": "1e-3"}}))
+    recipe = load_recipe(
+        path, ["data.path=a=b.json", "lora.r=4", "training_arguments.max_steps=3", "train=[projector]"]
+    )
+    assert recipe.training_arguments == {"learning_rate": 1e-3, "max_steps": 3}
+    assert (recipe.data.path, recipe.lora, recipe.train) == ("a=b.json", {"r": 4}, ["projector"])
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("batch=3", "Unknown key 'batch' in the recipe"),
+        ("data.paht=x", "Unknown key 'paht' in `data` of the recipe"),
+        ("training_arguments.learn=1", "Unknown key 'learn' in `training_arguments`"),
+        ("global_batch_size=many", "`global_batch_size` in the recipe .* must be of type int, got 'many'"),
+        ("global_batch_size", "An override must be key=value, got 'global_batch_size'"),
+        ("output_dir.x=1", "goes into 'output_dir', which has no keys"),
+    ],
+)
+def test_wrong_keys_are_named(tmp_path, override, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("output_dir: here\n")
+    with pytest.raises(ValueError, match=message):
+        load_recipe(path, [override])
+
+
+@pytest.mark.parametrize("content", [None, "- a list", "a: [unclosed"])
+def test_a_file_that_is_no_recipe_is_named(tmp_path, content):
+    path = tmp_path / "recipe.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match="recipe.yaml"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"train": []}, "trains nothing"),
+        ({"train": ["head"]}, "has no part 'head' to train, only projector, prefix"),
+        ({"model": ""}, "no `model` to start from"),
+        ({"output_dir": ""}, "no `output_dir`"),
+        ({"data": DataSettings()}, "no `data.path`"),
+        ({"data": DataSettings(path="x", on_bad_sample="ignore")}, 'must be "error" or "skip", got \'ignore\''),
+        ({"train": ["vision_tower"], "cache_vision_features": "c"}, "needs a frozen vision tower"),
+        (
+            {"data": DataSettings(path="x", streaming=True), "cache_vision_features": "c"},
+            "the recipe streams its data",
+        ),
+        ({"lora": {}}, "does not name `language_model`"),
+        ({"load_in_4bit": True}, "`load_in_4bit` needs `lora`"),
+        ({"global_batch_size": 6}, "`global_batch_size` is 6, which 1 devices .* 4 cannot share: .* multiple of 4"),
+        ({"training_arguments": {"gradient_accumulation_steps": 2}}, "follows from `global_batch_size`"),
+    ],
+)
+def test_a_recipe_that_cannot_work_is_refused(recipe, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train(replace(recipe, **changes))
+    assert not Path(recipe.output_dir).exists()
+
+
+# --- runs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [READING, ["prefix"], ["projector", "language_model"]])
+def test_what_is_frozen_stays_as_it_is_and_has_no_optimizer_state(recipe, parts):
+    folder = train(replace(recipe, train=parts))
+    model = AutoModelForImageTextToText.from_pretrained(MODEL)
+    train_only(model, parts)
+    before, after = weights(MODEL), weights(folder)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])} - {"lm_head.weight"}
+    assert changed == trained
+    state = torch.load(folder / "checkpoint-4" / "optimizer.pt", weights_only=True)["state"]
+    sizes = sorted(entry["exp_avg"].numel() for entry in state.values())
+    assert sizes == sorted(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    summary = json.loads((folder / SUMMARY).read_text())
+    assert sum(part["trainable"] for part in summary["parameters"].values()) == sum(sizes)
+    trained_model = AutoModelForImageTextToText.from_pretrained(folder)
+    assert trained_model.config.text_config.use_cache
+    assert trained_model.config.text_config.eos_token_id == model.config.text_config.eos_token_id
+    assert trained_model.generation_config.eos_token_id == model.generation_config.eos_token_id
+    assert AutoProcessor.from_pretrained(folder / "checkpoint-4").num_prefix_tokens == 4
+    assert AutoProcessor.from_pretrained(folder).num_prefix_tokens == 4
+
+
+def test_an_interrupted_run_goes_on_and_a_finished_one_does_not(recipe, tmp_path, monkeypatch):
+    whole = train(replace(recipe, output_dir=str(tmp_path / "whole")))
+    steps = []
+    training_step = Trainer.training_step
+
+    def interrupted(*args, **kwargs):
+        steps.append(1)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return training_step(*args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe)
+    folder = train(recipe)
+    assert len(steps) == 3 + 1 + 2  # from the checkpoint of step 2
+    assert losses(folder) == losses(whole)
+    expected, actual = weights(whole), weights(folder)
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    train(recipe)
+    assert len(steps) == 6
+    with pytest.raises(ValueError, match=r"was begun with `global_batch_size` 4, not 8. Choose another `output_dir`"):
+        train(replace(recipe, global_batch_size=8))
+
+
+def test_a_curriculum_goes_from_phase_to_phase(recipe, tmp_path):
+    phases = [
+        replace(recipe, output_dir=str(tmp_path / "1")),
+        replace(recipe, model="", output_dir=str(tmp_path / "2"), train=["language_model"]),
+    ]
+    folder = run_curriculum(phases)
+    start, first, second = weights(MODEL), weights(tmp_path / "1"), weights(folder)
+    prefix, layer = "model.prefix_embedding.weight", "model.language_model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(start[prefix], first[prefix]) and torch.equal(start[layer], first[layer])
+    assert torch.equal(first[prefix], second[prefix]) and not torch.equal(first[layer], second[layer])
+    with pytest.raises(ValueError, match="only the last may use it"):
+        run_curriculum([replace(phases[0], train=["language_model"], lora={}), phases[1]])
+    with pytest.raises(ValueError, match="an `output_dir` of its own"):
+        run_curriculum([phases[0], phases[0]])
+    with pytest.raises(ValueError, match="no part 'head'"):  # found before the first phase begins
+        run_curriculum([replace(phases[0], output_dir=str(tmp_path / "3")), replace(phases[1], train=["head"])])
+    assert not (tmp_path / "3").exists()
+
+
+def test_cached_features_give_the_same_losses(recipe, tmp_path):
+    plain = losses(train(recipe))
+    cached = replace(recipe, output_dir=str(tmp_path / "cached"), cache_vision_features=str(tmp_path / "features"))
+    assert losses(train(cached)) == pytest.approx(plain, abs=1e-5)
+
+
+def test_evaluation_during_training(recipe, data):
+    arguments = recipe.training_arguments | {"eval_strategy": "steps", "eval_steps": 2, "gradient_checkpointing": True}
+    folder = train(replace(recipe, evaluation_data=data, training_arguments=arguments))
+    log = json.loads((folder / SUMMARY).read_text())["log"]
+    assert sum("eval_loss" in entry for entry in log) == 2
+
+
+def test_bad_samples_are_skipped_and_written_down(recipe, data, tmp_path):
+    records = json.loads(Path(data.path).read_text())
+    records[2]["image"] = "missing.png"
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(records))
+    data = replace(data, path=str(path))
+    with pytest.raises(ValueError, match="sample-2"):
+        train(replace(recipe, data=data))
+    folder = train(replace(recipe, data=replace(data, on_bad_sample="skip")))
+    assert "sample-2" in (folder / "bad_samples.jsonl").read_text()
+    assert json.loads((folder / SUMMARY).read_text())["data"]["bad"] == 1
+
+
+def test_lora_gives_an_adapter_that_can_be_merged(recipe, tmp_path):
+    from peft import PeftModel
+
+    parts = [*READING, "language_model"]
+    folder = train(replace(recipe, train=parts, lora={"r": 4, "lora_dropout": 0.0}))
+    assert (folder / "adapter_model.safetensors").is_file() and not (folder / "model.safetensors").exists()
+    base = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, folder).eval()
+    merge_adapter(folder, tmp_path / "merged")
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "merged")
+    text = "<start_of_turn>user\n<image>\nis there a circle in the image?<end_of_turn>\n<start_of_turn>model\n"
+    inputs = processor(text=text, images=Image.new("RGB", (64, 64), "red"), return_tensors="pt")
+    with torch.no_grad():
+        difference = (adapted(**inputs).logits - merged(**inputs).logits).abs().max()
+    before, after = weights(MODEL), merged.state_dict()
+    changed = {name for name in before if (before[name].half() != after[name].half()).any()}
+    assert difference < 0.05  # the merged weights are in the model's half precision
+    assert any("prefix_embedding" in name for name in changed) and any("q_proj" in name for name in changed)
+    assert not any("vision_tower" in name or "embed_tokens" in name for name in changed)
+
+
+def test_the_command_line(data, tmp_path):
+    run = CliRunner()
+    recipes = [str(ROOT / "recipes" / "ta_llava" / f"phase{phase}.yaml") for phase in (2, 3)]
+    settings = {"max_steps": 1, "per_device_train_batch_size": 2, "dataloader_num_workers": 0, "bf16": "false"}
+    overrides = [f"training_arguments.{key}={value}" for key, value in settings.items()]
+    overrides += [f"data.path={data.path}", f"data.image_folder={data.image_folder}", "global_batch_size=4"]
+    options = [argument for override in overrides for argument in ("--override", override)]
+    options += [
+        "--cache-vision-features",
+        str(tmp_path / "features"),
+        "--output-dir",
+        str(tmp_path / "runs"),
+        "--lora",
+    ]
+    result = run.invoke(app, ["curriculum", *recipes, "--model", str(MODEL), *options])
+    assert result.exit_code == 0, result.output
+    assert f"Wrote {tmp_path / 'runs' / 'phase3'}." in result.output
+    assert (tmp_path / "runs" / "phase2" / "model.safetensors").is_file()
+    result = run.invoke(app, ["merge", str(tmp_path / "runs" / "phase3"), str(tmp_path / "merged")])
+    assert result.exit_code == 0, result.output
+    assert AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").config.num_prefix_tokens == 4
+    result = run.invoke(app, ["train", recipes[0], "--model", str(MODEL)])
+    assert (result.exit_code, result.stderr) == (
+        1,
+        "error: `image_folder` is 'data/LLaVA-Instruct', but there is no such folder.\n",
+    )
+    result = run.invoke(app, ["merge", str(MODEL), str(tmp_path / "other")])
+    assert result.exit_code == 1 and "is no PEFT adapter" in result.stderr
+    parts = ["--vision-tower", str(tmp_path), "--language-model", str(MODEL)]
+    for command in ("init", "init-llava"):
+        result = run.invoke(app, [command, str(tmp_path / "new"), *parts])
+        assert result.exit_code == 1 and "No config could be loaded" in result.stderr
+
+
+def test_parameters_are_counted_once():
+    model = AutoModelForImageTextToText.from_pretrained(MODEL)
+    train_only(model, ["language_model"])
+    counts = count_parameters(model)
+    assert sum(map(sum, counts.values())) == sum(parameter.numel() for parameter in model.parameters())
+    assert counts["language_model"][0] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+# --- several processes ---------------------------------------------------------------------------------------------
+
+
+def run_processes(recipe: Recipe, path: Path, kind: str) -> None:
+    """The recipe by two processes on the CPU, as `torchrun` starts them."""
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(recipe, default=vars))))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+    program = ["-m", "ta_llava.cli"] if kind == "ddp" else [str(ROOT / "tests" / "fsdp_on_cpu.py")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        [*command, *program, "train", str(path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_configs_of_deepspeed_leave_to_the_trainer_what_it_knows(stage):
+    """DeepSpeed itself is not needed for this."""
+    from accelerate.utils.deepspeed import HfDeepSpeedConfig
+
+    config = HfDeepSpeedConfig(str(ROOT / "recipes" / "distributed" / f"zero{stage}.json"))
+    assert (config.is_zero2(), config.is_zero3()) == (stage == 2, stage == 3)
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "bf16.enabled"):
+        assert config.get_value(key) == "auto"
+    assert stage == 2 or config.is_true("zero_optimization.stage3_gather_16bit_weights_on_model_save")
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_learn_what_one_does(recipe, tmp_path, kind):
+    recipe = replace(recipe, train=[*READING, "language_model"])
+    expected = train(recipe)
+    arguments = recipe.training_arguments | {"per_device_train_batch_size": 2, "ddp_backend": "gloo"}
+    if kind == "fsdp":
+        arguments |= {"fsdp": True, "fsdp_config": str(ROOT / "recipes" / "distributed" / "fsdp2.json")}
+    together = replace(recipe, output_dir=str(tmp_path / kind), training_arguments=arguments)
+    run_processes(together, tmp_path / "recipe.yaml", kind)
+    assert losses(tmp_path / kind) == pytest.approx(losses(expected), rel=1e-4)
+    one, two = weights(expected), weights(tmp_path / kind)
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=2e-4, rtol=1e-3)
