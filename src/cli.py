@@ -215,6 +215,9 @@ _LanguageModel = Annotated[
     str, typer.Option(help="Folder or Hub repo of a causal language model, with tokenizer.", show_default=False)
 ]
 _GgufFile = Annotated[str | None, typer.Option(help="A GGUF file in there to read, instead of safetensors.")]
+_ChatTemplate = Annotated[
+    Path | None, typer.Option(help="A file with a Jinja template for a language model that has none.")
+]
 _Seed = Annotated[int, typer.Option(help="Of the weights that are new.")]
 
 
@@ -224,6 +227,7 @@ def init(
     vision_tower: _VisionTower,
     language_model: _LanguageModel,
     gguf_file: _GgufFile = None,
+    chat_template: _ChatTemplate = None,
     num_prefix_tokens: Annotated[int, typer.Option(help="Learned tokens that read question and image.")] = 32,
     adapter_interval: Annotated[int, typer.Option(help="They read every so many layers.")] = 4,
     projector: Annotated[str, typer.Option(help="linear or mlp.")] = "linear",
@@ -242,6 +246,7 @@ def init(
             vision_tower,
             language_model,
             gguf_file=gguf_file,
+            chat_template=_read_template(chat_template),
             num_prefix_tokens=num_prefix_tokens,
             adapter_interval=adapter_interval,
             projector_type=projector,
@@ -256,6 +261,7 @@ def init_llava(
     vision_tower: _VisionTower,
     language_model: _LanguageModel,
     gguf_file: _GgufFile = None,
+    chat_template: _ChatTemplate = None,
     visual_tokens: Annotated[
         int | None, typer.Option(help="VMTC on, with so many visual tokens per image.", show_default=False)
     ] = None,
@@ -277,8 +283,13 @@ def init_llava(
             fields |= {"use_vmtc": True, "vmtc_num_visual_tokens": visual_tokens}
         if cmai is not None:
             fields |= {"use_cmai": True, "cmai_max_ratio": cmai}
+        fields["chat_template"] = _read_template(chat_template)
         notes = assemble_llava(out, vision_tower, language_model, gguf_file=gguf_file, seed=seed, **fields)
     typer.echo("\n".join([*notes, f"Wrote {out}."]))
+
+
+def _read_template(path: Path | None) -> str | None:
+    return None if path is None else path.read_text(encoding="utf-8")
 
 
 _Overrides = Annotated[
@@ -350,7 +361,8 @@ def _set_options(recipe: Any, cache_vision_features: Path | None, lora: bool, on
     if lora and recipe.lora is None:
         recipe.lora = {}
     if on_bad_sample is not None:
-        recipe.data.on_bad_sample = on_bad_sample
+        for data in filter(None, (recipe.data, recipe.evaluation_data)):
+            data.on_bad_sample = on_bad_sample
 
 
 def _say_once(message: str) -> None:

@@ -23,11 +23,12 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
+    PreTrainedModel,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_bitsandbytes_available
 
 from .configuration_ta_llava import TaLlavaConfig
@@ -56,6 +57,9 @@ PARTS = {
 LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
 SUMMARY = "training_summary.json"
 _STARTED = "recipe.json"
+# Settings that may change when a run goes on.
+_FREE = ("output_dir", "num_proc", "dataloader_", "logging_", "save_", "report_to", "disable_tqdm", "ddp_")
+_SHUFFLED_AT_ONCE = 1000  # samples of a stream
 
 
 @dataclass
@@ -142,8 +146,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for name in ("data", "evaluation_data"):
         if content.get(name) is not None:
             content[name] = _build(DataSettings, content[name], f"`{name}` of the recipe {path}")
+    for name in ("training_arguments", "lora"):
+        content[name] = _as_number(content.get(name))
     recipe = _build(Recipe, content, f"the recipe {path}")
-    recipe.training_arguments = {key: _as_number(value) for key, value in recipe.training_arguments.items()}
     _build(TrainingArguments, recipe.training_arguments, f"`training_arguments` of the recipe {path}", only_check=True)
     return recipe
 
@@ -166,7 +171,9 @@ def _build(settings_class: Any, content: Any, where: str, only_check: bool = Fal
 
 
 def _as_number(value: Any) -> Any:
-    """YAML takes 1e-3 for text."""
+    """The same with texts like 1e-3, which YAML does not take for numbers, as numbers."""
+    if isinstance(value, dict):
+        return {key: _as_number(entry) for key, entry in value.items()}
     if isinstance(value, str):
         try:
             return float(value)
@@ -188,23 +195,44 @@ def check_recipe(recipe: Recipe, model_type: str) -> None:
             f"{recipe.model} is a {model_type!r} model; recipes train {' and '.join(map(repr, PARTS))}. Make one from parts "
             "with `ta-llava init` or `ta-llava init-llava`, or of a LLaVA with `ta-llava compress`."
         )
-    if not recipe.train:
-        raise ValueError(f"The recipe trains nothing: name at least one of {', '.join(parts)} under `train`.")
+    if not recipe.train or not isinstance(recipe.train, list):
+        raise ValueError(f"`train` must be a list with at least one of {', '.join(parts)}, got {recipe.train!r}.")
     if unknown := [part for part in recipe.train if part not in parts]:
         raise ValueError(f"A {model_type} has no part {unknown[0]!r} to train, only {', '.join(parts)}.")
     if not recipe.data.path:
         raise ValueError("The recipe has no `data.path`. Give it, e.g. by --override data.path=FILE.")
     if not recipe.output_dir:
         raise ValueError("The recipe has no `output_dir`. Give it, e.g. by --output-dir FOLDER.")
+    if recipe.global_batch_size < 1:
+        raise ValueError(f"`global_batch_size` must be at least 1, got {recipe.global_batch_size}.")
     for settings in (recipe.data, recipe.evaluation_data):
-        if settings is not None and settings.on_bad_sample not in ("error", "skip"):
+        if settings is None:
+            continue
+        if settings.on_bad_sample not in ("error", "skip"):
             raise ValueError(f'`on_bad_sample` must be "error" or "skip", got {settings.on_bad_sample!r}.')
+        if Path(settings.path).suffix in (".json", ".jsonl") and not Path(settings.path).is_file():
+            raise ValueError(f"There is no file {settings.path} (`path` of the data).")
+        if settings.image_folder is not None and not Path(settings.image_folder).is_dir():
+            raise ValueError(f"There is no folder {settings.image_folder} (`image_folder` of the data).")
+    arguments = recipe.training_arguments
+    if recipe.data.streaming and not arguments.get("max_steps"):
+        raise ValueError("How long streamed data is cannot be known: set `training_arguments.max_steps`.")
+    if recipe.evaluation_data is None and arguments.get("eval_strategy", "no") != "no":
+        raise ValueError("`eval_strategy` asks for evaluation, but the recipe has no `evaluation_data`.")
+    if arguments.get("save_only_model"):
+        raise ValueError("With `save_only_model` an interrupted run could not go on: its optimizer would be lost.")
     if recipe.cache_vision_features and recipe.data.streaming:
         raise ValueError("`cache_vision_features` needs all images beforehand, but the recipe streams its data.")
     if recipe.cache_vision_features and "vision_tower" in recipe.train:
         raise ValueError("`cache_vision_features` needs a frozen vision tower, but the recipe trains `vision_tower`.")
     if recipe.lora is not None and "language_model" not in recipe.train:
         raise ValueError("`lora` trains the language model, but the recipe does not name `language_model` in `train`.")
+    if recipe.lora is not None:
+        try:
+            from peft import LoraConfig
+        except ImportError as error:
+            raise ValueError("`lora` needs peft: `pip install 'ta-llava[train]'`.") from error
+        _build(LoraConfig, recipe.lora, "`lora` of the recipe", only_check=True)
     if recipe.load_in_4bit and (recipe.lora is None or not is_bitsandbytes_available()):
         missing = "bitsandbytes, which is not installed" if recipe.lora is not None else "`lora`"
         raise ValueError(f"`load_in_4bit` needs {missing}.")
@@ -250,8 +278,9 @@ def count_parameters(model: Any) -> dict[str, tuple[int, int]]:
     for part in PARTS[model.config.model_type]:
         trainable = frozen = 0
         for module in _modules_of(model, part):
-            for parameter in module.parameters():
-                if id(parameter) not in seen:
+            for name, parameter in module.named_parameters():
+                # PEFT keeps the original of what it trains fully.
+                if id(parameter) not in seen and "original_module." not in name:
                     seen.add(id(parameter))
                     trainable += parameter.numel() * parameter.requires_grad
                     frozen += parameter.numel() * (not parameter.requires_grad)
@@ -288,6 +317,40 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
     return max((path.parent for path in complete), key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
+class RecipeTrainer(Trainer):
+    """
+    The Trainer, with checkpoints as [`train`] needs them: with the processor, of the model's own class also where FSDP
+    trains another, and loaded by `from_pretrained`, which knows the names of the weights in them.
+    """
+
+    def __init__(self, *args, processor: Any, **kwargs):
+        # Not as `processing_class`: the Trainer would make the tokenizer's EOS the model's, which ends a turn with another.
+        self.processor = processor
+        super().__init__(*args, **kwargs)
+
+    def _save(self, output_dir=None, state_dict=None):
+        sharded_class: Any = type(self.model)
+        if self.is_fsdp_enabled and sharded_class.__name__.startswith("FSDP"):
+            self.model.__class__ = sharded_class.__bases__[-1]
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.model.__class__ = sharded_class
+        self.processor.save_pretrained(output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        target: Any = self.model if model is None else model
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not isinstance(target, PreTrainedModel):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
+        target.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self):
+        if isinstance(self.model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            return self._load_from_checkpoint(self.state.best_model_checkpoint)
+        return super()._load_best_model()
+
+
 def train(recipe: Recipe) -> Path:
     """
     Runs a recipe, or goes on with it, or does nothing if it is finished.
@@ -296,7 +359,7 @@ def train(recipe: Recipe) -> Path:
         `Path`: `output_dir`, with model (or PEFT adapter) and processor.
 
     Raises:
-        `ValueError`: See [`check_recipe`] and [`prepare_dataset`]; or the output folder is another recipe's.
+        `ValueError`: See [`check_recipe`] and [`prepare_dataset`]; or the output folder holds something else.
     """
     if not recipe.model:
         raise ValueError("The recipe has no `model` to start from. Give it, e.g. by --model FOLDER.")
@@ -307,47 +370,51 @@ def train(recipe: Recipe) -> Path:
         print(f"{folder} is finished: nothing to do.")
         return folder
     arguments = _training_arguments(recipe)
+    is_main = arguments.process_index == 0
     set_seed(arguments.seed)
 
     processor = AutoProcessor.from_pretrained(recipe.model, trust_remote_code=False)
     with arguments.main_process_first(desc="preparing the data"):
         dataset, report = _load_data(recipe.data, processor, folder / "bad_samples.jsonl")
-        evaluation = None
+        evaluation = evaluation_report = None
         if recipe.evaluation_data is not None:
-            evaluation, _ = _load_data(recipe.evaluation_data, processor, folder / "bad_evaluation_samples.jsonl")
+            evaluation, evaluation_report = _load_data(
+                recipe.evaluation_data, processor, folder / "bad_evaluation_samples.jsonl"
+            )
+    if recipe.data.streaming:
+        dataset = dataset.shuffle(seed=arguments.seed, buffer_size=_SHUFFLED_AT_ONCE)
     model = _load_model(recipe)
     train_only(model, recipe.train)
     features = None
     if recipe.cache_vision_features:
         with arguments.main_process_first(desc="computing vision features"):
-            dtype = (
-                torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
-            )  # None: the tower's
-            features = VisionFeatureCache(
-                recipe.cache_vision_features, model.to(arguments.device), processor, dtype=dtype
-            )
-            if arguments.process_index == 0:
-                for samples in (dataset, evaluation):
-                    if samples is not None:
-                        features.fill(iterate_images(samples))
+            model.to(arguments.device)
+            features = VisionFeatureCache(recipe.cache_vision_features, model, processor, _half_precision(recipe))
+            for samples in (dataset, evaluation) if is_main else ():
+                if samples is not None:
+                    features.fill(iterate_images(samples))
     base = model
     if recipe.lora is not None:
         model = add_lora(base, recipe)
     counts = count_parameters(base)
-    if arguments.process_index == 0:
-        print(f"{folder}: {report}\n{describe_parameters(counts)}", flush=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / _STARTED).write_text(json.dumps(asdict(recipe), indent=1), encoding="utf-8")
+    if is_main:
+        print(
+            f"{folder}: {report}" if not recipe.data.streaming else f"{folder}: samples are read while they are used"
+        )
+        if evaluation_report is not None:
+            print(f"evaluation: {evaluation_report}")
+        print(describe_parameters(counts), flush=True)
+        _write_json(folder / _STARTED, asdict(recipe))
 
     if arguments.fsdp:
         _wrap_layers(arguments, base)
-    trainer = Trainer(
+    trainer = RecipeTrainer(
         model,
         arguments,
         data_collator=Collator(processor, features),
         train_dataset=dataset,
         eval_dataset=evaluation,
-        callbacks=[_SaveProcessor(processor)],
+        processor=processor,
     )
     if arguments.fsdp and arguments.world_size > 1 and not trainer.is_fsdp_enabled:
         raise ValueError("FSDP was asked for, but accelerate does not shard over processes of this kind of device.")
@@ -356,17 +423,15 @@ def train(recipe: Recipe) -> Path:
     for settings in (base.config, base.config.text_config, base.generation_config):
         settings.use_cache = True  # the Trainer turns it off for itself
     trainer.save_model(str(folder))
-    if arguments.process_index == 0:
-        processor.save_pretrained(folder)
-        summary = {
-            "recipe": asdict(recipe),
-            "data": asdict(report),
-            "parameters": {part: {"trainable": t, "frozen": f} for part, (t, f) in counts.items()},
-            "log": trainer.state.log_history,
-        }
-        unfinished = folder / f"{SUMMARY}.tmp"
-        unfinished.write_text(json.dumps(summary, indent=1), encoding="utf-8")
-        unfinished.rename(folder / SUMMARY)
+    if is_main:
+        if recipe.data.streaming:
+            print(f"{folder}: {report}", flush=True)
+        parameters = {part: {"trainable": count[0], "frozen": count[1]} for part, count in counts.items()}
+        summary = {"recipe": asdict(recipe), "data": asdict(report), "parameters": parameters}
+        if evaluation_report is not None:
+            summary["evaluation_data"] = asdict(evaluation_report)
+        _write_json(folder / SUMMARY, {**summary, "log": trainer.state.log_history})
+    trainer.accelerator.wait_for_everyone()  # the next phase starts from these files
     return folder
 
 
@@ -375,51 +440,113 @@ def run_curriculum(recipes: Sequence[Recipe]) -> Path:
     Runs recipes in turn, each from what came out of the one before; all are checked before the first begins.
 
     Raises:
-        `ValueError`: See [`train`]; LoRA before the last phase, or two phases with one output folder.
+        `ValueError`: See [`train`]; LoRA before the last phase, two phases with one output folder, or one cache of features
+            for different dtypes.
     """
-    if not recipes:
-        raise ValueError("A curriculum needs at least one recipe.")
+    if not recipes or not recipes[0].model:
+        raise ValueError("A curriculum needs at least one recipe, and a model for the first. Give it with --model.")
     folders = [recipe.output_dir for recipe in recipes]
     if len(set(folders)) < len(folders):
         raise ValueError(f"Each phase needs an `output_dir` of its own, got {', '.join(folders)}.")
     if any(recipe.lora is not None for recipe in recipes[:-1]):
         raise ValueError("LoRA gives an adapter, from which no other phase can start: only the last may use it.")
-    model_type = AutoConfig.from_pretrained(recipes[0].model, trust_remote_code=False).model_type
+    models = [recipes[0].model, *folders]
+    recipes = [replace(recipe, model=model) for recipe, model in zip(recipes, models)]
+    model_type = AutoConfig.from_pretrained(models[0], trust_remote_code=False).model_type
+    dtypes: dict[str, torch.dtype | None] = {}
     for recipe in recipes:
         check_recipe(recipe, model_type)
+        if recipe.cache_vision_features:
+            dtype = _half_precision(recipe)
+            if dtypes.setdefault(recipe.cache_vision_features, dtype) != dtype:
+                raise ValueError(
+                    f"The phases share the cache {recipe.cache_vision_features}, but not `bf16` and `fp16`, in which its "
+                    "features are. Set them alike, or give a cache to each."
+                )
         if not _is_finished(recipe, Path(recipe.output_dir)):
             _training_arguments(recipe)
-    model = recipes[0].model
     for recipe in recipes:
-        model = str(train(replace(recipe, model=model)))
-    return Path(model)
+        folder = train(recipe)
+    return folder
 
 
 def _is_finished(recipe: Recipe, folder: Path) -> bool:
-    """Whether this recipe has been run to its end in this folder; raises if another one has been begun there."""
+    """Whether this recipe has been run to its end in this folder; raises if something else is there."""
     if not (folder / _STARTED).is_file():
+        own = ("bad_samples.jsonl", "bad_evaluation_samples.jsonl", f"{_STARTED}.tmp", _STARTED)
+        if folder.exists() and (not folder.is_dir() or any(path.name not in own for path in folder.iterdir())):
+            raise ValueError(f"{folder} exists already and holds something else. Choose another `output_dir`.")
         return False
-    started = json.loads((folder / _STARTED).read_text(encoding="utf-8"))
-    for key, value in asdict(recipe).items():
-        if started.get(key) != value and not (key == "model" and not value):
-            raise ValueError(
-                f"{folder} was begun with `{key}` {started.get(key)!r}, not {value!r}. Choose another `output_dir`, or "
-                "remove the folder."
-            )
-    return (folder / SUMMARY).is_file()
+    is_finished = (folder / SUMMARY).is_file()
+    if is_finished or last_complete_checkpoint(folder) is not None:
+        started = _flat(json.loads((folder / _STARTED).read_text(encoding="utf-8")))
+        asked = _flat(json.loads(json.dumps(asdict(recipe))))
+        for key in sorted(started.keys() | asked.keys()):
+            name = key.rpartition(".")[2]
+            if started.get(key) != asked.get(key) and not name.startswith(_FREE):
+                raise ValueError(
+                    f"{folder} was begun with `{key}` {started.get(key)!r}, not {asked.get(key)!r}. Go on with the former, "
+                    "or choose another `output_dir`."
+                )
+    return is_finished
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under keys with dots; those that are `None` are not there."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            flat[prefix + key] = value
+    return flat
+
+
+def _write_json(path: Path, content: Any) -> None:
+    """Complete, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    unfinished.replace(path)
+
+
+def _half_precision(recipe: Recipe) -> torch.dtype | None:
+    arguments = recipe.training_arguments
+    return torch.bfloat16 if arguments.get("bf16") else torch.float16 if arguments.get("fp16") else None
 
 
 def _training_arguments(recipe: Recipe) -> TrainingArguments:
-    settings: dict[str, Any] = {"use_cpu": not torch.accelerator.is_available(), **recipe.training_arguments}
+    settings: dict[str, Any] = {
+        "use_cpu": not torch.accelerator.is_available(),
+        "ddp_timeout": 24 * 3600,  # while the first process prepares the data, the others wait
+        "ddp_find_unused_parameters": recipe.data.keep_text_only,  # without an image there is nothing to project
+        "eval_strategy": "no" if recipe.evaluation_data is None else "epoch",
+        **recipe.training_arguments,
+    }
     if "gradient_accumulation_steps" in settings:
         raise ValueError("`gradient_accumulation_steps` follows from `global_batch_size`; leave it out of the recipe.")
+    if (
+        recipe.data.streaming
+    ):  # each process reads all and takes its share, without workers that would count for themselves
+        settings |= {"dataloader_num_workers": 0, "accelerator_config": {"dispatch_batches": False}}
     num_devices = int(os.environ.get("WORLD_SIZE", "1"))
     if num_devices == 1 and not settings["use_cpu"]:  # one process uses all devices
         num_devices = max(torch.accelerator.device_count(), 1)
     batch_size = settings.setdefault("per_device_train_batch_size", 8)
     # Beforehand: DeepSpeed's config takes the number over as soon as there are arguments.
     settings["gradient_accumulation_steps"] = accumulation_steps(recipe, batch_size, num_devices)
-    return TrainingArguments(output_dir=recipe.output_dir, remove_unused_columns=False, **settings)
+    try:
+        arguments = TrainingArguments(output_dir=recipe.output_dir, remove_unused_columns=False, **settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`training_arguments` are not possible: {' '.join(str(error).split())}") from error
+    state_dict_type = (getattr(arguments, "fsdp_plugin_args", None) or {}).get("state_dict_type", "FULL_STATE_DICT")
+    if state_dict_type != "FULL_STATE_DICT":
+        raise ValueError(
+            f'`state_dict_type` of FSDP must be "FULL_STATE_DICT", to save a model, got {state_dict_type!r}.'
+        )
+    if recipe.cache_vision_features and is_deepspeed_zero3_enabled():
+        raise ValueError("With ZeRO-3 no process has the whole vision tower: fill `cache_vision_features` without it.")
+    return arguments
 
 
 def _wrap_layers(arguments: TrainingArguments, model: Any) -> None:
@@ -466,20 +593,6 @@ def _load_model(recipe: Recipe) -> Any:
 
 def _names_of(part: str) -> tuple[str, ...]:
     return next((parts[part] for parts in PARTS.values() if part in parts), ())
-
-
-class _SaveProcessor(TrainerCallback):
-    """
-    Puts the processor into every checkpoint. The Trainer would do it, but a Trainer that has the processor also makes the
-    tokenizer's EOS that of the model, which ends a turn with another token.
-    """
-
-    def __init__(self, processor: Any):
-        self.processor = processor
-
-    def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            self.processor.save_pretrained(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 # --- LoRA ----------------------------------------------------------------------------------------------------------

@@ -754,7 +754,9 @@ def _prepare_mapped(
         paths_of_rows = rows.select_columns(["images"])
         memory = Path(datasets.config.HF_DATASETS_CACHE) / "ta_llava_checked_images.jsonl"
         damaged = find_damaged_files(
-            (path for row in paths_of_rows for path in row["images"]), memory, num_threads=num_proc or 1
+            (path for row in paths_of_rows for path in row["images"]),
+            memory,
+            num_threads=num_proc or os.cpu_count() or 1,
         )
         if damaged:
             for index, row in enumerate(paths_of_rows):
