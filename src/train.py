@@ -160,14 +160,13 @@ def _build(settings_class: Any, content: Any, where: str, only_check: bool = Fal
     known = {entry.name: entry for entry in fields(settings_class)}
     if unknown := [key for key in content if key not in known]:
         raise ValueError(f"Unknown key {unknown[0]!r} in {where}. There are: {', '.join(sorted(known))}.")
-    if only_check:
-        return None
     content = {key: value for key, value in content.items() if value is not None}
     for key, value in content.items():
-        for kind in (bool, int, str):
-            if known[key].type is kind and type(value) is not kind:
-                raise ValueError(f"`{key}` in {where} must be of type {kind.__name__}, got {value!r}.")
-    return settings_class(**content)
+        kind: Any = known[key].type
+        allowed = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}.get(kind)
+        if allowed is not None and type(value) not in allowed:
+            raise ValueError(f"`{key}` in {where} must be of type {kind.__name__}, got {value!r}.")
+    return None if only_check else settings_class(**content)
 
 
 def _as_number(value: Any) -> Any:
@@ -328,7 +327,7 @@ class RecipeTrainer(Trainer):
         self.processor = processor
         super().__init__(*args, **kwargs)
 
-    def _save(self, output_dir=None, state_dict=None):
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         sharded_class: Any = type(self.model)
         if self.is_fsdp_enabled and sharded_class.__name__.startswith("FSDP"):
             self.model.__class__ = sharded_class.__bases__[-1]
@@ -338,17 +337,19 @@ class RecipeTrainer(Trainer):
             self.model.__class__ = sharded_class
         self.processor.save_pretrained(output_dir or self.args.output_dir)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         target: Any = self.model if model is None else model
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or not isinstance(target, PreTrainedModel):
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
         saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
         target.load_state_dict(saved.state_dict())
 
-    def _load_best_model(self):
+    def _load_best_model(self) -> None:
         if isinstance(self.model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            return self._load_from_checkpoint(self.state.best_model_checkpoint)
-        return super()._load_best_model()
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
 
 
 def train(recipe: Recipe) -> Path:
