@@ -10,6 +10,7 @@ an interrupted run goes on from the last of them, a finished one is not run agai
 
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -311,9 +312,12 @@ def add_lora(model: Any, recipe: Recipe) -> Any:
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of the Trainer that was written to its end: its state is the last file of all."""
-    complete = folder.glob("checkpoint-*/trainer_state.json")
-    return max((path.parent for path in complete), key=lambda path: int(path.name.split("-")[1]), default=None)
+    """The newest checkpoint of the Trainer that was written to its end (its state is the last file); warns of others."""
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
+        if (path / "trainer_state.json").is_file():
+            return path
+        warnings.warn(f"{path} was not written to its end; it is not used.", stacklevel=2)
+    return None
 
 
 class RecipeTrainer(Trainer):

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -266,6 +267,38 @@ def test_an_interrupted_run_goes_on_and_a_finished_one_does_not(recipe, llava, t
     assert len(steps) == 6
     with pytest.raises(ValueError, match=r"was begun with `global_batch_size` 4, not 8. Go on with the former"):
         train(replace(recipe, global_batch_size=8))
+
+
+def test_a_run_that_was_killed_goes_on_from_the_last_whole_checkpoint(recipe, tmp_path):
+    arguments = recipe.training_arguments | {"max_steps": 6}
+    recipe = replace(recipe, training_arguments=arguments)
+    whole = train(replace(recipe, output_dir=str(tmp_path / "whole")))
+    path, folder = tmp_path / "recipe.yaml", Path(recipe.output_dir)
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(recipe, default=vars))))
+    command = [sys.executable, "-m", "ta_llava.cli", "train", str(path)]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (folder / "checkpoint-2" / "trainer_state.json").exists():
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (folder / SUMMARY).exists()
+    torn = folder / "checkpoint-5"
+    torn.mkdir()
+    (torn / "model.safetensors").write_bytes(b"half")
+    with pytest.warns(UserWarning, match="checkpoint-5 was not written to its end"):
+        train(recipe)
+    assert losses(folder) == losses(whole)
+    expected, actual = weights(whole), weights(folder)
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+def test_training_learns(recipe):
+    arguments = recipe.training_arguments | {"max_steps": 20, "per_device_train_batch_size": 8, "save_steps": 20}
+    folder = train(
+        replace(recipe, training_arguments=arguments, global_batch_size=8, train=[*READING, "language_model"])
+    )
+    curve = losses(folder)
+    assert sum(curve[-3:]) < 0.3 * sum(curve[:3])
 
 
 def test_an_output_folder_of_something_else_is_left_alone(recipe, tmp_path):
