@@ -538,11 +538,15 @@ class Inhibition:
             by_row = scores.view(batch_size, num_heads, -1)
             averaged = by_row[..., start:].detach().mean(dim=1, dtype=torch.float32)[:, None]
             by_row[..., start:end].masked_fill_(self._inhibited_images(module.layer_idx, averaged), -torch.inf)
-            return (scores.softmax(dim=-1) @ value).view(batch_size, 1, num_heads, head_dim), None
+            return (scores.softmax(dim=-1).to(value.dtype) @ value).view(batch_size, 1, num_heads, head_dim), None
 
         text_query = query[:, :, end:]
         averaged = head_averaged_scores(text_query.detach(), key[:, :, start:].detach(), scaling)
         inhibited = self._inhibited_images(module.layer_idx, averaged)
+        query, key = (
+            query.to(value.dtype),
+            key.to(value.dtype),
+        )  # in autocast the rotary embedding has made them float32
         name = (query.dtype, query.device)
         if name not in self._views:
             bias = torch.full((num_columns - end, num_columns), -torch.inf, dtype=query.dtype, device=query.device)
@@ -551,7 +555,7 @@ class Inhibition:
         bias[..., start:end].masked_fill_(inhibited[:, None, None], -torch.inf)
         # The text is attended by itself. Heads that share keys become one head with more queries: no keys are repeated.
         text_output = nn.functional.scaled_dot_product_attention(
-            text_query.reshape(batch_size, num_groups, -1, head_dim),
+            query[:, :, end:].reshape(batch_size, num_groups, -1, head_dim),
             key,
             value,
             attn_mask=bias.flatten(2, 3),

@@ -8,6 +8,7 @@ The output folder holds the trained model with its processor, and while a run is
 an interrupted run goes on from the last of them, a finished one is not run again.
 """
 
+import difflib
 import json
 import os
 import warnings
@@ -160,7 +161,8 @@ def _build(settings_class: Any, content: Any, where: str, only_check: bool = Fal
         raise ValueError(f"{where[0].upper() + where[1:]} must be a mapping, got {content!r}.")
     known = {entry.name: entry for entry in fields(settings_class)}
     if unknown := [key for key in content if key not in known]:
-        raise ValueError(f"Unknown key {unknown[0]!r} in {where}. There are: {', '.join(sorted(known))}.")
+        close = difflib.get_close_matches(str(unknown[0]), known, n=3) or sorted(known)
+        raise ValueError(f"Unknown key {unknown[0]!r} in {where}. There are: {', '.join(close)}.")
     content = {key: value for key, value in content.items() if value is not None}
     for key, value in content.items():
         kind: Any = known[key].type
@@ -226,7 +228,10 @@ def check_recipe(recipe: Recipe, model_type: str) -> None:
     if recipe.cache_vision_features and "vision_tower" in recipe.train:
         raise ValueError("`cache_vision_features` needs a frozen vision tower, but the recipe trains `vision_tower`.")
     if recipe.lora is not None and "language_model" not in recipe.train:
-        raise ValueError("`lora` trains the language model, but the recipe does not name `language_model` in `train`.")
+        raise ValueError(
+            "`lora` trains the language model, but the recipe does not name `language_model` in `train`. Take one that "
+            "does, such as recipes/ta_llava/phase3.yaml."
+        )
     if recipe.lora is not None:
         try:
             from peft import LoraConfig
@@ -245,6 +250,8 @@ def accumulation_steps(recipe: Recipe, per_device_batch_size: int, num_devices: 
     Raises:
         `ValueError`: It cannot be divided.
     """
+    if per_device_batch_size < 1:
+        raise ValueError(f"`per_device_train_batch_size` must be at least 1, got {per_device_batch_size}.")
     at_once = per_device_batch_size * num_devices
     if recipe.global_batch_size % at_once:
         raise ValueError(
@@ -368,11 +375,10 @@ def train(recipe: Recipe) -> Path:
     """
     if not recipe.model:
         raise ValueError("The recipe has no `model` to start from. Give it, e.g. by --model FOLDER.")
-    config = AutoConfig.from_pretrained(recipe.model, trust_remote_code=False)
-    check_recipe(recipe, config.model_type)
+    check_recipe(recipe, _model_type(recipe.model))
     folder = Path(recipe.output_dir)
     if _is_finished(recipe, folder):
-        print(f"{folder} is finished: nothing to do.")
+        print(f"{folder} is finished already.")
         return folder
     arguments = _training_arguments(recipe)
     is_main = arguments.process_index == 0
@@ -398,6 +404,7 @@ def train(recipe: Recipe) -> Path:
             for samples in (dataset, evaluation) if is_main else ():
                 if samples is not None:
                     features.fill(iterate_images(samples))
+    checkpoint = last_complete_checkpoint(folder)
     base = model
     if recipe.lora is not None:
         model = add_lora(base, recipe)
@@ -408,7 +415,15 @@ def train(recipe: Recipe) -> Path:
         )
         if evaluation_report is not None:
             print(f"evaluation: {evaluation_report}")
-        print(describe_parameters(counts), flush=True)
+        print(describe_parameters(counts))
+        if checkpoint is not None:
+            print(f"going on from {checkpoint}")
+        at_once, passes = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+        devices = recipe.global_batch_size // (at_once * passes)
+        print(
+            f"{recipe.global_batch_size} samples a step: {at_once} at once x {passes} passes x {devices} devices",
+            flush=True,
+        )
         _write_json(folder / _STARTED, asdict(recipe))
 
     if arguments.fsdp:
@@ -423,7 +438,6 @@ def train(recipe: Recipe) -> Path:
     )
     if arguments.fsdp and arguments.world_size > 1 and not trainer.is_fsdp_enabled:
         raise ValueError("FSDP was asked for, but accelerate does not shard over processes of this kind of device.")
-    checkpoint = last_complete_checkpoint(folder)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     for settings in (base.config, base.config.text_config, base.generation_config):
         settings.use_cache = True  # the Trainer turns it off for itself
@@ -457,7 +471,7 @@ def run_curriculum(recipes: Sequence[Recipe]) -> Path:
         raise ValueError("LoRA gives an adapter, from which no other phase can start: only the last may use it.")
     models = [recipes[0].model, *folders]
     recipes = [replace(recipe, model=model) for recipe, model in zip(recipes, models)]
-    model_type = AutoConfig.from_pretrained(models[0], trust_remote_code=False).model_type
+    model_type = _model_type(models[0])
     dtypes: dict[str, torch.dtype | None] = {}
     for recipe in recipes:
         check_recipe(recipe, model_type)
@@ -475,6 +489,19 @@ def run_curriculum(recipes: Sequence[Recipe]) -> Path:
     return folder
 
 
+def _model_type(model: str) -> str:
+    if not Path(model).is_dir() and (
+        model.startswith((".", "/")) or model.count("/") != 1 or Path(model).parent.is_dir()
+    ):
+        raise ValueError(f"There is no folder {model!r} (`model`). Run the phase before it first, or give --model.")
+    try:
+        return AutoConfig.from_pretrained(model, trust_remote_code=False).model_type
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"There is no model in {model!r}, a folder here or a repo on the Hub: {' '.join(str(error).split())}"
+        ) from error
+
+
 def _is_finished(recipe: Recipe, folder: Path) -> bool:
     """Whether this recipe has been run to its end in this folder; raises if something else is there."""
     if not (folder / _STARTED).is_file():
@@ -489,9 +516,10 @@ def _is_finished(recipe: Recipe, folder: Path) -> bool:
         for key in sorted(started.keys() | asked.keys()):
             name = key.rpartition(".")[2]
             if started.get(key) != asked.get(key) and not name.startswith(_FREE):
+                former = "" if is_finished else "Go on with the former, or choose"
                 raise ValueError(
-                    f"{folder} was begun with `{key}` {started.get(key)!r}, not {asked.get(key)!r}. Go on with the former, "
-                    "or choose another `output_dir`."
+                    f"{folder} was begun with `{key}` {started.get(key)!r}, not {asked.get(key)!r}. "
+                    f"{former or 'Choose'} another `output_dir`."
                 )
     return is_finished
 

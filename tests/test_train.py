@@ -181,6 +181,8 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path, content):
         ({"train": []}, "must be a list with at least one of projector, prefix"),
         ({"train": "prefix"}, "must be a list with at least one of .*, got 'prefix'"),
         ({"global_batch_size": 0}, "must be at least 1, got 0"),
+        ({"training_arguments": {"per_device_train_batch_size": 0}}, "must be at least 1, got 0"),
+        ({"model": "runs/ta-llava/nowhere"}, "There is no folder .runs/ta-llava/nowhere..*Run the phase before it"),
         ({"lora": {"rank": 4}, "train": ["language_model"]}, "Unknown key 'rank' in `lora`"),
         ({"training_arguments": {"eval_strategy": "epoch"}}, "the recipe has no `evaluation_data`"),
         ({"training_arguments": {"save_only_model": True}}, "its optimizer would be lost"),
@@ -265,7 +267,7 @@ def test_an_interrupted_run_goes_on_and_a_finished_one_does_not(recipe, llava, t
     assert all(torch.equal(expected[key], actual[key]) for key in expected)
     train(replace(recipe, training_arguments=recipe.training_arguments | {"logging_steps": 2}))
     assert len(steps) == 6
-    with pytest.raises(ValueError, match=r"was begun with `global_batch_size` 4, not 8. Go on with the former"):
+    with pytest.raises(ValueError, match=r"was begun with `global_batch_size` 4, not 8. Choose another"):
         train(replace(recipe, global_batch_size=8))
 
 
@@ -290,6 +292,16 @@ def test_a_run_that_was_killed_goes_on_from_the_last_whole_checkpoint(recipe, tm
     assert losses(folder) == losses(whole)
     expected, actual = weights(whole), weights(folder)
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+def test_a_llava_with_vmtc_and_cmai_trains_in_mixed_precision(recipe, llava):
+    arguments = recipe.training_arguments | {
+        "bf16": True,
+        "per_device_train_batch_size": 1,
+        "gradient_checkpointing": True,
+    }
+    recipe = replace(recipe, model=str(llava), train=["projector", "language_model"], global_batch_size=2)
+    assert len(losses(train(replace(recipe, training_arguments=arguments)))) == 4
 
 
 def test_training_learns(recipe):

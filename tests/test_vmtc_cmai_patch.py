@@ -814,12 +814,14 @@ def test_gradients_are_the_same_with_checkpointing(attention, reentrant):
     assert all(torch.isfinite(gradient).all() for gradient in gradients[0].values())
 
 
+@pytest.mark.parametrize("rows", [ROWS, ROWS[:1]], ids=["padded", "one layout"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_and_autocast(dtype):
+def test_half_precision_and_autocast(dtype, rows):
     model = build_llava("llama")
-    inputs = llava_inputs(ROWS)
+    inputs = llava_inputs(rows)
     with torch.autocast("cpu", dtype=dtype):
         model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+        generate(model.eval(), inputs)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
     model = build_llava("llama").to(dtype).eval()
     inputs["pixel_values"] = inputs["pixel_values"].to(dtype)

@@ -1,0 +1,121 @@
+"""
+Trains the small LLaVA of `checkpoints/llava-tiny` on easy-VQA's official training split, by the recipes of LLaVA-1.5.
+
+The vision tower is that of the shipped TA-LLaVA. A small Llama is pretrained on the questions as text, both are put together
+as `ta-llava init-llava` does it, and the two recipes follow. Every part resumes where it was cut off.
+
+    python -m ta_llava.train_llava_tiny --output-dir runs/llava-tiny
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig, LlamaForCausalLM, set_seed
+
+from .assemble import assemble_llava
+from .easy_vqa_data import load_easy_vqa, write_llava_format
+from .inference import DEFAULT_MODEL
+from .train import load_recipe, run_curriculum
+from .train_tiny import ChatDataset, run_stage, text_items
+
+
+RECIPES = Path(__file__).parent.parent / "recipes" / "llava"
+# A template for text: `init-llava` adds what images need.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<start_of_turn>' + ('model' if message.role == 'assistant' else message.role) + '\n' }}"
+    "{{ message.content | trim + '<end_of_turn>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
+
+def build_parts(folder: Path, seed: int, steps: int) -> None:
+    """The vision tower in `folder/tower`, and a pretrained Llama in `folder/language-model`."""
+    shipped, processor = (
+        AutoModelForImageTextToText.from_pretrained(DEFAULT_MODEL),
+        AutoProcessor.from_pretrained(DEFAULT_MODEL),
+    )
+    tokenizer = processor.tokenizer
+    shipped.model.vision_tower.float().save_pretrained(folder / "tower")
+    processor.image_processor.save_pretrained(folder / "tower")
+    set_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.convert_tokens_to_ids("<end_of_turn>"),
+    )
+    model = LlamaForCausalLM(config)
+    text = ChatDataset(text_items(load_easy_vqa("train")), processor)
+    groups = [{"params": list(model.parameters()), "lr": 1e-3}]
+    run_stage("language-model-stage", model, text, folder, seed, steps, 64, groups)
+    model.save_pretrained(folder / "language-model")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder / "language-model")
+
+
+def train_llava_tiny(output_dir: Path, seed: int = 0, scale: float = 1.0) -> None:
+    """
+    All of it; the trained model is in `output_dir/model`.
+
+    Args:
+        output_dir (`Path`): Folder for the model and, to resume from, what comes before.
+        seed (`int`): Seed of every part.
+        scale (`float`): Multiplies the number of steps; small values make a quick trial.
+    """
+    data, start = output_dir / "easy-vqa", output_dir / "init"
+    if not (data / "test.json").is_file():
+        write_llava_format(data)
+    if not start.is_dir():
+        build_parts(output_dir, seed, max(int(1000 * scale), 1))
+        assemble_llava(start, output_dir / "tower", output_dir / "language-model", seed=seed)
+    settings = {
+        "data.image_folder": data / "images",
+        "training_arguments.seed": seed,
+        "training_arguments.per_device_train_batch_size": 64,
+        "training_arguments.bf16": "false",
+        "training_arguments.gradient_checkpointing": "false",
+        "training_arguments.dataloader_num_workers": 1,
+        "global_batch_size": 64,
+        "cache_vision_features": output_dir / "features",
+    }
+    phases = []
+    for name, samples, steps, learning_rate in (
+        ("pretrain", "captions", 300, 1e-3),
+        ("finetune", "questions", 1800, 1e-3),
+    ):
+        own = {
+            "data.path": data / f"{samples}.json",
+            "output_dir": output_dir / name,
+            "model": start,
+            "training_arguments.max_steps": max(int(steps * scale), 1),
+            "training_arguments.learning_rate": learning_rate,
+        }
+        overrides = [f"{key}={value}" for key, value in (settings | own).items()]
+        phases.append(load_recipe(RECIPES / f"{name}.yaml", overrides))
+    trained = run_curriculum(phases)
+    model = AutoModelForImageTextToText.from_pretrained(trained, dtype=torch.float16)
+    model.save_pretrained(output_dir / "model")
+    AutoProcessor.from_pretrained(trained).save_pretrained(output_dir / "model")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/llava-tiny"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of steps, for quick trials")
+    arguments = parser.parse_args()
+    train_llava_tiny(arguments.output_dir, arguments.seed, arguments.scale)
+    print(f"The model is in {arguments.output_dir / 'model'}.")
+
+
+if __name__ == "__main__":
+    main()
