@@ -223,8 +223,7 @@ class CmaiDynamicMixin(CmaiLayerMixin):
         fits = room is not None and room.shape[1] >= capacity and room.shape[2] == num_images
         if room is None or not fits or (room.is_inference() and not torch.is_inference_mode_enabled()):
             # Text before the first image saw none.
-            more = 0 if room is None else max(_LEAST_ROOM, capacity // 8)
-            grown = rows.new_zeros(batch_size, capacity + more, num_images)
+            grown = rows.new_zeros(batch_size, capacity + max(_LEAST_ROOM, capacity // 8), num_images)
             if room is not None:
                 grown[:, : self.num_rows, : room.shape[2]] = room[:, : self.num_rows]
             self.room = room = grown
