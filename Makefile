@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-real lint train-tiny evaluate-tiny bench clean
+.PHONY: help demo test test-real lint train-tiny train-llava-tiny evaluate-tiny bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -39,6 +39,9 @@ lint: $(VENV)/installed-dev  ## run the linters and the type checker
 train-tiny: $(VENV)/installed-dev  ## train the shipped model from nothing (37 minutes on 2 cores; resumes)
 	$(BIN)/python -m ta_llava.train_tiny --output-dir runs/ta-llava-tiny
 	$(BIN)/python -m ta_llava.evaluate_easy_vqa runs/ta-llava-tiny/model --output runs/ta-llava-tiny/easy_vqa.json
+
+train-llava-tiny: $(VENV)/installed-dev  ## train a small LLaVA on easy-VQA by the recipes of LLaVA-1.5 (resumes)
+	$(BIN)/python -m ta_llava.train_llava_tiny --output-dir runs/llava-tiny
 
 evaluate-tiny: $(VENV)/installed-dev  ## the shipped model on all 9,673 test questions of easy-VQA
 	$(BIN)/python -m ta_llava.evaluate_easy_vqa

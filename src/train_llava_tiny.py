@@ -1,5 +1,5 @@
 """
-Trains the small LLaVA of `checkpoints/llava-tiny` on easy-VQA's official training split, by the recipes of LLaVA-1.5.
+Trains a small LLaVA on easy-VQA's official training split, by the recipes of LLaVA-1.5.
 
 The vision tower is that of the shipped TA-LLaVA. A small Llama is pretrained on the questions as text, both are put together
 as `ta-llava init-llava` does it, and the two recipes follow. Every part resumes where it was cut off.
