@@ -23,6 +23,7 @@ from transformers import (
 
 from .chat_templates import VICUNA_CHAT_TEMPLATE, Turns, add_images, recognise_turns
 from .configuration_ta_llava import TaLlavaConfig
+from .error_messages import one_line
 from .export import check_new_folder
 from .modeling_ta_llava import TaLlavaForConditionalGeneration
 from .processing_ta_llava import TaLlavaProcessor
@@ -340,10 +341,6 @@ def _read_parts(
     )
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500] or type(error).__name__
-
-
 def _load(what: str, source: str | Path, auto_class: Any, **kwargs: Any) -> Any:
     """`from_pretrained`, which for a folder does not ask the Hub for what is missing."""
     if Path(source).is_file():
@@ -353,7 +350,7 @@ def _load(what: str, source: str | Path, auto_class: Any, **kwargs: Any) -> Any:
         return auto_class.from_pretrained(source, local_files_only=is_folder, trust_remote_code=False, **kwargs)
     except Exception as error:  # of the network, the Hub, or files that may be missing or damaged in any way
         where = f"{source}" if is_folder else f"{str(source)!r}, which is no folder here and was looked for on the Hub"
-        raise ValueError(f"No {what} could be loaded from {where}: {_one_line(error)}") from error
+        raise ValueError(f"No {what} could be loaded from {where}: {one_line(error)}") from error
 
 
 def _load_weights(what: str, source: str | Path, auto_class: Any, **kwargs: Any) -> Any:
@@ -399,7 +396,7 @@ def _example_of(source: str | Path, image_processor: Any) -> torch.Tensor:
     try:
         return torch.as_tensor(image_processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"])
     except Exception as error:  # it may be one for other things than images
-        raise ValueError(f"The image processor in {source} does not work: {_one_line(error)}") from error
+        raise ValueError(f"The image processor in {source} does not work: {one_line(error)}") from error
 
 
 def _count_visual_tokens(source: str | Path, vision_config: Any, pixel_values: torch.Tensor) -> tuple[int, str]:
@@ -414,7 +411,7 @@ def _count_visual_tokens(source: str | Path, vision_config: Any, pixel_values: t
     except (ValueError, RuntimeError) as error:
         raise ValueError(
             f"The vision tower in {source} cannot read what its image processor makes, images of "
-            f"{pixel_values.shape[-1]} x {pixel_values.shape[-2]} pixels: {_one_line(error)}"
+            f"{pixel_values.shape[-1]} x {pixel_values.shape[-2]} pixels: {one_line(error)}"
         ) from error
     size = vision_config.patch_size
     num_patches = (pixel_values.shape[-2] // size) * (pixel_values.shape[-1] // size)
@@ -438,7 +435,7 @@ def _checked(config_class: Any, **settings: Any) -> Any:
     try:
         return config_class(**settings)
     except (StrictDataclassError, TypeError) as error:
-        raise ValueError(_one_line(error.__cause__ or error)) from error
+        raise ValueError(one_line(error.__cause__ or error)) from error
 
 
 def _build(out: str | Path, parts: _Parts, model_class: Any, config: Any, processor: Any, seed: int) -> list[str]:
@@ -447,7 +444,7 @@ def _build(out: str | Path, parts: _Parts, model_class: Any, config: Any, proces
         with torch.device("meta"), torch.no_grad():
             model_class(deepcopy(config)).eval().get_image_features(parts.pixel_values.to("meta"))
     except (ValueError, StrictDataclassError) as error:
-        raise ValueError(f"These settings do not fit the parts: {_one_line(error.__cause__ or error)}") from error
+        raise ValueError(f"These settings do not fit the parts: {one_line(error.__cause__ or error)}") from error
     tower, language_model = parts.load_tower(), parts.load_language_model()
     dtype = language_model.dtype
     if tower.dtype != dtype:

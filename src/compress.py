@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 from transformers import LlavaConfig, LlavaProcessor
 
+from .error_messages import one_line
 from .export import check_new_folder
 from .vmtc import count_visual_tokens, patch_grid
 from .vmtc_cmai_patch import (
@@ -99,10 +100,6 @@ def compress_llava(
     return config
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500] or type(error).__name__
-
-
 # --- what is there -------------------------------------------------------------------------------------------------
 
 
@@ -123,7 +120,7 @@ def _download(repo: str | Path, patterns: list[str]) -> str:
         return snapshot_download(str(repo), allow_patterns=patterns)
     except Exception as error:  # of the network, the Hub, or a name that cannot be one
         raise ValueError(
-            f"There is no folder {str(repo)!r}, and no Hub repo could be downloaded: {_one_line(error)}"
+            f"There is no folder {str(repo)!r}, and no Hub repo could be downloaded: {one_line(error)}"
         ) from error
 
 
@@ -140,7 +137,7 @@ def _find_weights(source: str | Path, folder: Path) -> list[Path]:
             weight_map = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
             names = sorted(set(weight_map.values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{folder / _INDEX} is not an index of weights: {_one_line(error)}") from error
+            raise ValueError(f"{folder / _INDEX} is not an index of weights: {one_line(error)}") from error
         if not names or any(Path(name).name != name for name in names):
             raise ValueError(f"{folder / _INDEX} names no files of its own folder.")
     if folder != Path(source):
@@ -159,7 +156,7 @@ def _find_weights(source: str | Path, folder: Path) -> list[Path]:
                 keys = set(tensors.keys())
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"{folder / name} is damaged or incomplete ({_one_line(error)}). Get this file again."
+                f"{folder / name} is damaged or incomplete ({one_line(error)}). Get this file again."
             ) from error
         absent = sorted(key for key, file in weight_map.items() if file == name and key not in keys)
         if absent:
@@ -205,9 +202,9 @@ def _compressed_config(
             flags["vmtc_merge_weights"] = "normalized"
         config = VmtcCmaiLlavaConfig.from_pretrained(folder, **flags)
     except StrictDataclassError as error:
-        raise ValueError(f"{source}: {_one_line(error.__cause__ or error)}") from error
+        raise ValueError(f"{source}: {one_line(error.__cause__ or error)}") from error
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"The config.json of {source} cannot be used: {_one_line(error)}") from error
+        raise ValueError(f"The config.json of {source} cannot be used: {one_line(error)}") from error
     config.architectures = [VmtcCmaiLlavaForConditionalGeneration.__name__]
     config.auto_map = dict(AUTO_MAP)
     return config
@@ -230,7 +227,7 @@ def _compressed_processor(
         except FileNotFoundError:
             continue
         except (ValueError, AttributeError) as error:
-            raise ValueError(f"{folder / name} cannot be read: {_one_line(error)}") from error
+            raise ValueError(f"{folder / name} cannot be read: {one_line(error)}") from error
         if processor_class not in (None, LlavaProcessor.__name__, VmtcCmaiLlavaProcessor.__name__):
             raise ValueError(
                 f"{source} has a {processor_class}; VMTC and CMAI work with images of one size, as a LlavaProcessor makes."
@@ -240,7 +237,7 @@ def _compressed_processor(
         black = Image.new("RGB", (64, 64))
         pixel_values = torch.as_tensor(processor.image_processor(black, return_tensors="pt")["pixel_values"])
     except Exception as error:  # files may be missing or damaged in any way
-        raise ValueError(f"No processor could be loaded from {source}: {_one_line(error)}") from error
+        raise ValueError(f"No processor could be loaded from {source}: {one_line(error)}") from error
     if processor.image_token_id != config.image_token_id:
         raise ValueError(
             f"The tokenizer of {source} writes {processor.image_token!r} as {processor.image_token_id}, but the config says "
@@ -269,5 +266,5 @@ def _count_features(source: str | Path, config: VmtcCmaiLlavaConfig, pixel_value
             return len(model.get_image_features(pixel_values.to("meta"), return_dict=True).pooler_output[0])
     except (ValueError, StrictDataclassError) as error:
         raise ValueError(
-            f"{source} does not work with these settings: {_one_line(error.__cause__ or error)}"
+            f"{source} does not work with these settings: {one_line(error.__cause__ or error)}"
         ) from error

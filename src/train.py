@@ -34,6 +34,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_bitsandbytes_available
 
 from .configuration_ta_llava import TaLlavaConfig
+from .error_messages import one_line
 from .training_data import Collator, iterate_images, prepare_dataset
 from .vision_feature_cache import VisionFeatureCache
 from .vmtc import _blocks_of
@@ -126,7 +127,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"The recipe {path} cannot be read: {' '.join(str(error).split())}") from error
+        raise ValueError(f"The recipe {path} cannot be read: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"The recipe {path} must be a mapping of keys to values.")
     for override in overrides:
@@ -498,7 +499,7 @@ def _model_type(model: str) -> str:
         return AutoConfig.from_pretrained(model, trust_remote_code=False).model_type
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"There is no model in {model!r}, a folder here or a repo on the Hub: {' '.join(str(error).split())}"
+            f"There is no model in {model!r}, a folder here or a repo on the Hub: {one_line(error)}"
         ) from error
 
 
@@ -558,9 +559,8 @@ def _training_arguments(recipe: Recipe) -> TrainingArguments:
     }
     if "gradient_accumulation_steps" in settings:
         raise ValueError("`gradient_accumulation_steps` follows from `global_batch_size`; leave it out of the recipe.")
-    if (
-        recipe.data.streaming
-    ):  # each process reads all and takes its share, without workers that would count for themselves
+    if recipe.data.streaming:
+        # Each process reads all and takes its share, without workers, which would count for themselves.
         settings |= {"dataloader_num_workers": 0, "accelerator_config": {"dispatch_batches": False}}
     num_devices = int(os.environ.get("WORLD_SIZE", "1"))
     if num_devices == 1 and not settings["use_cpu"]:  # one process uses all devices
@@ -571,7 +571,7 @@ def _training_arguments(recipe: Recipe) -> TrainingArguments:
     try:
         arguments = TrainingArguments(output_dir=recipe.output_dir, remove_unused_columns=False, **settings)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"`training_arguments` are not possible: {' '.join(str(error).split())}") from error
+        raise ValueError(f"`training_arguments` are not possible: {one_line(error)}") from error
     state_dict_type = (getattr(arguments, "fsdp_plugin_args", None) or {}).get("state_dict_type", "FULL_STATE_DICT")
     if state_dict_type != "FULL_STATE_DICT":
         raise ValueError(
@@ -652,7 +652,7 @@ def merge_adapter(adapter: str | Path, out: str | Path, model: str | None = None
     try:
         config = PeftConfig.from_pretrained(str(adapter))
     except (ValueError, OSError) as error:
-        raise ValueError(f"{adapter} is no PEFT adapter: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{adapter} is no PEFT adapter: {one_line(error)}") from error
     source = model or config.base_model_name_or_path
     if not source:
         raise ValueError(f"{adapter} does not name its model. Give it with --model.")

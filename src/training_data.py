@@ -33,6 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from .error_messages import one_line
 from .image_loading import load_rgb_image
 
 
@@ -45,10 +46,6 @@ COLUMNS = ["input_ids", "labels", "images", "id", "length"]
 
 # Characters for private use, which no text has, to see what a chat template does with a question and an answer.
 _QUESTION, _ANSWER = "\ue000", "\ue001"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500] or type(error).__name__
 
 
 # --- one sample ----------------------------------------------------------------------------------------------------
@@ -126,7 +123,7 @@ def _read_images(record: Mapping[str, Any], image_folder: str | Path | None) -> 
     try:
         images = _as_list(record.get("images") if record.get("image") is None else record["image"])
     except Exception as error:  # `datasets` decodes them here, and Pillow's readers raise nearly anything
-        raise ValueError(f"An image cannot be read: {_one_line(error)}") from error
+        raise ValueError(f"An image cannot be read: {one_line(error)}") from error
     return [
         os.path.join(image_folder or "", image) if isinstance(image, (str, os.PathLike)) else image for image in images
     ]
@@ -238,7 +235,7 @@ def open_image(image: Any) -> Image.Image:
             image = image["path"] if image.get("bytes") is None else Image.open(BytesIO(image["bytes"]))
         return load_rgb_image(image)
     except Exception as error:  # Pillow's readers raise nearly anything
-        raise ValueError(_one_line(error)) from error
+        raise ValueError(one_line(error)) from error
 
 
 def _find_damage(image: Any) -> str:
@@ -357,7 +354,7 @@ class SampleEncoder:
                 )
             spans = self._find_answers(messages, text)
         except TemplateError as error:
-            reason = f"The chat template refuses it: {_one_line(error)}"
+            reason = f"The chat template refuses it: {one_line(error)}"
             raise SampleError(sample.id, sample.index, sample.source, reason) from error
         except ValueError as error:
             raise SampleError(sample.id, sample.index, sample.source, str(error)) from error
@@ -583,7 +580,7 @@ class _Preparation:
         try:
             parsed = json.loads(record["record"])
         except ValueError as error:
-            raise SampleError(str(index), index, self.source, f"It is not JSON: {_one_line(error)}") from error
+            raise SampleError(str(index), index, self.source, f"It is not JSON: {one_line(error)}") from error
         if not isinstance(parsed, dict):
             raise SampleError(str(index), index, self.source, f"It is not a JSON object, but {record['record']:.100}.")
         return parsed
@@ -843,7 +840,7 @@ def _load(source: Any, streaming: bool, split: str) -> tuple[datasets.Dataset | 
                 _read_json, gen_kwargs=arguments, features=datasets.Features({"record": datasets.Value("string")})
             )
         except datasets.exceptions.DatasetGenerationError as error:
-            raise ValueError(_one_line(error.__cause__ or error)) from error
+            raise ValueError(one_line(error.__cause__ or error)) from error
     elif not name:
         records = source
     elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
@@ -854,7 +851,7 @@ def _load(source: Any, streaming: bool, split: str) -> tuple[datasets.Dataset | 
         try:
             records = datasets.load_dataset(name, split=split, streaming=streaming)
         except Exception as error:  # of the network, the Hub, the data, or a name that cannot be one
-            raise ValueError(f"There is no dataset {name!r} that could be read: {_one_line(error)}") from error
+            raise ValueError(f"There is no dataset {name!r} that could be read: {one_line(error)}") from error
     if isinstance(records, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         if split not in records:
             raise ValueError(f"{name or 'The dataset'} has no split {split!r}, but {', '.join(records)}.")
@@ -887,7 +884,7 @@ def _read_json(path: str, stamp: Any) -> Iterator[dict[str, str]]:
                 records = json.load(file)
             except ValueError as error:
                 raise ValueError(
-                    f"{path} is not JSON: {_one_line(error)}. One record per line? Call it .jsonl."
+                    f"{path} is not JSON: {one_line(error)}. One record per line? Call it .jsonl."
                 ) from error
             if not isinstance(records, list):
                 raise ValueError(f"{path} is not an array of records. One record per line? Call it .jsonl.")
