@@ -37,6 +37,17 @@ def ask(
     model: Annotated[
         str | None, typer.Option(help="Folder or Hub repo. Default: the model shipped with the package.")
     ] = None,
+    visual_tokens: Annotated[
+        int | None,
+        typer.Option(help="Of a LLaVA: VMTC on, with so many visual tokens per image.", show_default=False),
+    ] = None,
+    cmai: Annotated[
+        float | None,
+        typer.Option(
+            help="Of a LLaVA: CMAI on, with this share of the image tokens, in [0, 1], inhibited in the last layer.",
+            show_default=False,
+        ),
+    ] = None,
     batch: Annotated[
         Path | None,
         typer.Option(
@@ -68,7 +79,7 @@ def ask(
         if batch is None:  # a wrong image is found before a model is loaded
             sources = [([load_rgb_image(image) for image in question[:-1]], question[-1])]
         logging.disable_progress_bar()
-        loaded, processor = load(model or DEFAULT_MODEL)
+        loaded, processor = load(model or DEFAULT_MODEL, visual_tokens, cmai)
         answers = answer(
             loaded,
             processor,

@@ -75,11 +75,7 @@ def compress_llava(
     """
     out = Path(out)
     check_new_folder(out)
-    if cmai_max_ratio is not None and not 0 <= cmai_max_ratio <= 1:
-        raise ValueError(f"The CMAI ratio must be from 0 to 1, got {cmai_max_ratio}.")
-    folder = _find_source(source)
-    config = _compressed_config(source, folder, num_visual_tokens, cmai_max_ratio)
-    processor = _compressed_processor(source, folder, config, num_visual_tokens)
+    folder, config, processor = compressed_parts(source, num_visual_tokens, cmai_max_ratio)
     files = _find_weights(source, folder)
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -98,6 +94,20 @@ def compress_llava(
             out.rmdir()
         unfinished.rename(out)
     return config
+
+
+def compressed_parts(
+    source: str | Path, num_visual_tokens: int | None = None, cmai_max_ratio: float | None = None
+) -> tuple[Path, VmtcCmaiLlavaConfig, VmtcCmaiLlavaProcessor]:
+    """
+    What `compress_llava` writes beside the weights: the folder of the checkpoint (of a Hub repo, where it was downloaded
+    to), and the config and processor with VMTC and CMAI as asked for. Arguments and errors are those of `compress_llava`.
+    """
+    if cmai_max_ratio is not None and not 0 <= cmai_max_ratio <= 1:
+        raise ValueError(f"The CMAI ratio must be from 0 to 1, got {cmai_max_ratio}.")
+    folder = _find_source(source)
+    config = _compressed_config(source, folder, num_visual_tokens, cmai_max_ratio)
+    return folder, config, _compressed_processor(source, folder, config, num_visual_tokens)
 
 
 # --- what is there -------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """
 Exact match on easy-VQA's official test questions, answered by `generate()`, per type of question.
 
-    python -m ta_llava.evaluate_easy_vqa [MODEL] [--questions 500] [--output results.json]
+    python -m ta_llava.evaluate_easy_vqa [MODEL] [--visual-tokens 16] [--cmai 0.6] [--questions 500] [--output results.json]
 """
 
 import argparse
@@ -54,10 +54,13 @@ def format_table(results: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Exact match on easy-VQA's official test questions.")
     parser.add_argument("model", nargs="?", default=str(DEFAULT_MODEL))
+    parser.add_argument("--visual-tokens", type=int, help="of a LLaVA: VMTC on, with so many visual tokens per image")
+    parser.add_argument("--cmai", type=float, help="of a LLaVA: CMAI on, with this share inhibited in the last layer")
     parser.add_argument("--questions", type=int, help="evenly spaced sample instead of all 9,673")
     parser.add_argument("--output", type=Path, help="also write the results as JSON")
     arguments = parser.parse_args()
-    results = evaluate_easy_vqa(*load(arguments.model), num_questions=arguments.questions)
+    loaded = load(arguments.model, arguments.visual_tokens, arguments.cmai)
+    results = evaluate_easy_vqa(*loaded, num_questions=arguments.questions)
     print(format_table(results))
     if arguments.output:
         arguments.output.write_text(json.dumps(results, indent=1) + "\n")

@@ -8,26 +8,41 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
+from .compress import compressed_parts
+from .vmtc_cmai_patch import VmtcCmaiLlavaForConditionalGeneration
+
 
 # The model that is shipped with the package: beside `src` in the repository, inside the package once installed.
 _FOLDERS = [Path(__file__).parent / "checkpoints", Path(__file__).parent.parent / "checkpoints"]
 DEFAULT_MODEL = next((folder for folder in _FOLDERS if folder.is_dir()), _FOLDERS[0]) / "ta-llava-tiny"
 
 
-def load(model: str | Path = DEFAULT_MODEL) -> tuple[PreTrainedModel, ProcessorMixin]:
+def load(
+    model: str | Path = DEFAULT_MODEL, num_visual_tokens: int | None = None, cmai_max_ratio: float | None = None
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     """
     Model and processor of a folder or Hub repo, in evaluation mode, on the GPU if there is one. On the CPU half
     precision weights are widened to float32.
 
+    Args:
+        model (`str` or `Path`): Folder or Hub repo.
+        num_visual_tokens (`int`, *optional*): Load a LLaVA with VMTC on, and so many visual tokens per image.
+        cmai_max_ratio (`float`, *optional*): Load a LLaVA with CMAI on, and this share inhibited in the last layer.
+
     Raises:
-        `ValueError`: Nothing can be loaded from there; the message says what is missing.
+        `ValueError`: Nothing can be loaded from there, or not with VMTC and CMAI; the message says what is missing.
     """
     on_gpu = torch.cuda.is_available()
+    model_class, kwargs = AutoModelForImageTextToText, {}
+    if num_visual_tokens is not None or cmai_max_ratio is not None:
+        _, config, processor = compressed_parts(model, num_visual_tokens, cmai_max_ratio)
+        model_class, kwargs = VmtcCmaiLlavaForConditionalGeneration, {"config": config}
     try:
         # Loading the processor first finds a wrong name before any weights are downloaded.
-        processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
+        if not kwargs:
+            processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
         dtype = "auto" if on_gpu else torch.float32
-        loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, trust_remote_code=False)
+        loaded = model_class.from_pretrained(model, dtype=dtype, trust_remote_code=False, **kwargs)
     except Exception as error:  # files may be missing or damaged in any way
         reason = " ".join(str(error).split())[:500] or type(error).__name__
         raise ValueError(f"No model could be loaded from {str(model)!r}: {reason}") from error

@@ -33,7 +33,7 @@ from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import can_return_tuple, is_tracing, logging
 
 from .configuration_ta_llava import TaLlavaConfig
 from .vmtc import VisualBudgetMixin, compression_of_call, make_compressible, pass_as_parent
@@ -643,7 +643,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         is_prefix = is_placeholder & ((tokens & ~is_placeholder).cumsum(dim=-1) == 0)
         has_prefix = is_prefix.any(dim=-1)
         text_mask = tokens & ~is_prefix
-        if not torch.compiler.is_compiling():  # these look at values, which a compiled graph must not wait for
+        if not is_tracing(is_prefix):  # these look at values, which a graph must not wait for
             no_images = pixel_values is None and vision_features is None
             if (no_images or (image_mask is not None and not image_mask.any())) and not has_prefix.any():
                 return inputs_embeds, None, None
@@ -717,7 +717,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         markers = torch.stack([self._columns_of(token_id, input_ids, inputs_embeds) for token_id in marker_ids])
         response_start = find_response_start(markers & text_mask, self.config.instruction_scope)
         no_marker = response_start == sequence_length
-        if self.training and not torch.compiler.is_compiling() and (no_marker & has_prefix).any():
+        if self.training and not is_tracing(no_marker) and (no_marker & has_prefix).any():
             logger.warning_once(
                 f"A training example with an image has no response marker (`config.response_marker_ids` {marker_ids}), "
                 "so its prefix reads all of its text, the labels included. Does the chat template of the processor "
@@ -775,7 +775,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
                 f"`image_mask` has shape {tuple(image_mask.shape)}, `{name}` holds rows x images of "
                 f"{tuple(images.shape[:2])}. They must agree; the processor makes both."
             )
-        if torch.compiler.is_compiling():
+        if is_tracing(has_prefix):
             return
         num_images = torch.full_like(has_prefix, images.shape[1], dtype=torch.long)
         if image_mask is not None:

@@ -11,14 +11,17 @@ an interrupted run goes on from the last of them, a finished one is not run agai
 import difflib
 import json
 import os
+import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -37,7 +40,7 @@ from .configuration_ta_llava import TaLlavaConfig
 from .error_messages import one_line
 from .training_data import Collator, iterate_images, prepare_dataset
 from .vision_feature_cache import VisionFeatureCache
-from .vmtc import _blocks_of
+from .vmtc import blocks_of
 from .vmtc_cmai_patch import VmtcCmaiLlavaConfig
 
 
@@ -62,6 +65,7 @@ SUMMARY = "training_summary.json"
 _STARTED = "recipe.json"
 # Settings that may change when a run goes on.
 _FREE = ("output_dir", "num_proc", "dataloader_", "logging_", "save_", "report_to", "disable_tqdm", "ddp_")
+_ROOM_FOR_SMALL_FILES = 1 << 20  # bytes
 _SHUFFLED_AT_ONCE = 1000  # samples of a stream
 
 
@@ -239,6 +243,8 @@ def check_recipe(recipe: Recipe, model_type: str) -> None:
         except ImportError as error:
             raise ValueError("`lora` needs peft: `pip install 'ta-llava[train]'`.") from error
         _build(LoraConfig, recipe.lora, "`lora` of the recipe", only_check=True)
+        if "modules_to_save" in recipe.lora:
+            raise ValueError("`modules_to_save` of `lora` follows from `train`; leave it out of the recipe.")
     if recipe.load_in_4bit and (recipe.lora is None or not is_bitsandbytes_available()):
         missing = "bitsandbytes, which is not installed" if recipe.lora is not None else "`lora`"
         raise ValueError(f"`load_in_4bit` needs {missing}.")
@@ -324,7 +330,7 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
     for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
         if (path / "trainer_state.json").is_file():
             return path
-        warnings.warn(f"{path} was not written to its end; it is not used.", stacklevel=2)
+        warnings.warn(f"{path} was not written to its end; it is not used.")  # noqa: B028  # once, whoever asks
     return None
 
 
@@ -404,7 +410,8 @@ def train(recipe: Recipe) -> Path:
             features = VisionFeatureCache(recipe.cache_vision_features, model, processor, _half_precision(recipe))
             for samples in (dataset, evaluation) if is_main else ():
                 if samples is not None:
-                    features.fill(iterate_images(samples))
+                    with _explaining_a_full_disk(features.folder):
+                        features.fill(iterate_images(samples))
     checkpoint = last_complete_checkpoint(folder)
     base = model
     if recipe.lora is not None:
@@ -427,6 +434,8 @@ def train(recipe: Recipe) -> Path:
         )
         _write_json(folder / _STARTED, asdict(recipe))
 
+    if is_main:
+        _check_space(recipe, arguments, counts)
     if arguments.fsdp:
         _wrap_layers(arguments, base)
     trainer = RecipeTrainer(
@@ -439,10 +448,11 @@ def train(recipe: Recipe) -> Path:
     )
     if arguments.fsdp and arguments.world_size > 1 and not trainer.is_fsdp_enabled:
         raise ValueError("FSDP was asked for, but accelerate does not shard over processes of this kind of device.")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    for settings in (base.config, base.config.text_config, base.generation_config):
-        settings.use_cache = True  # the Trainer turns it off for itself
-    trainer.save_model(str(folder))
+    with _explaining_a_full_disk(folder):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        for settings in (base.config, base.config.text_config, base.generation_config):
+            settings.use_cache = True  # the Trainer turns it off for itself
+        trainer.save_model(str(folder))
     if is_main:
         if recipe.data.streaming:
             print(f"{folder}: {report}", flush=True)
@@ -582,13 +592,47 @@ def _training_arguments(recipe: Recipe) -> TrainingArguments:
     return arguments
 
 
+def _check_space(recipe: Recipe, arguments: TrainingArguments, counts: dict[str, tuple[int, int]]) -> None:
+    """Raises if there is no room for the trained model and the checkpoints that lie beside it at the same time."""
+    trained, frozen = (sum(count[index] for count in counts.values()) for index in (0, 1))
+    weights = 4 * (trained if recipe.lora is not None else trained + frozen)
+    checkpoint = weights + 8 * trained  # and the two moments of Adam
+    folder = Path(recipe.output_dir)
+    there = sum(file.stat().st_size for file in folder.glob("checkpoint-*/*"))
+    # The next checkpoint is written before an old one is deleted, but a short run has only one, at its end.
+    several = arguments.save_strategy != "no" and not 0 < arguments.max_steps <= arguments.save_steps
+    needed = checkpoint * ((arguments.save_total_limit or 1) + 1) if several else checkpoint + weights
+    needed -= there
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(
+            f"{folder} needs {needed / 1e9:.1f} GB, {checkpoint / 1e9:.1f} GB for each checkpoint, but its disk has "
+            f"{free / 1e9:.1f} GB free. Free some of it, or choose another `output_dir`, or a smaller "
+            "`training_arguments.save_total_limit`."
+        )
+
+
+@contextmanager
+def _explaining_a_full_disk(folder: Path) -> Iterator[None]:
+    """Says what to do when the disk of a folder is full, for which torch and safetensors have no error of their own."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if "No space left" not in str(error) and shutil.disk_usage(folder).free > _ROOM_FOR_SMALL_FILES:
+            raise
+        raise ValueError(
+            f"The disk of {folder} is full ({one_line(error)}). Free some of it and start again: what is complete there is "
+            "used, and nothing else lost."
+        ) from error
+
+
 def _wrap_layers(arguments: TrainingArguments, model: Any) -> None:
     """
     Lets FSDP shard layer by layer. By itself it would look for all classes that tower and language model name as not to be
     split, and fail for those of CLIP that are not there; the adapters, which more than one layer uses, stay in the root.
     """
     settings: Any = arguments.fsdp_plugin_args  # type: ignore[attr-defined]
-    layers = [*model.model.language_model.layers, *_blocks_of(model.model.vision_tower)]
+    layers = [*model.model.language_model.layers, *blocks_of(model.model.vision_tower)]
     names = sorted({type(layer).__name__ for layer in layers})
     settings.setdefault("transformer_cls_names_to_wrap", ",".join(names))
 

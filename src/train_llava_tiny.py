@@ -1,17 +1,28 @@
 """
-Trains a small LLaVA on easy-VQA's official training split, by the recipes of LLaVA-1.5.
+Trains the small LLaVA of `checkpoints/llava-tiny` on easy-VQA's official training split, by the recipes of LLaVA-1.5.
 
 The vision tower is that of the shipped TA-LLaVA. A small Llama is pretrained on the questions as text, both are put together
-as `ta-llava init-llava` does it, and the two recipes follow. Every part resumes where it was cut off.
+as `ta-llava init-llava` does it, and the two recipes follow. What comes out is a stock LLaVA. Every part resumes where it
+was cut off.
 
     python -m ta_llava.train_llava_tiny --output-dir runs/llava-tiny
 """
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    set_seed,
+)
 
 from .assemble import assemble_llava
 from .easy_vqa_data import load_easy_vqa, write_llava_format
@@ -75,7 +86,7 @@ def train_llava_tiny(output_dir: Path, seed: int = 0, scale: float = 1.0) -> Non
     if not (data / "test.json").is_file():
         write_llava_format(data)
     if not start.is_dir():
-        build_parts(output_dir, seed, max(int(1000 * scale), 1))
+        build_parts(output_dir, seed, max(int(3000 * scale), 1))
         assemble_llava(start, output_dir / "tower", output_dir / "language-model", seed=seed)
     settings = {
         "data.image_folder": data / "images",
@@ -101,10 +112,28 @@ def train_llava_tiny(output_dir: Path, seed: int = 0, scale: float = 1.0) -> Non
         }
         overrides = [f"{key}={value}" for key, value in (settings | own).items()]
         phases.append(load_recipe(RECIPES / f"{name}.yaml", overrides))
-    trained = run_curriculum(phases)
-    model = AutoModelForImageTextToText.from_pretrained(trained, dtype=torch.float16)
-    model.save_pretrained(output_dir / "model")
-    AutoProcessor.from_pretrained(trained).save_pretrained(output_dir / "model")
+    save_as_stock_llava(run_curriculum(phases), output_dir / "model")
+
+
+def save_as_stock_llava(folder: Path, out: Path) -> None:
+    """Writes a LLaVA that has VMTC and CMAI off, in `folder`, as one that the library loads by itself, in float16."""
+    model, processor = (
+        auto_class.from_pretrained(folder) for auto_class in (AutoModelForImageTextToText, AutoProcessor)
+    )
+    config = LlavaConfig(**{entry.name: getattr(model.config, entry.name) for entry in fields(LlavaConfig)})
+    stock = LlavaForConditionalGeneration(config).to(torch.float16)
+    stock.load_state_dict(model.state_dict())
+    stock.generation_config = model.generation_config
+    stock.save_pretrained(out)
+    LlavaProcessor(
+        processor.image_processor,
+        processor.tokenizer,
+        patch_size=processor.patch_size,
+        vision_feature_select_strategy=processor.vision_feature_select_strategy,
+        num_additional_image_tokens=processor.num_additional_image_tokens,
+        image_token=processor.image_token,
+        chat_template=processor.chat_template,
+    ).save_pretrained(out)
 
 
 def main() -> None:

@@ -44,6 +44,8 @@ IGNORED = -100  # a label without loss
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 COLUMNS = ["input_ids", "labels", "images", "id", "length"]
 
+_PROBED = 16  # samples, evenly spaced, that are looked at before all are
+
 # Characters for private use, which no text has, to see what a chat template does with a question and an answer.
 _QUESTION, _ANSWER = "\ue000", "\ue001"
 
@@ -729,6 +731,7 @@ def _prepare_mapped(
 ) -> tuple[datasets.Dataset, DataReport]:
     # Images inside the dataset stay where they are: they are not copied with the tokens.
     held = [name for name in ("image", "images") if _holds_images(records.features.get(name))][:1]
+    _probe(records, prepare, bad_samples)
     tokens = datasets.Sequence(datasets.Value("int32"))
     text = datasets.Value("string")
     features = {
@@ -771,6 +774,17 @@ def _prepare_mapped(
         rows = datasets.concatenate_datasets([rows.remove_columns("images"), images], axis=1)
     rows = rows.select([index for index, outcome in enumerate(outcomes) if outcome == "kept"])
     return rows.select_columns(COLUMNS), report
+
+
+def _probe(records: datasets.Dataset, prepare: _Preparation, bad_samples: _BadSamples) -> None:
+    """What is wrong with all samples, such as a wrong `image_folder`, shows in a few, before all are tokenised."""
+    if bad_samples.on_bad_sample == "skip":
+        return
+    for index in range(0, len(records), max(len(records) // _PROBED, 1)):
+        row = prepare(records[index], index)
+        damages = (_find_damage(image) for image in row["images"])
+        if reason := row["reason"] or next(filter(None, damages), ""):
+            bad_samples.handle([(row["id"], index, reason)])
 
 
 @dataclass

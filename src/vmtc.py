@@ -510,13 +510,13 @@ def compressing_block_class(block_class: Any) -> type[nn.Module]:
 
 def make_compressible(tower: Any) -> None:
     """Lets the blocks of a vision tower compress when asked to; a tower of unknown build stays as it is."""
-    for index, block in enumerate(_blocks_of(tower)):
+    for index, block in enumerate(blocks_of(tower)):
         block_class: Any = type(block)
         block.__class__ = compressing_block_class(block_class)
         block.block_index = index
 
 
-def _blocks_of(tower: Any) -> Any:
+def blocks_of(tower: Any) -> Any:
     """The blocks of a tower that is built like CLIP or DINOv2 (without registers), or none."""
     encoder = getattr(tower, "encoder", None)
     blocks: Any = getattr(encoder, "layers", getattr(encoder, "layer", ()))
@@ -548,7 +548,7 @@ def compression_of_call(
         return None
     if not isinstance(feature_layer, int):
         raise ValueError(f"VMTC works with one `vision_feature_layer`, got {feature_layer}.")
-    blocks = _blocks_of(tower)
+    blocks = blocks_of(tower)
     if not blocks:
         raise ValueError(
             f"VMTC does not know the blocks of {type(tower).__name__}: it works with CLIP, SigLIP and DINOv2 without "

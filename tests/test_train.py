@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 import yaml
 from conftest import ROOT
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, Gemma2ForCausalLM, Trainer
 from typer.testing import CliRunner
@@ -26,6 +28,7 @@ from ta_llava.train import (
     SUMMARY,
     DataSettings,
     Recipe,
+    RecipeTrainer,
     accumulation_steps,
     count_parameters,
     load_recipe,
@@ -204,6 +207,10 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path, content):
         ),
         ({"lora": {}}, "does not name `language_model`"),
         ({"load_in_4bit": True}, "`load_in_4bit` needs `lora`"),
+        (
+            {"lora": {"modules_to_save": ["x"]}, "train": ["language_model"]},
+            "`modules_to_save` .* follows from `train`",
+        ),
         ({"global_batch_size": 6}, "`global_batch_size` is 6, which 1 devices .* 4 cannot share: .* multiple of 4"),
         ({"training_arguments": {"gradient_accumulation_steps": 2}}, "follows from `global_batch_size`"),
     ],
@@ -290,6 +297,46 @@ def test_a_run_that_was_killed_goes_on_from_the_last_whole_checkpoint(recipe, tm
     with pytest.warns(UserWarning, match="checkpoint-5 was not written to its end"):
         train(recipe)
     assert losses(folder) == pytest.approx(losses(whole), rel=1e-3)  # another process may round otherwise
+
+
+def test_a_disk_without_room_is_found_before_the_first_step(recipe, monkeypatch):
+    weights, trained = 4 * count("all"), 4 * count("trained")
+    usage = shutil.disk_usage(".")
+    recipe.training_arguments["save_total_limit"] = 1
+    checkpoint = weights + 2 * trained
+    for free, fits in ((2 * checkpoint - 1, False), (2 * checkpoint, True)):  # one is written while another is there
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        monkeypatch.setattr(Trainer, "train", lambda self, **kwargs: None)
+        if fits:
+            train(recipe)
+        else:
+            with pytest.raises(
+                ValueError, match=r"needs 0.0 GB, 0.0 GB for each checkpoint, but its disk has 0.0 GB free"
+            ):
+                train(recipe)
+
+
+def count(which: str) -> int:
+    """Parameters of the shipped model, `"all"` or those that `READING` trains."""
+    model = AutoModelForImageTextToText.from_pretrained(MODEL)
+    train_only(model, READING)
+    return sum(parameter.numel() for parameter in model.parameters() if which == "all" or parameter.requires_grad)
+
+
+def test_a_disk_that_gets_full_is_named_and_the_run_goes_on_when_there_is_room(recipe, tmp_path, monkeypatch):
+    whole = losses(train(replace(recipe, output_dir=str(tmp_path / "whole"))))
+    save, calls = RecipeTrainer._save, []
+
+    def save_first_only(self, *args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(RecipeTrainer, "_save", save_first_only)
+    with pytest.raises(ValueError, match=r"The disk of .*out is full .*Free some of it and start again"):
+        train(recipe)
+    assert losses(train(recipe)) == pytest.approx(whole, rel=1e-5)
 
 
 def test_a_llava_with_vmtc_and_cmai_trains_in_mixed_precision(recipe, llava):

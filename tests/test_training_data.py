@@ -598,6 +598,16 @@ def test_sources_that_cannot_be_read(tmp_path, ta_llava, name, content, message,
         prepare_dataset(tmp_path / name, ta_llava, streaming=streaming)
 
 
+def test_a_wrong_image_folder_is_found_before_all_is_tokenised(tmp_path, folder, ta_llava, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    source = write_json(tmp_path / "data.json", [record(id=index) for index in range(500)])
+    encoded, encode = [], SampleEncoder.__call__
+    monkeypatch.setattr(SampleEncoder, "__call__", lambda self, one: encoded.append(one.id) or encode(self, one))
+    with pytest.raises(SampleError, match=r"Sample 0 .* no image file '.*elsewhere"):
+        prepare_dataset(source, ta_llava, image_folder=tmp_path / "elsewhere")
+    assert len(encoded) == 1
+
+
 def test_wrong_arguments(tmp_path, ta_llava):
     source = write_json(tmp_path / "data.json", [record()])
     with pytest.raises(ValueError, match="no such folder"):

