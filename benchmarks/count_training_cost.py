@@ -5,8 +5,8 @@ without data, so that it takes a minute and no memory to speak of.
     python benchmarks/count_training_cost.py --output benchmarks/results/count_training_cost.md
 
 Operations are those of `torch.utils.flop_counter` for a forward and backward pass with gradient checkpointing in the
-language model, of one sample with one image of 336 x 336 pixels. Activations are what the backward pass keeps of that sample in
-bfloat16, with the layer that it computes again. Weights, gradients and the two moments of Adam are in float32.
+language model, of one sample with one image of 336 x 336 pixels. Activations are what the backward pass keeps of that
+sample in bfloat16, with the layer that it computes again. Weights, gradients and the two moments of Adam are in float32.
 """
 
 import argparse

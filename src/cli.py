@@ -35,7 +35,10 @@ def ask(
         list[str] | None, typer.Argument(metavar="IMAGE... QUESTION", help="One or more images, then the question.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Folder or Hub repo. Default: the model shipped with the package.")
+        str | None,
+        typer.Option(
+            help="Folder or Hub repo. Default: the TA-LLaVA that is shipped; with --visual-tokens or --cmai the LLaVA."
+        ),
     ] = None,
     visual_tokens: Annotated[
         int | None,
@@ -74,12 +77,13 @@ def ask(
         from transformers.utils import logging
 
         from .image_loading import load_rgb_image
-        from .inference import DEFAULT_MODEL, answer, load
+        from .inference import DEFAULT_LLAVA, DEFAULT_MODEL, answer, load
 
         if batch is None:  # a wrong image is found before a model is loaded
             sources = [([load_rgb_image(image) for image in question[:-1]], question[-1])]
         logging.disable_progress_bar()
-        loaded, processor = load(model or DEFAULT_MODEL, visual_tokens, cmai)
+        default = DEFAULT_MODEL if visual_tokens is None and cmai is None else DEFAULT_LLAVA
+        loaded, processor = load(model or default, visual_tokens, cmai)
         answers = answer(
             loaded,
             processor,

@@ -12,9 +12,11 @@ from .compress import compressed_parts
 from .vmtc_cmai_patch import VmtcCmaiLlavaForConditionalGeneration
 
 
-# The model that is shipped with the package: beside `src` in the repository, inside the package once installed.
+# The models that are shipped with the package: beside `src` in the repository, inside the package once installed.
 _FOLDERS = [Path(__file__).parent / "checkpoints", Path(__file__).parent.parent / "checkpoints"]
-DEFAULT_MODEL = next((folder for folder in _FOLDERS if folder.is_dir()), _FOLDERS[0]) / "ta-llava-tiny"
+_SHIPPED = next((folder for folder in _FOLDERS if folder.is_dir()), _FOLDERS[0])
+DEFAULT_MODEL = _SHIPPED / "ta-llava-tiny"
+DEFAULT_LLAVA = _SHIPPED / "llava-tiny"  # for VMTC and CMAI
 
 
 def load(

@@ -296,8 +296,11 @@ def count_parameters(model: Any) -> dict[str, tuple[int, int]]:
                 # PEFT keeps the original of what it trains fully.
                 if id(parameter) not in seen and "original_module." not in name:
                     seen.add(id(parameter))
-                    trainable += parameter.numel() * parameter.requires_grad
-                    frozen += parameter.numel() * (not parameter.requires_grad)
+                    number = parameter.numel() * (
+                        2 if type(parameter).__name__ == "Params4bit" else 1
+                    )  # two in a byte
+                    trainable += number * parameter.requires_grad
+                    frozen += number * (not parameter.requires_grad)
         counts[part] = (trainable, frozen)
     return counts
 
@@ -402,7 +405,8 @@ def train(recipe: Recipe) -> Path:
     if recipe.data.streaming:
         dataset = dataset.shuffle(seed=arguments.seed, buffer_size=_SHUFFLED_AT_ONCE)
     model = _load_model(recipe)
-    train_only(model, recipe.train)
+    # What LoRA trains is not there yet, and weights of 4 bits cannot be trained.
+    train_only(model, [part for part in recipe.train if recipe.lora is None or part != "language_model"])
     features = None
     if recipe.cache_vision_features:
         with arguments.main_process_first(desc="computing vision features"):
@@ -661,7 +665,7 @@ def _load_model(recipe: Recipe) -> Any:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=[*others, "lm_head"],
+        llm_int8_skip_modules=[*(f"model.{name}" for name in others), "lm_head"],  # matched from the start
     )
     return AutoModelForImageTextToText.from_pretrained(
         recipe.model, quantization_config=quantization, trust_remote_code=False

@@ -60,6 +60,7 @@ def build_parts(folder: Path, seed: int, steps: int) -> None:
         num_key_value_heads=2,
         max_position_embeddings=512,
         tie_word_embeddings=True,
+        initializer_range=0.09,  # about 1 / sqrt(128); with the default, for widths of thousands, it hardly learns
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.convert_tokens_to_ids("<end_of_turn>"),
@@ -86,7 +87,7 @@ def train_llava_tiny(output_dir: Path, seed: int = 0, scale: float = 1.0) -> Non
     if not (data / "test.json").is_file():
         write_llava_format(data)
     if not start.is_dir():
-        build_parts(output_dir, seed, max(int(3000 * scale), 1))
+        build_parts(output_dir, seed, max(int(1000 * scale), 1))
         assemble_llava(start, output_dir / "tower", output_dir / "language-model", seed=seed)
     settings = {
         "data.image_folder": data / "images",
@@ -101,7 +102,7 @@ def train_llava_tiny(output_dir: Path, seed: int = 0, scale: float = 1.0) -> Non
     phases = []
     for name, samples, steps, learning_rate in (
         ("pretrain", "captions", 300, 1e-3),
-        ("finetune", "questions", 1800, 1e-3),
+        ("finetune", "questions", 1500, 1e-3),
     ):
         own = {
             "data.path": data / f"{samples}.json",

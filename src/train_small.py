@@ -80,6 +80,7 @@ def train_small(output_dir: Path, seed: int = 0, scale: float = 1.0) -> list[tup
             "training_arguments.max_steps": max(int(steps * scale), 1),
             "training_arguments.learning_rate": learning_rate,
             "training_arguments.seed": len(PHASES) * seed + index,  # phases 2 and 3 draw other samples
+            "training_arguments.logging_first_step": "true",
             "training_arguments.save_steps": 100,
             "training_arguments.gradient_checkpointing": "false",
             "training_arguments.dataloader_num_workers": 0,

@@ -442,6 +442,22 @@ def test_lora_gives_an_adapter_that_can_be_merged(recipe, tmp_path):
     assert not any("vision_tower" in name or "embed_tokens" in name for name in changed)
 
 
+def test_lora_on_a_language_model_in_4_bits(recipe, tmp_path):
+    """All but the language model's matrices keep their precision, also those of the adapters, which are trained."""
+    parts = [*READING, "language_model"]
+    whole = train(replace(recipe, train=parts, lora={"r": 4}))
+    folder = train(replace(recipe, train=parts, lora={"r": 4}, load_in_4bit=True, output_dir=str(tmp_path / "4bit")))
+    one, other = (json.loads((path / SUMMARY).read_text())["parameters"] for path in (whole, folder))
+    assert one == other
+    assert losses(folder) == pytest.approx(losses(whole), rel=0.2)
+    saved, start = load_file(folder / "adapter_model.safetensors"), weights(MODEL)
+    moved = [name for name in start if (saved.get(f"base_model.model.{name}", start[name]) != start[name]).any()]
+    assert any("text_adapter" in name for name in moved) and any("prefix_embedding" in name for name in moved)
+    assert len({tensor.dtype for tensor in saved.values()}) == 1
+    merge_adapter(folder, tmp_path / "merged")
+    assert weights(tmp_path / "merged").keys() == start.keys()
+
+
 def test_the_command_line(data, tmp_path):
     run = CliRunner()
     recipes = [str(ROOT / "recipes" / "ta_llava" / f"phase{phase}.yaml") for phase in (2, 3)]

@@ -1,0 +1,38 @@
+import json
+import shutil
+import sys
+
+import pytest
+from conftest import SHIPPED_MODEL
+
+from ta_llava import easy_vqa_data, evaluate_easy_vqa, train_small
+
+
+def test_a_quick_trial_from_other_parts(tmp_path, monkeypatch):
+    """The shipped model stands for the one of real parts, which the tests do not have."""
+    pytest.importorskip("easy_vqa")
+    load = easy_vqa_data.load_easy_vqa
+    for module in (easy_vqa_data, evaluate_easy_vqa):
+        monkeypatch.setattr(module, "load_easy_vqa", lambda split: load(split)[:12])
+    shutil.copytree(SHIPPED_MODEL, tmp_path / "run" / "init")
+    command = ["train_small", "--output-dir", str(tmp_path / "run"), "--results", str(tmp_path / "results")]
+    monkeypatch.setattr(sys, "argv", [*command, "--scale", "1e-6", "--questions", "8"])
+    train_small.main()
+
+    record = json.loads((tmp_path / "results" / "train_small.json").read_text())
+    assert list(record["results"]) == ["untrained", "after phase 1", "after phase 2", "after phase 3"]
+    assert record["results"]["untrained"]["all"] == {
+        "questions": 8,
+        "accuracy": 1.0,
+        "prior": pytest.approx(0.6, abs=0.4),
+    }
+    assert {name: len(points) for name, points in record["losses"].items()} == dict.fromkeys(
+        ("after phase 1", "after phase 2", "after phase 3"), 1
+    )
+    table = (tmp_path / "results" / "train_small.md").read_text()
+    assert "| untrained |" in table and "all (8)" in table
+    assert (tmp_path / "results" / "train_small.png").stat().st_size > 10_000
+
+    # What was measured is not measured again.
+    monkeypatch.setattr(train_small, "load", lambda folder: pytest.fail("loaded again"))
+    train_small.main()
