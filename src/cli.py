@@ -47,7 +47,8 @@ def ask(
     cmai: Annotated[
         float | None,
         typer.Option(
-            help="Of a LLaVA: CMAI on, with this share of the image tokens, in [0, 1], inhibited in the last layer.",
+            help="Of a LLaVA: CMAI on, with this share of the image tokens, in [0, 1], inhibited in the last layer. With "
+            "one of the two, only that one is on.",
             show_default=False,
         ),
     ] = None,

@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from .compress import compressed_parts
+from .image_loading import load_rgb_image
 from .vmtc_cmai_patch import VmtcCmaiLlavaForConditionalGeneration
 
 
@@ -29,7 +30,8 @@ def load(
     Args:
         model (`str` or `Path`): Folder or Hub repo.
         num_visual_tokens (`int`, *optional*): Load a LLaVA with VMTC on, and so many visual tokens per image.
-        cmai_max_ratio (`float`, *optional*): Load a LLaVA with CMAI on, and this share inhibited in the last layer.
+        cmai_max_ratio (`float`, *optional*): Load a LLaVA with CMAI on, and this share inhibited in the last layer. With
+            one of the two given, the other is off, whatever the config says.
 
     Raises:
         `ValueError`: Nothing can be loaded from there, or not with VMTC and CMAI; the message says what is missing.
@@ -52,6 +54,11 @@ def load(
         if value is None:
             raise ValueError(f"The processor in {str(model)!r} has no {what}; is a file of it missing?")
     return loaded.to("cuda" if on_gpu else "cpu").eval(), processor
+
+
+def _as_image(source: Any) -> Any:
+    """What is in memory as it is; a file or URL opened, since the processors of the library take less of them."""
+    return load_rgb_image(source) if isinstance(source, (str, Path)) else source
 
 
 @torch.no_grad()
@@ -87,7 +94,7 @@ def answer(
                     {
                         "role": "user",
                         "content": [
-                            *({"type": "image", "image": image} for image in images),
+                            *({"type": "image", "image": _as_image(image)} for image in images),
                             {"type": "text", "text": question},
                         ],
                     }

@@ -10,6 +10,7 @@ an interrupted run goes on from the last of them, a finished one is not run agai
 
 import difflib
 import json
+import math
 import os
 import shutil
 import warnings
@@ -296,9 +297,9 @@ def count_parameters(model: Any) -> dict[str, tuple[int, int]]:
                 # PEFT keeps the original of what it trains fully.
                 if id(parameter) not in seen and "original_module." not in name:
                     seen.add(id(parameter))
-                    number = parameter.numel() * (
-                        2 if type(parameter).__name__ == "Params4bit" else 1
-                    )  # two in a byte
+                    number = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves nothing in its place
+                    if type(parameter).__name__ == "Params4bit":
+                        number *= 2  # in a byte
                     trainable += number * parameter.requires_grad
                     frozen += number * (not parameter.requires_grad)
         counts[part] = (trainable, frozen)
@@ -439,7 +440,8 @@ def train(recipe: Recipe) -> Path:
         _write_json(folder / _STARTED, asdict(recipe))
 
     if is_main:
-        _check_space(recipe, arguments, counts)
+        num_samples = 0 if recipe.data.streaming else len(dataset)
+        _check_space(recipe, arguments, counts, num_samples)
     if arguments.fsdp:
         _wrap_layers(arguments, base)
     trainer = RecipeTrainer(
@@ -540,10 +542,10 @@ def _is_finished(recipe: Recipe, folder: Path) -> bool:
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under keys with dots; those that are `None` are not there."""
+    """Nested settings under keys with dots; those that are `None` are not there, but an empty `lora` is."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             flat |= _flat(value, f"{prefix}{key}.")
         elif value is not None:
             flat[prefix + key] = value
@@ -592,21 +594,29 @@ def _training_arguments(recipe: Recipe) -> TrainingArguments:
             f'`state_dict_type` of FSDP must be "FULL_STATE_DICT", to save a model, got {state_dict_type!r}.'
         )
     if recipe.cache_vision_features and is_deepspeed_zero3_enabled():
-        raise ValueError("With ZeRO-3 no process has the whole vision tower: fill `cache_vision_features` without it.")
+        raise ValueError("With ZeRO-3 no process has the whole vision tower: leave out `cache_vision_features`.")
     return arguments
 
 
-def _check_space(recipe: Recipe, arguments: TrainingArguments, counts: dict[str, tuple[int, int]]) -> None:
+def _check_space(
+    recipe: Recipe, arguments: TrainingArguments, counts: dict[str, tuple[int, int]], num_samples: int
+) -> None:
     """Raises if there is no room for the trained model and the checkpoints that lie beside it at the same time."""
     trained, frozen = (sum(count[index] for count in counts.values()) for index in (0, 1))
     weights = 4 * (trained if recipe.lora is not None else trained + frozen)
-    checkpoint = weights + 8 * trained  # and the two moments of Adam
+    checkpoint = (
+        weights + 8 * trained + (weights if arguments.fsdp else 0)
+    )  # Adam's moments; FSDP writes weights twice
+    steps_of_epoch = math.ceil(num_samples / recipe.global_batch_size)
+    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(steps_of_epoch * arguments.num_train_epochs)
+    interval = arguments.save_steps if arguments.save_steps >= 1 else math.ceil(arguments.save_steps * steps)
+    interval = steps_of_epoch if arguments.save_strategy == "epoch" else interval
+    num_checkpoints = 0 if arguments.save_strategy == "no" else math.ceil(steps / max(interval, 1))
+    limit = arguments.save_total_limit or num_checkpoints
+    while_saving = checkpoint * min(num_checkpoints, limit + 1)  # one is written before another is deleted
+    needed = max(while_saving, checkpoint * min(num_checkpoints, limit) + weights)
     folder = Path(recipe.output_dir)
-    there = sum(file.stat().st_size for file in folder.glob("checkpoint-*/*"))
-    # The next checkpoint is written before an old one is deleted, but a short run has only one, at its end.
-    several = arguments.save_strategy != "no" and not 0 < arguments.max_steps <= arguments.save_steps
-    needed = checkpoint * ((arguments.save_total_limit or 1) + 1) if several else checkpoint + weights
-    needed -= there
+    needed -= sum(file.stat().st_size for file in folder.glob("checkpoint-*/*"))
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(
@@ -622,7 +632,11 @@ def _explaining_a_full_disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if "No space left" not in str(error) and shutil.disk_usage(folder).free > _ROOM_FOR_SMALL_FILES:
+        if isinstance(error, RuntimeError):  # torch's own, or of the memory that processes share
+            is_full = shutil.disk_usage(folder).free < _ROOM_FOR_SMALL_FILES
+        else:
+            is_full = "No space left" in str(error)
+        if not is_full:
             raise
         raise ValueError(
             f"The disk of {folder} is full ({one_line(error)}). Free some of it and start again: what is complete there is "

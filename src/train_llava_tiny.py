@@ -125,6 +125,11 @@ def save_as_stock_llava(folder: Path, out: Path) -> None:
     stock = LlavaForConditionalGeneration(config).to(torch.float16)
     stock.load_state_dict(model.state_dict())
     stock.generation_config = model.generation_config
+    for part in (stock.config.text_config, stock.config.vision_config):
+        part.dtype = stock.dtype
+    for part in (processor.image_processor, processor.tokenizer):  # they would name code that is not there
+        part.__dict__.pop("auto_map", None)
+        getattr(part, "init_kwargs", {}).pop("auto_map", None)
     stock.save_pretrained(out)
     LlavaProcessor(
         processor.image_processor,

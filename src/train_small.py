@@ -27,12 +27,12 @@ RECIPES = Path(__file__).parent.parent / "recipes" / "ta_llava"
 IMAGE_SIZE = 112  # 8 x 8 patches: the images have 64 x 64 pixels
 BATCH_SIZE = 16
 TEST_QUESTIONS = 1000  # of 9,673, evenly spaced
-# Recipe, samples, steps and learning rate: a step sees 8 to 16 times fewer samples than in the paper, and a phase is a
-# hundred times shorter, so that the later two need a larger rate.
+# Recipe, samples, steps and learning rate. The phases are a few hundred steps of 16 samples, not thousands of 128 or 256, so
+# that the later two need a larger rate than the paper's 5e-5 and 2e-5.
 PHASES = (
-    ("phase1", "captions", 300, 1e-3),
-    ("phase2", "questions", 500, 5e-4),
-    ("phase3", "questions", 400, 1e-4),
+    ("phase1", "captions", 150, 1e-3),
+    ("phase2", "questions", 350, 5e-4),
+    ("phase3", "questions", 250, 1e-4),
 )
 # ChatML without SmolLM2's default system message, which would be a third of a sample here.
 CHAT_TEMPLATE = (
@@ -92,10 +92,10 @@ def train_small(output_dir: Path, seed: int = 0, scale: float = 1.0) -> list[tup
 
 
 def evaluate(models: list[tuple[str, Path]], num_questions: int = TEST_QUESTIONS) -> dict[str, dict[str, Any]]:
-    """Results of [`evaluate_easy_vqa`] by name of the model. They are kept beside each model, and not measured twice."""
+    """Results of [`evaluate_easy_vqa`] by name of the model. They are kept in its folder, and not measured twice."""
     results = {}
     for name, folder in models:
-        file = folder.parent / f"{folder.name}-test-{num_questions}.json"
+        file = folder / f"easy-vqa-test-{num_questions}.json"  # goes where the model goes
         if not file.is_file():
             print(f"{name}:")
             measured = evaluate_easy_vqa(*load(folder), num_questions=num_questions, batch_size=32)
@@ -118,13 +118,17 @@ def format_table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def read_losses(models: list[tuple[str, Path]]) -> dict[str, list[tuple[int, float]]]:
-    """Steps and losses of each phase, from its summary."""
-    losses = {}
-    for name, folder in models[1:]:
-        log = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["log"]
-        losses[name] = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
-    return losses
+def read_log(folder: Path) -> dict[str, Any]:
+    """What a phase was, and its losses by step, from its summary."""
+    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    arguments, log = summary["recipe"]["training_arguments"], summary["log"]
+    return {
+        "samples": summary["recipe"]["global_batch_size"] * arguments["max_steps"],
+        "steps": arguments["max_steps"],
+        "learning_rate": arguments["learning_rate"],
+        "minutes": round(next(entry["train_runtime"] for entry in log if "train_runtime" in entry) / 60, 1),
+        "losses": [(entry["step"], entry["loss"]) for entry in log if "loss" in entry],
+    }
 
 
 def draw_curves(losses: dict[str, list[tuple[int, float]]], results: dict[str, dict[str, Any]], path: Path) -> None:
@@ -166,20 +170,17 @@ def main() -> None:
     print(table)
     if arguments.results is None:
         return
-    losses = read_losses(models)
+    logs = {name: read_log(folder) for name, folder in models[1:]}
     record = {
         "seed": arguments.seed,
-        "phases": [
-            dict(zip(("recipe", "samples", "steps", "learning_rate"), phase), batch_size=BATCH_SIZE)
-            for phase in PHASES
-        ],
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "losses": losses,
+        "phases": logs,
         "results": results,
     }
     arguments.results.mkdir(parents=True, exist_ok=True)
     (arguments.results / "train_small.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     (arguments.results / "train_small.md").write_text(f"{table}\n", encoding="utf-8")
+    losses = {name: log["losses"] for name, log in logs.items()}
     draw_curves(losses, results, arguments.results / "train_small.png")
 
 

@@ -13,6 +13,7 @@ Two formats of records are read, from JSON files, folders of `datasets`, repos o
 
 import itertools
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -44,7 +45,7 @@ IGNORED = -100  # a label without loss
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 COLUMNS = ["input_ids", "labels", "images", "id", "length"]
 
-_PROBED = 16  # samples, evenly spaced, that are looked at before all are
+_PROBED = 16  # at most so many samples, evenly spaced, are looked at before all are
 
 # Characters for private use, which no text has, to see what a chat template does with a question and an answer.
 _QUESTION, _ANSWER = "\ue000", "\ue001"
@@ -682,7 +683,7 @@ def prepare_dataset(
         keep_text_only (`bool`):
             Keep samples without an image.
         on_bad_sample (`str`):
-            `"error"` raises the first bad sample; `"skip"` leaves bad samples out.
+            `"error"` raises a bad sample, if there are any; `"skip"` leaves them out.
         bad_samples_file (`str` or `Path`, *optional*):
             Gets a JSON line with `id`, `index` and `reason` for each that was left out.
         streaming (`bool`):
@@ -780,11 +781,13 @@ def _probe(records: datasets.Dataset, prepare: _Preparation, bad_samples: _BadSa
     """What is wrong with all samples, such as a wrong `image_folder`, shows in a few, before all are tokenised."""
     if bad_samples.on_bad_sample == "skip":
         return
-    for index in range(0, len(records), max(len(records) // _PROBED, 1)):
+    bad = []
+    for index in range(0, len(records), max(math.ceil(len(records) / _PROBED), 1)):
         row = prepare(records[index], index)
         damages = (_find_damage(image) for image in row["images"])
         if reason := row["reason"] or next(filter(None, damages), ""):
-            bad_samples.handle([(row["id"], index, reason)])
+            bad.append((row["id"], index, reason))
+    bad_samples.handle(bad)
 
 
 @dataclass

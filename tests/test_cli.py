@@ -27,6 +27,17 @@ def test_ask():
     }
 
 
+@pytest.mark.parametrize("options", [(), ("--model", ROOT / "checkpoints" / "llava-tiny")])
+def test_ask_with_vmtc_and_cmai(options):
+    """Without --model it is the shipped LLaVA."""
+    code, out, _ = run(
+        "ask", EXAMPLE_IMAGE, "what color is the shape?", "--visual-tokens", 16, "--cmai", 0.6, *options
+    )
+    assert (code, out.strip()) == (0, "teal")
+    code, out, error = run("ask", EXAMPLE_IMAGE, "what?", "--visual-tokens", 100, *options)
+    assert code == 1 and out == "" and "100" in error and "64" in error
+
+
 def test_ask_in_batches():
     code, out, _ = run("ask", "--batch", ROOT / "examples" / "questions.jsonl", "--json", "--batch-size", 3)
     assert code == 0

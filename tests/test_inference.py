@@ -5,7 +5,7 @@ import pytest
 from conftest import EXAMPLE_IMAGE, FIXTURES, ROOT, SHIPPED_MODEL
 from PIL import Image
 
-from ta_llava.inference import answer, load
+from ta_llava.inference import DEFAULT_LLAVA, DEFAULT_MODEL, answer, load
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,37 @@ def test_images_in_memory(shipped):
 def test_an_empty_question_is_refused_before_any_work(shipped):
     with pytest.raises(ValueError, match="is empty"):
         next(answer(*shipped, [*QUESTIONS, ([RED_CIRCLE], " ")]))
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {"num_visual_tokens": 16}, {"cmai_max_ratio": 0.6}, {"num_visual_tokens": 16, "cmai_max_ratio": 0.6}]
+)
+def test_the_shipped_llava_with_and_without_vmtc_and_cmai(flags):
+    model, processor = load(DEFAULT_LLAVA, **flags)
+    assert type(model).__module__.startswith("ta_llava" if flags else "transformers")  # a stock checkpoint
+    assert getattr(model.config, "use_vmtc", False) == ("num_visual_tokens" in flags)
+    assert getattr(model.config, "use_cmai", False) == ("cmai_max_ratio" in flags)
+    seen = []
+    model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    assert list(answer(model, processor, QUESTIONS[:1])) == ["teal"]
+    text = len(processor.tokenizer(QUESTIONS[0][1])["input_ids"])
+    assert seen[0] - flags.get("num_visual_tokens", 64) in range(text, text + 12)
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "message"),
+    [
+        (DEFAULT_MODEL, {"num_visual_tokens": 16}, "'ta_llava' model; VMTC and CMAI work on 'llava'"),
+        (DEFAULT_LLAVA, {"num_visual_tokens": 65}, "65"),
+        (DEFAULT_LLAVA, {"cmai_max_ratio": 1.5}, "from 0 to 1, got 1.5"),
+        (FIXTURES, {"cmai_max_ratio": 0.5}, "no config.json"),
+    ],
+)
+def test_flags_that_cannot_be(model, flags, message):
+    with pytest.raises(ValueError, match=message):
+        load(model, **flags)
 
 
 def test_loading_from_nowhere():

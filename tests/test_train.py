@@ -29,6 +29,7 @@ from ta_llava.train import (
     DataSettings,
     Recipe,
     RecipeTrainer,
+    _load_model,
     accumulation_steps,
     count_parameters,
     load_recipe,
@@ -299,44 +300,76 @@ def test_a_run_that_was_killed_goes_on_from_the_last_whole_checkpoint(recipe, tm
     assert losses(folder) == pytest.approx(losses(whole), rel=1e-3)  # another process may round otherwise
 
 
-def test_a_disk_without_room_is_found_before_the_first_step(recipe, monkeypatch):
-    weights, trained = 4 * count("all"), 4 * count("trained")
-    usage = shutil.disk_usage(".")
-    recipe.training_arguments["save_total_limit"] = 1
-    checkpoint = weights + 2 * trained
-    for free, fits in ((2 * checkpoint - 1, False), (2 * checkpoint, True)):  # one is written while another is there
-        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
-        monkeypatch.setattr(Trainer, "train", lambda self, **kwargs: None)
-        if fits:
-            train(recipe)
-        else:
-            with pytest.raises(
-                ValueError, match=r"needs 0.0 GB, 0.0 GB for each checkpoint, but its disk has 0.0 GB free"
-            ):
-                train(recipe)
-
-
-def count(which: str) -> int:
-    """Parameters of the shipped model, `"all"` or those that `READING` trains."""
+@pytest.mark.parametrize(
+    ("arguments", "num_checkpoints", "num_models"),
+    [
+        ({"save_total_limit": 1}, 2, 0),  # one is written while another is there
+        ({"save_total_limit": 2}, 2, 1),  # a run of 4 steps has no third
+        ({"save_steps": 4}, 1, 1),
+        ({"save_strategy": "no"}, 0, 1),
+        ({"max_steps": -1, "num_train_epochs": 3, "save_strategy": "epoch"}, 3, 1),
+        ({"max_steps": -1, "num_train_epochs": 1, "save_steps": 500}, 1, 1),
+    ],
+)
+def test_a_disk_without_room_is_found_before_the_first_step(
+    recipe, monkeypatch, arguments, num_checkpoints, num_models
+):
     model = AutoModelForImageTextToText.from_pretrained(MODEL)
     train_only(model, READING)
-    return sum(parameter.numel() for parameter in model.parameters() if which == "all" or parameter.requires_grad)
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    trained = 4 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    needed = num_checkpoints * (weights + 2 * trained) + num_models * weights
+
+    usage, started = shutil.disk_usage("."), []
+    recipe.training_arguments.update(arguments)
+    monkeypatch.setattr(Trainer, "train", lambda self, **kwargs: started.append(self))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
+    with pytest.raises(ValueError, match=r"needs 0.. GB, 0.0 GB for each checkpoint, but its disk has 0.. GB free"):
+        train(recipe)
+    assert not started
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
+    train(recipe)
+    assert started
 
 
-def test_a_disk_that_gets_full_is_named_and_the_run_goes_on_when_there_is_room(recipe, tmp_path, monkeypatch):
-    whole = losses(train(replace(recipe, output_dir=str(tmp_path / "whole"))))
-    save, calls = RecipeTrainer._save, []
+@pytest.mark.parametrize(
+    ("error", "free", "is_full"),
+    [
+        (SafetensorError("I/O error: No space left on device (os error 28)"), 1 << 30, True),
+        (OSError(28, "No space left on device"), 1 << 30, True),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), 0, True),
+        (RuntimeError("unable to write to file </torch_1>: No space left on device (28)"), 1 << 30, False),  # /dev/shm
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), 1 << 30, False),
+    ],
+)
+def test_a_disk_that_gets_full_is_named_and_the_run_goes_on_when_there_is_room(
+    recipe, tmp_path, monkeypatch, error, free, is_full
+):
+    save, calls, usage = RecipeTrainer._save, [], shutil.disk_usage(".")
 
-    def save_first_only(self, *args, **kwargs):
+    def fail_once(self, *args, **kwargs):
         calls.append(args)
         if len(calls) == 2:
-            raise SafetensorError("I/O error: No space left on device (os error 28)")
+            monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+            raise error
         save(self, *args, **kwargs)
 
-    monkeypatch.setattr(RecipeTrainer, "_save", save_first_only)
-    with pytest.raises(ValueError, match=r"The disk of .*out is full .*Free some of it and start again"):
-        train(recipe)
-    assert losses(train(recipe)) == pytest.approx(whole, rel=1e-5)
+    with monkeypatch.context() as patch:
+        patch.setattr(RecipeTrainer, "_save", fail_once)
+        with pytest.raises(ValueError if is_full else RuntimeError) as raised:
+            train(recipe)
+    assert ("Free some of it and start again" in str(raised.value)) == is_full
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    if is_full:
+        whole = losses(train(replace(recipe, output_dir=str(tmp_path / "whole"))))
+        assert losses(train(recipe)) == pytest.approx(whole, rel=1e-5)
+
+
+def test_lora_with_its_defaults_is_another_recipe(recipe):
+    recipe = replace(recipe, train=[*READING, "language_model"])
+    train(recipe)
+    with pytest.raises(ValueError, match=r"was begun with `lora` None, not {}. Choose another `output_dir`"):
+        train(replace(recipe, lora={}))
 
 
 def test_a_llava_with_vmtc_and_cmai_trains_in_mixed_precision(recipe, llava):
@@ -443,7 +476,7 @@ def test_lora_gives_an_adapter_that_can_be_merged(recipe, tmp_path):
 
 
 def test_lora_on_a_language_model_in_4_bits(recipe, tmp_path):
-    """All but the language model's matrices keep their precision, also those of the adapters, which are trained."""
+    """Only the language model's matrices are, and not those of the adapters, which are trained."""
     parts = [*READING, "language_model"]
     whole = train(replace(recipe, train=parts, lora={"r": 4}))
     folder = train(replace(recipe, train=parts, lora={"r": 4}, load_in_4bit=True, output_dir=str(tmp_path / "4bit")))
@@ -453,7 +486,12 @@ def test_lora_on_a_language_model_in_4_bits(recipe, tmp_path):
     saved, start = load_file(folder / "adapter_model.safetensors"), weights(MODEL)
     moved = [name for name in start if (saved.get(f"base_model.model.{name}", start[name]) != start[name]).any()]
     assert any("text_adapter" in name for name in moved) and any("prefix_embedding" in name for name in moved)
-    assert len({tensor.dtype for tensor in saved.values()}) == 1
+    in_4_bits = {
+        name
+        for name, module in _load_model(replace(recipe, load_in_4bit=True)).named_modules()
+        if type(module).__name__ == "Linear4bit"
+    }
+    assert len(in_4_bits) == 7 * 8 and all(".language_model." in name for name in in_4_bits)
     merge_adapter(folder, tmp_path / "merged")
     assert weights(tmp_path / "merged").keys() == start.keys()
 

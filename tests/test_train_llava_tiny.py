@@ -1,7 +1,7 @@
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 from ta_llava import easy_vqa_data, train_llava_tiny
 
@@ -19,4 +19,4 @@ def test_a_quick_trial_gives_a_llava_that_answers(tmp_path, monkeypatch):
     inputs = processor(text=text, images=Image.new("RGB", (64, 64), "red"), return_tensors="pt")
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == 64
     assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
-    assert not model.config.use_vmtc and not model.config.use_cmai
+    assert type(model) is LlavaForConditionalGeneration and not list((tmp_path / "model").glob("*.py"))
