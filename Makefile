@@ -48,7 +48,7 @@ train-llava-tiny: $(VENV)/installed-dev  ## train a small LLaVA on easy-VQA by t
 	$(BIN)/python -m ta_llava.train_llava_tiny --output-dir runs/llava-tiny
 	$(BIN)/python -m ta_llava.evaluate_easy_vqa runs/llava-tiny/model --output runs/llava-tiny/easy_vqa.json
 
-train-small: $(VENV)/installed-real-parts  ## train a TA-LLaVA of SmolLM2-135M and DINOv2-small (50 minutes on 2 cores; resumes)
+train-small: $(VENV)/installed-real-parts  ## train a TA-LLaVA of SmolLM2-135M and DINOv2-small (47 minutes on 2 cores; resumes)
 	$(BIN)/python -m ta_llava.train_small --output-dir runs/ta-llava-small --results benchmarks/results
 
 evaluate-tiny: $(VENV)/installed-dev  ## the shipped models on all 9,673 test questions of easy-VQA

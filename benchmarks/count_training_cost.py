@@ -16,26 +16,17 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
-from transformers import AutoModelForImageTextToText, CLIPVisionConfig, Gemma2Config, LlamaConfig
+from transformers import AutoModelForImageTextToText
 
-from ta_llava import TaLlavaConfig, TaLlavaForConditionalGeneration, VmtcCmaiLlavaConfig
+from ta_llava.cost import CPU_ATTENTION, full_size_config, run
 from ta_llava.train import count_parameters, load_recipe, train_only
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 CAPTIONS, INSTRUCTIONS = 558_128, 665_298  # samples of LLaVA-1.5's two mixtures
 GIGA, TERA = 1e9, 1e12
-# The counter knows the attention of GPUs, but not that of the CPU, whose operands are the same.
-CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
-        lambda query, key, value, *args, **kwargs: sdpa_flop_count(query, key, value)
-    ),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda grad, query, key, value, *args, **kwargs: sdpa_backward_flop_count(grad, query, key, value)
-    ),
-}
 # What a GPU is assumed to do, operations per second: a third of the peak of an A6000 in bfloat16, two fifths of an A100's.
 SUSTAINED = {"an A6000": 50 * TERA, "an A100": 125 * TERA}
 
@@ -44,7 +35,7 @@ SUSTAINED = {"an A6000": 50 * TERA, "an A100": 125 * TERA}
 class Phase:
     """One recipe at the size of the paper; `text_tokens` are those of question and answer."""
 
-    system: str
+    model: str  # one of `FULL_SIZE`
     recipe: str
     num_samples: int
     text_tokens: int
@@ -52,48 +43,21 @@ class Phase:
 
 
 PHASES = (
-    Phase("TA-LLaVA of Gemma-2-2B", "ta_llava/phase1", CAPTIONS, 64),
-    Phase("TA-LLaVA of Gemma-2-2B", "ta_llava/phase2", INSTRUCTIONS, 320),
-    Phase("TA-LLaVA of Gemma-2-2B", "ta_llava/phase3", INSTRUCTIONS, 320),
-    Phase("LLaVA-1.5-7B", "llava/pretrain", CAPTIONS, 64),
-    Phase("LLaVA-1.5-7B", "llava/finetune", INSTRUCTIONS, 320),
-    Phase("LLaVA-1.5-7B, VMTC 64", "llava/pretrain", CAPTIONS, 64, visual_tokens=64),
-    Phase("LLaVA-1.5-7B, VMTC 64", "llava/finetune", INSTRUCTIONS, 320, visual_tokens=64),
+    Phase("ta-llava-gemma-2-2b", "ta_llava/phase1", CAPTIONS, 64),
+    Phase("ta-llava-gemma-2-2b", "ta_llava/phase2", INSTRUCTIONS, 320),
+    Phase("ta-llava-gemma-2-2b", "ta_llava/phase3", INSTRUCTIONS, 320),
+    Phase("llava-1.5-7b", "llava/pretrain", CAPTIONS, 64),
+    Phase("llava-1.5-7b", "llava/finetune", INSTRUCTIONS, 320),
+    Phase("llava-1.5-7b", "llava/pretrain", CAPTIONS, 64, visual_tokens=64),
+    Phase("llava-1.5-7b", "llava/finetune", INSTRUCTIONS, 320, visual_tokens=64),
 )
 
 
 def build_model(phase: Phase) -> Any:
     """The model of a phase, without data, in bfloat16."""
-    vision_config = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-    )
-    if phase.system.startswith("TA-LLaVA"):
-        config: Any = TaLlavaConfig(
-            vision_config=vision_config,
-            text_config=Gemma2Config(),
-            image_token_id=7,
-            response_marker_ids=[106, 2516],
-        )
-    else:
-        text_config = LlamaConfig(
-            hidden_size=4096,
-            intermediate_size=11008,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            vocab_size=32064,
-            max_position_embeddings=4096,
-        )
-        config = VmtcCmaiLlavaConfig(
-            vision_config=vision_config,
-            text_config=text_config,
-            use_vmtc=phase.visual_tokens is not None,
-            vmtc_num_visual_tokens=phase.visual_tokens,
-        )
+    config = full_size_config(phase.model)
+    if phase.visual_tokens is not None:
+        config.use_vmtc, config.vmtc_num_visual_tokens = True, phase.visual_tokens
     model: Any = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     train_only(model, load_recipe(RECIPES / f"{phase.recipe}.yaml").train)
     return model.train()
@@ -101,18 +65,7 @@ def build_model(phase: Phase) -> Any:
 
 def loss_of_a_sample(model: Any, text_tokens: int) -> torch.Tensor:
     """Forward pass of one sample with one image."""
-    pixel_values = torch.empty(1, 3, 336, 336, dtype=torch.bfloat16)
-    if isinstance(model, TaLlavaForConditionalGeneration):
-        length = model.config.num_prefix_tokens + text_tokens
-        ids = torch.zeros(1, length, dtype=torch.long)
-        return model(input_ids=ids, pixel_values=pixel_values, labels=ids).loss
-    # LLaVA puts the visual tokens in place by looking at the ids; here they are put before the text.
-    visual_tokens = model.model.get_image_features(pixel_values, return_dict=True).pooler_output[0][None]
-    ids = torch.zeros(1, text_tokens, dtype=torch.long)
-    embeds = torch.cat([visual_tokens, model.get_input_embeddings()(ids)], dim=1)
-    logits = model.lm_head(model.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state)
-    labels = torch.zeros(1, embeds.shape[1], dtype=torch.long)
-    return model.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+    return run(model, torch.empty(1, 3, 336, 336, dtype=torch.bfloat16), text_tokens, labels=True).loss
 
 
 def count_operations(model: Any, text_tokens: int) -> int:
@@ -154,7 +107,7 @@ def format_row(phase: Phase) -> str:
     kept += (without - kept) // num_layers
     total = operations * phase.num_samples
     cells = [
-        phase.system,
+        phase.model if phase.visual_tokens is None else f"{phase.model}, VMTC {phase.visual_tokens}",
         f"`{phase.recipe}`",
         f"{trained / 1e6:,.0f} M",
         f"{frozen / 1e6:,.0f} M",

@@ -1,0 +1,84 @@
+import json
+
+import pytest
+import torch
+from conftest import FIXTURES, ROOT, SHIPPED_MODEL
+from transformers import AutoModelForImageTextToText, LlamaConfig
+from typer.testing import CliRunner
+
+from ta_llava import VmtcCmaiLlavaConfig
+from ta_llava.cli import app
+from ta_llava.cost import LANGUAGE_MODEL, count_cost, full_size_config, read_config
+
+
+LLAVA = ROOT / "checkpoints" / "llava-tiny"
+
+
+@pytest.mark.parametrize("folder", [SHIPPED_MODEL, LLAVA])
+def test_parameters_and_cache_are_those_of_the_real_model(folder):
+    config, image_size = read_config(folder)
+    assert image_size == 64
+    cost = count_cost(config, text_tokens=10, image_size=image_size)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    assert sum(cost.parameters.values()) == sum(parameter.numel() for parameter in model.parameters())
+    assert cost.parameters["vision tower"] == sum(p.numel() for p in model.model.vision_tower.parameters())
+    placeholders = 4 if folder == SHIPPED_MODEL else 64
+    ids = torch.tensor([[model.config.image_token_id] * placeholders + [10] * 10])
+    with torch.no_grad():
+        cache = model(input_ids=ids, pixel_values=torch.zeros(1, 3, 64, 64, dtype=torch.bfloat16)).past_key_values
+    assert cost.cache_bytes == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert cost.num_tokens == placeholders + 10
+
+
+def test_operations_of_the_language_model_against_a_count_by_hand():
+    text_config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=60,
+    )
+    tower = read_config(LLAVA)[0].vision_config
+    config = VmtcCmaiLlavaConfig(vision_config=tower, text_config=text_config)
+    cost = count_cost(config, text_tokens=11, num_images=2)
+    tokens = 2 * 64 + 11
+    assert cost.num_tokens == tokens
+    projections = 4 * 32 * 32 + 3 * 32 * 48
+    by_hand = 3 * (2 * tokens * projections + 2 * 2 * tokens * tokens * 32) + 2 * tokens * 32 * 60
+    assert cost.operations[LANGUAGE_MODEL] == by_hand
+    assert cost.operations["projector"] == 2 * (2 * 64) * (tower.hidden_size * 32 + 32 * 32)
+    one = count_cost(config, text_tokens=11, num_images=1)
+    assert cost.operations["vision tower"] == 2 * one.operations["vision tower"]
+    fewer = count_cost(
+        VmtcCmaiLlavaConfig(vision_config=tower, text_config=text_config, use_vmtc=True), text_tokens=11
+    )
+    assert fewer.num_tokens == 32 + 11 and fewer.operations["vision tower"] < one.operations["vision tower"]
+
+
+def test_the_models_of_the_papers():
+    """Gemma-2-2B with 72 tokens takes 0.38, LLaVA-1.5-7B with 616 tokens 8.34 and its tower 0.38 TFLOP."""
+    ours, llava = (count_cost(full_size_config(name)) for name in ("ta-llava-gemma-2-2b", "llava-1.5-7b"))
+    assert (ours.num_tokens, llava.num_tokens) == (32 + 40, 576 + 40)
+    assert ours.operations[LANGUAGE_MODEL] == pytest.approx(0.38e12, rel=0.02)
+    assert llava.operations[LANGUAGE_MODEL] == pytest.approx(8.34e12, rel=0.01)
+    assert llava.operations["vision tower"] == ours.operations["vision tower"] == pytest.approx(0.38e12, rel=0.02)
+    assert sum(ours.operations.values()) < 0.95e12
+    assert ours.cache_bytes == 2 * 26 * 4 * 256 * 72 * 2
+
+
+def test_the_command(tmp_path):
+    run = CliRunner()
+    config = SHIPPED_MODEL / "config.json"
+    result = run.invoke(app, ["cost", str(config), "--text-tokens", "10", "--json"])
+    assert result.exit_code == 0, result.output
+    costs = json.loads(result.stdout)
+    assert list(costs) == [str(config), "llava-1.5-7b", "llava-1.5-13b"]
+    assert costs[str(config)]["num_tokens"] == 4 + 10
+    table = run.invoke(app, ["cost", str(LLAVA)]).stdout
+    assert "prefill, llava-1.5-7b / this" in table and "KV cache, llava-1.5-13b / this" in table
+
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    for source, message in ((tmp_path, "is a 'llama' model"), (FIXTURES, "No config could be loaded")):
+        result = run.invoke(app, ["cost", str(source)])
+        assert result.exit_code == 1 and message in result.stderr
