@@ -404,6 +404,105 @@ def merge(
 
 
 @app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder or Hub repo.")],
+    output_dir: Annotated[
+        Path,
+        typer.Option(
+            "--output-dir", "-o", help="For predictions and results; also to go on from.", show_default=False
+        ),
+    ],
+    task: Annotated[str, typer.Option(help="easy-vqa, json, folder, pope or if16.")] = "easy-vqa",
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of samples in LLaVA's format (json, if16), of images with objects (pope), or folder of a dataset."
+        ),
+    ] = None,
+    image_folder: Annotated[
+        Path | None, typer.Option(help="What paths of images start from. Default: where the data is.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Of a folder with several.")] = None,
+    questions: Annotated[
+        int | None, typer.Option(min=1, help="Evenly spaced sample of so many, instead of all.", show_default=False)
+    ] = None,
+    visual_tokens: Annotated[
+        int | None, typer.Option(help="Of a LLaVA: VMTC on, with so many visual tokens per image.", show_default=False)
+    ] = None,
+    cmai: Annotated[
+        float | None,
+        typer.Option(help="Of a LLaVA: CMAI on. With one of the two, only that one is on.", show_default=False),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions asked at a time; does not change an answer.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    strategy: Annotated[
+        str, typer.Option(help="pope: which absent objects are asked for: random, popular or adversarial.")
+    ] = "random",
+    objects_per_image: Annotated[int, typer.Option(min=1, help="pope: present ones, and as many absent ones.")] = 3,
+    seed: Annotated[int, typer.Option(help="Of pope and if16.")] = 0,
+) -> None:
+    """Ask a model questions whose answers are known, and score it. Started again, it goes on where it was interrupted."""
+    with _errors_as_messages():
+        from transformers.utils import logging
+
+        from .evaluate import TABLE
+        from .evaluate import evaluate as run
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        run(
+            model,
+            task,
+            output_dir,
+            data=data,
+            image_folder=image_folder,
+            split=split,
+            num_questions=questions,
+            num_visual_tokens=visual_tokens,
+            cmai_max_ratio=cmai,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            strategy=strategy,
+            objects_per_image=objects_per_image,
+            seed=seed,
+        )
+    typer.echo((output_dir / TABLE).read_text(encoding="utf-8"))
+
+
+@app.command()
+def cost(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG|MODEL]...",
+            help="config.json, folder or Hub repo of a TA-LLaVA or LLaVA; its weights are not read. Default: the paper's.",
+        ),
+    ] = None,
+    text_tokens: Annotated[int, typer.Option(min=1, help="Of the prompt.")] = 40,
+    images: Annotated[int, typer.Option(min=1, help="Of the prompt.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Numbers as JSON.")] = False,
+) -> None:
+    """Count parameters, operations and cache of models, beside LLaVA-1.5-7B and 13B."""
+    with _errors_as_messages():
+        from dataclasses import asdict
+
+        from transformers.utils import logging
+
+        from .cost import FULL_SIZE, count_cost, format_cost, read_config
+
+        logging.set_verbosity_error()
+        names = [*dict.fromkeys([*(models or FULL_SIZE[:1]), *FULL_SIZE[1:]])]
+        configs = {
+            name: read_config(name) for name in names
+        }  # what cannot be read is found before anything is counted
+        costs = {name: count_cost(config, text_tokens, images, size) for name, (config, size) in configs.items()}
+        if as_json:
+            typer.echo(json.dumps({name: asdict(value) for name, value in costs.items()}, indent=1))
+        else:
+            typer.echo(format_cost(costs, FULL_SIZE[1:]))
+
+
+@app.command()
 def convert_original(
     folder: Annotated[Path, typer.Argument(help="Checkpoint as the authors' code saves it.")],
     out: Annotated[Path, typer.Argument(help="New folder.")],
