@@ -20,10 +20,16 @@ app = typer.Typer(
 
 
 @contextmanager
-def _errors_as_messages() -> Iterator[None]:
-    """Errors of the user's input as one line on stderr and exit code 1, instead of a traceback."""
+def _errors_as_messages(extra: str = "train") -> Iterator[None]:
+    """
+    Errors of the user's input as one line on stderr and exit code 1, instead of a traceback; and what is not installed, with
+    the name of the extra that has it.
+    """
     try:
         yield
+    except ModuleNotFoundError as error:
+        typer.echo(f"error: {error}: `pip install 'ta-llava[{extra}]'` has what this command needs.", err=True)
+        raise typer.Exit(1) from error
     except (ValueError, OSError, StrictDataclassError) as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(1) from error
@@ -442,7 +448,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of pope and if16.")] = 0,
 ) -> None:
     """Ask a model questions whose answers are known, and score it. Started again, it goes on where it was interrupted."""
-    with _errors_as_messages():
+    with _errors_as_messages("evaluate"):
         from transformers.utils import logging
 
         from .evaluate import TABLE

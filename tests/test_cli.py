@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 from conftest import EXAMPLE_IMAGE, FIXTURES, ROOT
@@ -36,6 +37,15 @@ def test_ask_with_vmtc_and_cmai(options):
     assert (code, out.strip()) == (0, "teal")
     code, out, error = run("ask", EXAMPLE_IMAGE, "what?", "--visual-tokens", 100, *options)
     assert code == 1 and out == "" and "100" in error and "64" in error
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "extra"), [("train", "train", "train"), ("evaluate", "evaluate", "evaluate")]
+)
+def test_what_is_not_installed_is_named_with_the_extra_that_has_it(monkeypatch, tmp_path, command, module, extra):
+    monkeypatch.setitem(sys.modules, f"ta_llava.{module}", None)
+    code, out, error = run(command, tmp_path, *(["-o", tmp_path] if command == "evaluate" else []))
+    assert code == 1 and out == "" and f"pip install 'ta-llava[{extra}]'" in error
 
 
 def test_ask_in_batches():
