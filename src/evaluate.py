@@ -306,6 +306,7 @@ def _pope(
     objects_per_image: int,
     seed: int,
 ) -> Task:
+    pope.load_metrics()  # which are an extra
     records = read_records(data)
     try:
         asked = pope.build_questions(records, strategy, objects_per_image, seed)

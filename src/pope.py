@@ -9,6 +9,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 from transformers.utils import logging
@@ -137,6 +138,22 @@ def parse_answer(text: str) -> str:
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
 
+def load_metrics() -> ModuleType:
+    """
+    The metrics of scikit-learn. To be called before answers are made, so that none are made in vain.
+
+    Raises:
+        `ValueError`: It is not installed.
+    """
+    try:
+        from sklearn import metrics
+    except ImportError as error:
+        raise ValueError(
+            f"The scores of POPE need scikit-learn: `pip install 'ta-llava[evaluate]'` ({error})."
+        ) from error
+    return metrics
+
+
 def score(answers: Sequence[str], expected: Sequence[str]) -> dict[str, float]:
     """
     Args:
@@ -155,16 +172,13 @@ def score(answers: Sequence[str], expected: Sequence[str]) -> dict[str, float]:
     unknown = sorted(set(expected) - {"yes", "no"})
     if unknown:
         raise ValueError(f'The expected answers must be "yes" or "no", got {unknown[0]!r}.')
-    try:
-        from sklearn.metrics import accuracy_score, precision_recall_fscore_support
-    except ImportError as error:
-        raise ValueError("The scores of POPE need scikit-learn: `pip install scikit-learn`.") from error
+    metrics = load_metrics()
     given = [parse_answer(answer) for answer in answers]
-    precision, recall, f1, _ = precision_recall_fscore_support(
+    precision, recall, f1, _ = metrics.precision_recall_fscore_support(
         expected, given, average="binary", pos_label="yes", zero_division=0
     )
     return {
-        "accuracy": float(accuracy_score(expected, given)),
+        "accuracy": float(metrics.accuracy_score(expected, given)),
         "precision": float(precision),
         "recall": float(recall),
         "f1": float(f1),

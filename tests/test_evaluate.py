@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -199,6 +200,14 @@ def test_a_sample_of_pope_has_as_many_of_both_answers(tmp_path):
     path.write_text(json.dumps(OBJECTS))
     run(tmp_path / "out", path, "pope", objects_per_image=1, num_questions=2)
     assert [line["expected"] for line in predictions(tmp_path / "out")] == ["yes", "no"]
+
+
+def test_pope_needs_its_metrics(tmp_path, monkeypatch, no_model):
+    (tmp_path / "objects.json").write_text(json.dumps(OBJECTS))
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ValueError, match="need scikit-learn"):
+        run(tmp_path / "out", tmp_path / "objects.json", "pope", objects_per_image=1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_instructions(tmp_path, data, monkeypatch):
