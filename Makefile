@@ -40,23 +40,23 @@ lint: $(VENV)/installed-dev  ## run the linters and the type checker
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-train-tiny: $(VENV)/installed-dev  ## train the shipped model from nothing (37 minutes on 2 cores; resumes)
+train-tiny: $(VENV)/installed-dev  ## train the shipped TA-LLaVA from nothing (37 minutes on 2 cores; resumes)
 	$(BIN)/python -m ta_llava.train_tiny --output-dir runs/ta-llava-tiny
-	$(BIN)/python -m ta_llava.evaluate_easy_vqa runs/ta-llava-tiny/model --output runs/ta-llava-tiny/easy_vqa.json
+	$(BIN)/ta-llava evaluate runs/ta-llava-tiny/model --batch-size 128 -o runs/ta-llava-tiny/easy-vqa-test
 
-train-llava-tiny: $(VENV)/installed-dev  ## train a small LLaVA on easy-VQA by the recipes of LLaVA-1.5 (resumes)
+train-llava-tiny: $(VENV)/installed-dev  ## train a small LLaVA on easy-VQA by the recipes of LLaVA-1.5 (16 minutes; resumes)
 	$(BIN)/python -m ta_llava.train_llava_tiny --output-dir runs/llava-tiny
-	$(BIN)/python -m ta_llava.evaluate_easy_vqa runs/llava-tiny/model --output runs/llava-tiny/easy_vqa.json
+	$(BIN)/ta-llava evaluate runs/llava-tiny/model --batch-size 128 -o runs/llava-tiny/easy-vqa-test
 
 train-small: $(VENV)/installed-real-parts  ## train a TA-LLaVA of SmolLM2-135M and DINOv2-small (47 minutes on 2 cores; resumes)
 	$(BIN)/python -m ta_llava.train_small --output-dir runs/ta-llava-small --results benchmarks/results
 
 evaluate-tiny: $(VENV)/installed-dev  ## the shipped models on all 9,673 test questions of easy-VQA
-	$(BIN)/python -m ta_llava.evaluate_easy_vqa
-	$(BIN)/python -m ta_llava.evaluate_easy_vqa checkpoints/llava-tiny
-	$(BIN)/python -m ta_llava.evaluate_easy_vqa checkpoints/llava-tiny --visual-tokens 16
-	$(BIN)/python -m ta_llava.evaluate_easy_vqa checkpoints/llava-tiny --cmai 0.6
-	$(BIN)/python -m ta_llava.evaluate_easy_vqa checkpoints/llava-tiny --visual-tokens 16 --cmai 0.6
+	$(BIN)/ta-llava evaluate checkpoints/ta-llava-tiny --batch-size 128 -o runs/evaluate-tiny/ta-llava
+	$(BIN)/ta-llava evaluate checkpoints/llava-tiny --batch-size 128 -o runs/evaluate-tiny/llava
+	$(BIN)/ta-llava evaluate checkpoints/llava-tiny --visual-tokens 16 --batch-size 128 -o runs/evaluate-tiny/vmtc
+	$(BIN)/ta-llava evaluate checkpoints/llava-tiny --cmai 0.6 --batch-size 128 -o runs/evaluate-tiny/cmai
+	$(BIN)/ta-llava evaluate checkpoints/llava-tiny --visual-tokens 16 --cmai 0.6 --batch-size 128 -o runs/evaluate-tiny/both
 
 bench: $(VENV)/installed-dev  ## measure both systems against LLaVA with the same backbones
 	$(BIN)/python benchmarks/compare_with_llava.py

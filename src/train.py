@@ -573,6 +573,11 @@ def _training_arguments(recipe: Recipe) -> TrainingArguments:
         "eval_strategy": "no" if recipe.evaluation_data is None else "epoch",
         **recipe.training_arguments,
     }
+    known = {entry.name for entry in fields(TrainingArguments)}
+    for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):  # newer versions of the library rename it
+        new_name = name.replace("gradient", "activation")
+        if name in settings and new_name in known:
+            settings[new_name] = settings.pop(name)
     if "gradient_accumulation_steps" in settings:
         raise ValueError("`gradient_accumulation_steps` follows from `global_batch_size`; leave it out of the recipe.")
     if recipe.data.streaming:

@@ -17,8 +17,7 @@ import transformers
 
 from .assemble import assemble_ta_llava
 from .easy_vqa_data import write_llava_format
-from .evaluate_easy_vqa import evaluate_easy_vqa
-from .inference import load
+from .evaluate import Scores, evaluate
 from .real_parts import GGUF_FILE, package_folder, write_dinov2
 from .train import SUMMARY, load_recipe, run_curriculum
 
@@ -91,20 +90,20 @@ def train_small(output_dir: Path, seed: int = 0, scale: float = 1.0) -> list[tup
     return models
 
 
-def evaluate(models: list[tuple[str, Path]], num_questions: int = TEST_QUESTIONS) -> dict[str, dict[str, Any]]:
-    """Results of [`evaluate_easy_vqa`] by name of the model. They are kept in its folder, and not measured twice."""
-    results = {}
+def evaluate_models(models: list[tuple[str, Path]], num_questions: int = TEST_QUESTIONS) -> dict[str, Scores]:
+    """Scores on easy-VQA's test split, by name of the model, in whose folder they are kept: none is measured twice."""
+    scores = {}
     for name, folder in models:
-        file = folder / f"easy-vqa-test-{num_questions}.json"  # goes where the model goes
-        if not file.is_file():
-            print(f"{name}:")
-            measured = evaluate_easy_vqa(*load(folder), num_questions=num_questions, batch_size=32)
-            file.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-        results[name] = json.loads(file.read_text(encoding="utf-8"))
-    return results
+        print(f"{name}:")
+        output_dir = folder / f"easy-vqa-{num_questions}"
+        results = evaluate(
+            folder, "easy-vqa", output_dir, num_questions=num_questions, batch_size=32, max_new_tokens=8
+        )
+        scores[name] = results["scores"]
+    return scores
 
 
-def format_table(results: dict[str, dict[str, Any]]) -> str:
+def format_table(results: dict[str, Scores]) -> str:
     """Exact match of each model, per type of question, as a Markdown table."""
     first = next(iter(results.values()))
     rows = {"the most frequent answer to the wording": {name: row["prior"] for name, row in first.items()}}
@@ -131,7 +130,7 @@ def read_log(folder: Path) -> dict[str, Any]:
     }
 
 
-def draw_curves(losses: dict[str, list[tuple[int, float]]], results: dict[str, dict[str, Any]], path: Path) -> None:
+def draw_curves(losses: dict[str, list[tuple[int, float]]], results: dict[str, Scores], path: Path) -> None:
     """The losses of the three phases one after the other, and the exact match between them, as a picture."""
     from matplotlib.figure import Figure
 
@@ -165,7 +164,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=TEST_QUESTIONS, help="of the test split, evenly spaced")
     arguments = parser.parse_args()
     models = train_small(arguments.output_dir, arguments.seed, arguments.scale)
-    results = evaluate(models, arguments.questions)
+    results = evaluate_models(models, arguments.questions)
     table = format_table(results)
     print(table)
     if arguments.results is None:

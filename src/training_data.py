@@ -732,7 +732,8 @@ def _prepare_mapped(
 ) -> tuple[datasets.Dataset, DataReport]:
     # Images inside the dataset stay where they are: they are not copied with the tokens.
     held = [name for name in ("image", "images") if _holds_images(records.features.get(name))][:1]
-    _probe(records, prepare, bad_samples)
+    if not held:
+        _probe(records, prepare, bad_samples)
     tokens = datasets.Sequence(datasets.Value("int32"))
     text = datasets.Value("string")
     features = {

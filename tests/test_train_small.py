@@ -5,14 +5,14 @@ import sys
 import pytest
 from conftest import SHIPPED_MODEL
 
-from ta_llava import easy_vqa_data, evaluate_easy_vqa, train_small
+from ta_llava import easy_vqa_data, evaluate, train_small
 
 
 def test_a_quick_trial_from_other_parts(tmp_path, monkeypatch):
     """The shipped model stands for the one of real parts, which the tests do not have."""
     pytest.importorskip("easy_vqa")
     load = easy_vqa_data.load_easy_vqa
-    for module in (easy_vqa_data, evaluate_easy_vqa):
+    for module in (easy_vqa_data, evaluate):
         monkeypatch.setattr(module, "load_easy_vqa", lambda split: load(split)[:12])
     shutil.copytree(SHIPPED_MODEL, tmp_path / "run" / "init")
     command = ["train_small", "--output-dir", str(tmp_path / "run"), "--results", str(tmp_path / "results")]
@@ -31,5 +31,5 @@ def test_a_quick_trial_from_other_parts(tmp_path, monkeypatch):
     assert (tmp_path / "results" / "train_small.png").stat().st_size > 10_000
 
     # What was measured is not measured again.
-    monkeypatch.setattr(train_small, "load", lambda folder: pytest.fail("loaded again"))
+    monkeypatch.setattr(evaluate, "load", lambda *arguments: pytest.fail("loaded again"))
     train_small.main()
