@@ -214,7 +214,7 @@ def _compressed_config(
     except StrictDataclassError as error:
         raise ValueError(f"{source}: {one_line(error.__cause__ or error)}") from error
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"The config.json of {source} cannot be used: {one_line(error)}") from error
+        raise ValueError(f"The config.json of {source} cannot be used for VMTC and CMAI: {one_line(error)}") from error
     config.architectures = [VmtcCmaiLlavaForConditionalGeneration.__name__]
     config.auto_map = dict(AUTO_MAP)
     return config
