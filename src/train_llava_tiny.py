@@ -8,7 +8,6 @@ was cut off.
     python -m ta_llava.train_llava_tiny --output-dir runs/llava-tiny
 """
 
-import argparse
 from dataclasses import fields
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from .assemble import assemble_llava
 from .easy_vqa_data import load_easy_vqa, write_llava_format
 from .inference import DEFAULT_MODEL
 from .train import load_recipe, run_curriculum
-from .train_tiny import ChatDataset, run_stage, text_items
+from .train_tiny import ChatDataset, argument_parser, run_stage, text_items
 
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "llava"
@@ -143,11 +142,7 @@ def save_as_stock_llava(folder: Path, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/llava-tiny"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of steps, for quick trials")
-    arguments = parser.parse_args()
+    arguments = argument_parser(__doc__, "runs/llava-tiny").parse_args()
     train_llava_tiny(arguments.output_dir, arguments.seed, arguments.scale)
     print(f"The model is in {arguments.output_dir / 'model'}.")
 

@@ -7,7 +7,6 @@ sample of easy-VQA's official training split. Before the first phase and after e
 Every phase resumes where it was cut off; what was answered before is not asked again.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from .easy_vqa_data import write_llava_format
 from .evaluate import Scores, evaluate
 from .real_parts import GGUF_FILE, package_folder, write_dinov2
 from .train import SUMMARY, load_recipe, run_curriculum
+from .train_tiny import argument_parser
 
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "ta_llava"
@@ -156,11 +156,8 @@ def draw_curves(losses: dict[str, list[tuple[int, float]]], results: dict[str, S
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/ta-llava-small"))
+    parser = argument_parser(__doc__, "runs/ta-llava-small")
     parser.add_argument("--results", type=Path, help="folder for the table, the log and the curve; else only printed")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of steps, for quick trials")
     parser.add_argument("--questions", type=int, default=TEST_QUESTIONS, help="of the test split, evenly spaced")
     arguments = parser.parse_args()
     models = train_small(arguments.output_dir, arguments.seed, arguments.scale)

@@ -407,12 +407,17 @@ def train_tiny(output_dir: Path, seed: int = 0, scale: float = 1.0) -> None:
     processor.save_pretrained(output_dir / "model")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/ta-llava-tiny"))
+def argument_parser(description: str, output_dir: str) -> argparse.ArgumentParser:
+    """What the commands that train a model of this project take."""
+    parser = argparse.ArgumentParser(description=description.split("\n\n")[0])
+    parser.add_argument("--output-dir", type=Path, default=Path(output_dir))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of steps, for quick trials")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = argument_parser(__doc__, "runs/ta-llava-tiny").parse_args()
     train_tiny(arguments.output_dir, arguments.seed, arguments.scale)
     print(f"The model is in {arguments.output_dir / 'model'}.")
 
