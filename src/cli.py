@@ -422,7 +422,8 @@ def evaluate(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="File of samples in LLaVA's format (json, if16), of images with objects (pope), or folder of a dataset."
+            help="File of samples in LLaVA's format (json, if16), of images with objects (pope), or folder of a dataset "
+            "(folder, if16)."
         ),
     ] = None,
     image_folder: Annotated[
@@ -446,6 +447,13 @@ def evaluate(
     ] = "random",
     objects_per_image: Annotated[int, typer.Option(min=1, help="pope: present ones, and as many absent ones.")] = 3,
     seed: Annotated[int, typer.Option(help="Of pope and if16.")] = 0,
+    describe_first: Annotated[
+        bool,
+        typer.Option(
+            "--describe-first",
+            help="if16: its upper limit. The model describes each image, and answers about its description alone.",
+        ),
+    ] = False,
 ) -> None:
     """Ask a model questions whose answers are known, and score it. Started again, it goes on where it was interrupted."""
     with _errors_as_messages("evaluate"):
@@ -471,6 +479,7 @@ def evaluate(
             strategy=strategy,
             objects_per_image=objects_per_image,
             seed=seed,
+            describe_first=describe_first,
         )
     typer.echo((output_dir / TABLE).read_text(encoding="utf-8"))
 

@@ -6,7 +6,8 @@ How well a model answers questions whose answers are known: what `ta-llava evalu
     evaluate("checkpoints/ta-llava-tiny", "easy-vqa", "runs/easy-vqa")["scores"]["all"]
 
 The output folder gets `predictions.jsonl`, batch by batch while the questions are asked, and at the end `results.json` and
-`results.md`. A run that was interrupted goes on where it was; one that is finished is only scored again.
+`results.md`. A run that was interrupted goes on where it was; one that is finished is only scored again. What is asked
+before the questions, to describe the images, is answered in `descriptions.jsonl`.
 """
 
 import hashlib
@@ -14,7 +15,8 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +34,16 @@ from .training_data import IMAGE, SampleError, find_damaged_files, open_image, r
 
 TASKS = ("easy-vqa", "json", "folder", "pope", "if16")
 PREDICTIONS, RESULTS, TABLE, SETTINGS = "predictions.jsonl", "results.json", "results.md", "settings.json"
+DESCRIPTIONS = "descriptions.jsonl"
 
 # What the answers depend on besides the weights, of which size and date are looked at, in the folder of a model.
 _MODEL_FILES = ("*config.json", "tokenizer*", "chat_template*", "*.safetensors")
+_ANEW = "Choose another folder, or delete this one to begin anew."
 
 Scores = dict[str, dict[str, Any]]
 
 
-@dataclass
+@dataclass(frozen=True)
 class HeldImage:
     """
     An image that lies in a dataset, not in a file of its own; it is read when it is needed.
@@ -89,12 +93,16 @@ class Task:
         score (`Callable`): From the answers, in that order, to scores by name of a row of the table.
         note (`str`): What the scores are, for the reader.
         settings (`dict`): What the questions were made with, where a task has such.
+        requests (`list[Question]`): What is asked before, if anything.
+        revise (`Callable`): From the answers to the requests to the questions as they are asked then.
     """
 
     questions: list[Question]
     score: Callable[[list[str]], Scores]
     note: str
     settings: dict[str, Any] = field(default_factory=dict)
+    requests: list[Question] = field(default_factory=list)
+    revise: Callable[[list[str]], list[Question]] | None = None
 
 
 def evaluate(
@@ -113,6 +121,7 @@ def evaluate(
     strategy: str = "random",
     objects_per_image: int = 3,
     seed: int = 0,
+    describe_first: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """
@@ -129,12 +138,12 @@ def evaluate(
         output_dir (`str` or `Path`):
             Folder for predictions and results.
         data (`str` or `Path`, *optional*):
-            File of `"json"` and `"pope"`, folder of `"folder"`; for `"if16"` a file as of `"json"`, instead of the test
-            split of easy-VQA.
+            File of `"json"` and `"pope"`, folder of `"folder"`; for `"if16"` a file as of `"json"` or a folder as of
+            `"folder"`, instead of the test split of easy-VQA.
         image_folder (`str` or `Path`, *optional*):
             What relative paths of images start from; where `data` lies by default.
         split (`str`, *optional*):
-            Of a `"folder"` with several.
+            Of a folder with several.
         num_questions (`int`, *optional*):
             Evenly spaced sample of so many questions; all of them by default. Those of `"pope"` come in pairs, so an odd
             number becomes the next lower one, but at least 2; those of `"if16"` are asked once with each instruction.
@@ -146,6 +155,9 @@ def evaluate(
             Longest answer in tokens.
         strategy, objects_per_image, seed:
             Of `"pope"`, see [`pope.build_questions`]; the seed also of `"if16"`.
+        describe_first (`bool`):
+            Of `"if16"`: its upper limit. The model describes the images of a question, in at most `max_new_tokens` too and
+            once for all questions about them, and is asked about its description instead of the images.
         progress (`bool`):
             Show progress bars.
 
@@ -154,7 +166,8 @@ def evaluate(
 
     Raises:
         `ValueError`: Before the model is loaded, if there is no such task, its data cannot be used, an image is missing or
-            damaged, the model has no image processor, or the output folder holds something else.
+            damaged, there is none to describe first, the model has no image processor, or the output folder holds
+            something else.
     """
     if task not in TASKS:
         raise ValueError(f"There is no task {task!r}, only {', '.join(TASKS)}.")
@@ -162,6 +175,10 @@ def evaluate(
     for name, number in numbers.items():
         if number is not None and number < 1:
             raise ValueError(f"`{name}` must be at least 1, got {number}.")
+    if describe_first and task != "if16":
+        raise ValueError(
+            f"Only if16 describes the images first, the task {task} does not; leave `describe_first` out."
+        )
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, not a folder for the results.")
@@ -171,6 +188,7 @@ def evaluate(
         image_folder,
         split,
         num_questions,
+        describe_first,
         strategy=strategy,
         objects_per_image=objects_per_image,
         seed=seed,
@@ -192,11 +210,21 @@ def evaluate(
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
-            answers = _read_answers(folder, settings, built.questions)
-            if len(answers) < len(built.questions):
-                loaded = load(model, num_visual_tokens, cmai_max_ratio)
-                _write(folder / SETTINGS, _as_json(settings))
-                _ask(loaded, built.questions, answers, folder / PREDICTIONS, batch_size, max_new_tokens, progress)
+            _check_settings(folder, settings)
+            load_once = cache(lambda: load(model, num_visual_tokens, cmai_max_ratio))
+
+            def ask(questions: Sequence[Question], path: Path) -> list[str]:
+                answers = _read_answers(path, questions)
+                if len(answers) < len(questions):
+                    loaded = load_once()
+                    _write(folder / SETTINGS, _as_json(settings))
+                    _ask(loaded, questions, answers, path, batch_size, max_new_tokens, progress)
+                return answers
+
+            questions = built.questions
+            if built.revise is not None:
+                questions = built.revise(ask(built.requests, folder / DESCRIPTIONS))
+            answers = ask(questions, folder / PREDICTIONS)
             scores = built.score(answers)
             results = {
                 "model": str(model),
@@ -237,6 +265,7 @@ def _build_task(
     image_folder: str | Path | None,
     split: str | None,
     num_questions: int | None,
+    describe_first: bool,
     **settings: Any,
 ) -> Task:
     if task == "easy-vqa" and data is not None:
@@ -249,17 +278,17 @@ def _build_task(
         return _pope(Path(str(data)), image_folder, num_questions, **settings)
     if task == "easy-vqa" or data is None:
         questions, score, note = _easy_vqa()
-        if task == "if16":  # one question about each image
-            questions = list({question.images[0]: question for question in questions}.values())
-    elif task == "folder":
+        if task == "if16":
+            questions = one_per_image(questions)
+    elif task == "folder" or (task == "if16" and Path(data).is_dir()):
         questions = _read_folder(Path(data), image_folder, split)
         score, note = _exact_match, _EXACT_MATCH
     else:
-        questions = _read_samples(read_records(data), image_folder or Path(data).parent, str(data))
+        questions = _read_file(Path(data), image_folder)
         score, note = _exact_match, _EXACT_MATCH
     questions = evenly_spaced(questions, num_questions)
     if task == "if16":
-        return _instruction_following(questions, settings["seed"])
+        return _instruction_following(questions, settings["seed"], describe_first)
     return Task(questions, lambda answers: score(questions, answers), note)
 
 
@@ -333,9 +362,15 @@ def _pope(
     return Task(questions, score, note, {"strategy": strategy, "objects_per_image": objects_per_image, "seed": seed})
 
 
-def _instruction_following(questions: list[Question], seed: int) -> Task:
+def _instruction_following(questions: list[Question], seed: int, describe_first: bool) -> Task:
     """Every question with each of the instructions."""
-    from .instruction_following import build_prompts, load_checkers, score
+    from .instruction_following import (
+        build_prompts,
+        description_request,
+        load_checkers,
+        prompt_from_description,
+        score,
+    )
 
     load_checkers()  # which are an extra
     prompts = build_prompts([(question.images, question.text) for question in questions], seed)
@@ -350,7 +385,32 @@ def _instruction_following(questions: list[Question], seed: int) -> Task:
         return {name: {"questions": row["asked"], "success_rate": row["success_rate"]} for name, row in rates.items()}
 
     note = "success rate: share of answers that follow the instruction, whatever they say; average: that of the rates."
-    return Task(asked, score_all, note, {"seed": seed})
+    if not describe_first:
+        return Task(asked, score_all, note, {"seed": seed})
+
+    requests = []
+    for question in one_per_image(questions):
+        if not question.images:
+            raise ValueError(
+                f"Question {question.id} has no image to describe first: leave it out, or ask without `describe_first`."
+            )
+        images, text = description_request(question.images)
+        requests.append(Question(f"{question.id}-description", images, text))
+
+    def revise(descriptions: list[str]) -> list[Question]:
+        found = {tuple(request.images): text for request, text in zip(requests, descriptions)}
+        return [
+            replace(question, images=[], text=prompt_from_description(prompt, found[tuple(prompt.images)]).prompt)
+            for question, prompt in zip(asked, prompts)
+        ]
+
+    note += f" Upper limit: asked about the model's own descriptions ({DESCRIPTIONS}) instead of the images."
+    return Task(asked, score_all, note, {"seed": seed, "describe_first": True}, requests, revise)
+
+
+def one_per_image(questions: Sequence[Question]) -> list[Question]:
+    """The last of the questions about each image, or about the same images, in the order of the images."""
+    return list({tuple(question.images): question for question in questions}.values())
 
 
 def evenly_spaced(items: list[Any], count: int | None) -> list[Any]:
@@ -368,9 +428,11 @@ def read_records(path: str | Path) -> list[Any]:
     The records of a file with a JSON array, or with one JSON object a line.
 
     Raises:
-        `ValueError`: There is no such file, it is neither, or it is empty.
+        `ValueError`: There is no such file, or it is a folder, neither of the two, or empty.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a file of records. Folders of datasets are for folder and if16.")
     if not path.is_file():
         raise ValueError(f"There is no file {path}.")
     try:
@@ -400,6 +462,17 @@ def read_records(path: str | Path) -> list[Any]:
     return records
 
 
+def _read_file(path: Path, image_folder: str | Path | None) -> list[Question]:
+    questions = read_questions(read_records(path), image_folder or path.parent, str(path))
+    for question in questions:
+        for image in question.images:
+            if not isinstance(image, str):
+                raise ValueError(
+                    f"Question {question.id} of {path} must name its images by paths, got {image!r:.100}."
+                )
+    return questions
+
+
 def _read_folder(path: Path, image_folder: str | Path | None, split: str | None) -> list[Question]:
     if not path.is_dir():
         raise ValueError(f"There is no folder {path}.")
@@ -419,7 +492,7 @@ def _read_folder(path: Path, image_folder: str | Path | None, split: str | None)
             records = records.cast_column(name, datasets.Image(decode=False))
         elif isinstance(getattr(feature, "feature", None), datasets.Image):
             records = records.cast_column(name, datasets.Sequence(datasets.Image(decode=False)))
-    questions = _read_samples(records, image_folder or path, str(path))
+    questions = read_questions(records, image_folder or path, str(path))
     if not questions:
         raise ValueError(f"There are no records in {path}.")
     for index, question in enumerate(questions):
@@ -430,7 +503,18 @@ def _read_folder(path: Path, image_folder: str | Path | None, split: str | None)
     return questions
 
 
-def _read_samples(records: Iterable[Mapping[str, Any]], image_folder: str | Path, source: str) -> list[Question]:
+def read_questions(records: Iterable[Mapping[str, Any]], image_folder: str | Path, source: str) -> list[Question]:
+    """
+    The questions of samples in the format of LLaVA or TRL.
+
+    Args:
+        records (`Iterable[Mapping]`): See [`training_data.read_sample`].
+        image_folder (`str` or `Path`): What relative paths of images start from.
+        source (`str`): For error messages.
+
+    Raises:
+        [`SampleError`]: One of them is no sample of one question and its answer.
+    """
     return [_read_question(record, index, image_folder, source) for index, record in enumerate(records)]
 
 
@@ -473,9 +557,10 @@ def _check_images(questions: Sequence[Question], progress: bool) -> None:
     damaged = find_damaged_files(paths, memory, num_threads=os.cpu_count() or 1)
     bad = []
     off = None if progress else True
+    find_damage = cache(_find_damage)  # images may come in several questions
     for question in tqdm(questions, desc="images", unit="question", leave=False, disable=off):
         for image in question.images:
-            reason = damaged.get(image, "") if isinstance(image, str) else _find_damage(image)
+            reason = damaged.get(image, "") if isinstance(image, str) else find_damage(image)
             if reason:
                 bad.append(f"Question {question.id}: {reason}")
     if bad:
@@ -539,45 +624,50 @@ def _fingerprint(questions: Sequence[Question]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _read_answers(folder: Path, settings: dict[str, Any], questions: Sequence[Question]) -> list[str]:
+def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """
-    The answers that an earlier run has left, to the first of the questions. A last line that was cut off is taken away.
-
     Raises:
-        `ValueError`: They are from a run with other settings, or the file was changed.
+        `ValueError`: The folder has answers from a run with other settings.
     """
-    path = folder / PREDICTIONS
-    if not path.is_file():
-        return []
-    content = path.read_bytes()
-    complete = content[: content.rfind(b"\n") + 1]
-    if not complete:
-        path.unlink()
-        return []
-    remedy = "Choose another folder, or delete this one to begin anew."
+    paths = (folder / DESCRIPTIONS, folder / PREDICTIONS)
+    begun = [path.name for path in paths if path.is_file() and b"\n" in path.read_bytes()]
+    if not begun:
+        return
     try:
         begun_with = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         if not isinstance(begun_with, dict):
             raise ValueError("it is no JSON object")
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{folder} has {PREDICTIONS}, but no {SETTINGS} that says what they are of ({one_line(error)}). {remedy}"
+            f"{folder} has {begun[0]}, but no {SETTINGS} that says what they are of ({one_line(error)}). {_ANEW}"
         ) from error
     for name in dict.fromkeys([*settings, *begun_with]):
         if settings.get(name) != begun_with.get(name):
             raise ValueError(
-                f"{folder} was begun with `{name}` {begun_with.get(name)!r}, not {settings.get(name)!r}. {remedy}"
+                f"{folder} was begun with `{name}` {begun_with.get(name)!r}, not {settings.get(name)!r}. {_ANEW}"
             )
-    lines = complete.decode(errors="replace").split("\n")[:-1]
+
+
+def _read_answers(path: Path, questions: Sequence[Question]) -> list[str]:
+    """
+    The answers that an earlier run has left, to the first of the questions. A last line that was cut off is taken away.
+
+    Raises:
+        `ValueError`: The file was changed.
+    """
+    if not path.is_file():
+        return []
+    content = path.read_bytes()
+    complete = content[: content.rfind(b"\n") + 1]
     answers = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(complete.decode(errors="replace").split("\n")[:-1], start=1):
         try:
             record = json.loads(line)
             if [record["id"], record["question"]] != [questions[number - 1].id, questions[number - 1].text]:
                 raise ValueError("it is not about the question that was asked")
             answers.append(str(record["answer"]))
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise ValueError(f"{path}, line {number} is not as it was written: {one_line(error)}. {remedy}") from error
+            raise ValueError(f"{path}, line {number} is not as it was written: {one_line(error)}. {_ANEW}") from error
     if len(complete) < len(content):
         os.truncate(path, len(complete))
     return answers
@@ -596,7 +686,8 @@ def _ask(
     progress: bool,
 ) -> None:
     """Asks what is not answered yet; the answers are appended to `answers` and, batch by batch, to the file."""
-    bar = tqdm(total=len(questions), initial=len(answers), unit="question", disable=None if progress else True)
+    off = None if progress else True
+    bar = tqdm(desc=path.stem, total=len(questions), initial=len(answers), unit="question", disable=off)
     with path.open("a", encoding="utf-8") as file, bar:
         for start in range(len(answers), len(questions), batch_size):
             batch = questions[start : start + batch_size]

@@ -12,6 +12,8 @@ The paper's upper limit, where the model sees its own description instead of the
     [description] = answer(model, processor, [description_request(prompt.images)])
     prompt = prompt_from_description(prompt, description)
 
+`ta-llava evaluate --task if16` does all of it, with `--describe-first` the upper limit.
+
 Answers are checked by IFEval's own code, as lm-eval keeps it (`pip install 'ta-llava[evaluate]'`). It decides what is not
 clear, and an answer counts as it stands, which is IFEval's "strict" accuracy:
 

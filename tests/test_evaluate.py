@@ -11,9 +11,11 @@ from conftest import ROOT, SHIPPED_MODEL
 from filelock import FileLock
 from PIL import Image
 from transformers import LlamaConfig, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 from ta_llava import easy_vqa_data, instruction_following
 from ta_llava import evaluate as module
+from ta_llava.cli import app
 from ta_llava.evaluate import evaluate, evenly_spaced, format_table, read_records
 from ta_llava.inference import DEFAULT_LLAVA
 
@@ -47,6 +49,9 @@ def sample(image: str, question: str, expected: str, kind: str | None = None) ->
     }
 
 
+TURNS = sample(*SAMPLES[0])["conversations"]
+
+
 @pytest.fixture
 def data(tmp_path) -> Path:
     path = tmp_path / "data.json"
@@ -74,6 +79,27 @@ def calls(monkeypatch) -> list:
     return calls
 
 
+@pytest.fixture
+def parrot(monkeypatch):
+    """No model but an answer that repeats what was asked; it counts questions, and stops at that of `stop_at`."""
+
+    class Parrot:
+        stop_at: int | None = None
+        asked = 0
+
+        def __call__(self, model, processor, questions, **kwargs):
+            for images, text in questions:
+                self.asked += 1
+                if self.asked == self.stop_at:
+                    raise KeyboardInterrupt
+                yield f"{len(images)} images: {text[-30:]}"
+
+    parrot = Parrot()
+    monkeypatch.setattr(module, "answer", parrot)
+    monkeypatch.setattr(module, "load", lambda *arguments: (None, None))
+    return parrot
+
+
 def forbid_loading(monkeypatch) -> None:
     def load(*arguments):
         raise AssertionError("The model was loaded.")
@@ -92,8 +118,8 @@ def run(out: Path, data: Path | None, task: str = "json", model: str | Path = SH
     return evaluate(model, task, out, data=data, progress=False, **kwargs)
 
 
-def predictions(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+def predictions(out: Path, name: str = "predictions.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (out / name).read_text().splitlines()]
 
 
 # --- tasks ---------------------------------------------------------------------------------------------------------
@@ -166,10 +192,10 @@ def test_a_folder_of_datasets_with_and_without_images_in_it(tmp_path, held):
 @pytest.mark.parametrize(("model", "bar"), [(SHIPPED_MODEL, 0.99), (DEFAULT_LLAVA, 0.97)])
 def test_the_shipped_models_answer_the_test_questions_of_easy_vqa(tmp_path, model, bar):
     """All 9,673 questions are `make evaluate-tiny`; the README says what they give."""
-    scores = run(tmp_path / "out", None, "easy-vqa", model=model, num_questions=600, batch_size=100)["scores"]
+    scores = run(tmp_path / "out", None, "easy-vqa", model=model, num_questions=200, batch_size=100)["scores"]
     assert list(scores) == [*easy_vqa_data.QUESTION_TYPES, "all"]
     assert scores["all"]["accuracy"] >= bar
-    assert scores["all"]["questions"] == sum(scores[name]["questions"] for name in easy_vqa_data.QUESTION_TYPES) == 600
+    assert scores["all"]["questions"] == sum(scores[name]["questions"] for name in easy_vqa_data.QUESTION_TYPES) == 200
     assert all(row["accuracy"] > row["prior"] for row in scores.values())
 
 
@@ -243,6 +269,24 @@ def test_instructions_need_their_checkers(tmp_path, data, monkeypatch, no_model)
         run(tmp_path / "out", data, "if16")
 
 
+def test_instructions_about_a_folder_with_images_in_it(tmp_path, parrot):
+    """Several questions about an image, and one without any."""
+    content = {"bytes": (EXAMPLES / "red_circle.png").read_bytes(), "path": None}
+    texts = ["<image>\nwhat color is the shape?", "<image>\nwhat shape is in the image?", "what is red?"]
+    turns = [[{"from": "human", "value": text}, {"from": "gpt", "value": "it"}] for text in texts]
+    columns = {"images": [[content], [content], []], "conversations": turns}
+    records = datasets.Dataset.from_dict(columns).cast_column("images", datasets.Sequence(datasets.Image()))
+    records.save_to_disk(str(tmp_path / "data"))
+    results = run(tmp_path / "out", tmp_path / "data", "if16")
+    lines = predictions(tmp_path / "out")
+    for index, text in enumerate(texts):
+        for line in lines[16 * index : 16 * (index + 1)]:
+            assert line["question"].startswith(text.removeprefix("<image>\n") + "\n")
+            assert line["answer"].startswith(f"{text.count('<image>')} images")
+    assert len(lines) == 48
+    assert run(tmp_path / "out", tmp_path / "data", "if16") == results and parrot.asked == 48  # it is the same data
+
+
 def test_evenly_spaced():
     assert evenly_spaced(list(range(10)), 4) == [0, 2, 5, 7]
     assert evenly_spaced(list(range(10)), 6) == [0, 1, 3, 5, 6, 8]  # not the first six
@@ -260,6 +304,114 @@ def test_the_table():
         "| color | 3 | 33.33% |  |",
         "| all | 4 | 50.00% | 25.00% |",
     ]
+
+
+# --- the upper limit of if16 ---------------------------------------------------------------------------------------
+
+UPPER_LIMIT = {"task": "if16", "describe_first": True}
+
+
+@pytest.mark.parametrize("model", [SHIPPED_MODEL, DEFAULT_LLAVA])
+def test_the_upper_limit_asks_about_descriptions(tmp_path, data, calls, model):
+    """Of three questions about two images."""
+    out = tmp_path / "out"
+    results = run(out, data, model=model, num_questions=3, max_new_tokens=4, batch_size=48, **UPPER_LIMIT)
+    descriptions = predictions(out, "descriptions.jsonl")
+    assert [Path(line["image"]).name for line in descriptions] == ["teal_triangle.png", "red_circle.png"]
+    assert {line["question"] for line in descriptions} == {"Describe this image in detail."}
+    assert "triangle" in descriptions[0]["answer"] and "circle" in descriptions[1]["answer"]
+    assert [len(batch) for batch in calls] == [2, 48]
+    asked = [([image], question) for image, question, *_ in evenly_spaced(SAMPLES, 3)]
+    prompts = instruction_following.build_prompts(asked)
+    lines = predictions(out)
+    for prompt, line in zip(prompts, lines, strict=True):
+        description = descriptions[["teal_triangle.png", "red_circle.png"].index(prompt.images[0])]["answer"]
+        described = instruction_following.prompt_from_description(prompt, description)
+        assert (line["question"], line["type"]) == (described.prompt, prompt.task)
+        assert "image" not in line and line["answer"]
+    answers = [line["answer"] for line in lines]
+    expected = instruction_following.score(prompts, answers)["average"]["success_rate"]
+    assert results["scores"]["average"] == {"questions": 48, "success_rate": expected}
+    assert results["settings"]["describe_first"] is True
+    assert "the model's own descriptions" in (out / "results.md").read_text()
+
+
+def test_the_upper_limit_of_a_folder_with_images_in_it(tmp_path):
+    """On the command line."""
+    content = (EXAMPLES / "red_circle.png").read_bytes()
+    records = datasets.Dataset.from_dict({"image": [{"bytes": content, "path": None}], "conversations": [TURNS]})
+    records.cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "data"))
+    arguments = ["--task", "if16", "--describe-first", "--data", tmp_path / "data", "--max-new-tokens", 4]
+    result = CliRunner().invoke(app, ["evaluate", *map(str, [SHIPPED_MODEL, *arguments, "-o", tmp_path / "out"])])
+    assert result.exit_code == 0 and "| average | 16 |" in result.stdout
+    assert [line["answer"] for line in predictions(tmp_path / "out", "descriptions.jsonl")] == ["a red circle"]
+    assert len(predictions(tmp_path / "out")) == 16
+
+
+@pytest.mark.parametrize("stop_at", [2, 3, 40])  # in the second description, in the first question, and later
+def test_a_killed_upper_limit_goes_on(tmp_path, data, parrot, stop_at):
+    run(tmp_path / "whole", data, batch_size=1, **UPPER_LIMIT)
+    assert parrot.asked == 2 + 80
+    out = tmp_path / "out"
+    parrot.asked, parrot.stop_at = 0, stop_at
+    with pytest.raises(KeyboardInterrupt):
+        run(out, data, batch_size=1, **UPPER_LIMIT)
+    assert len(predictions(out, "descriptions.jsonl")) == min(stop_at - 1, 2) and not (out / "results.json").exists()
+    with (out / "descriptions.jsonl").open("a") as file:
+        file.write('{"id": "cut o')
+    parrot.asked, parrot.stop_at = 0, None
+    run(out, data, batch_size=1, **UPPER_LIMIT)
+    assert parrot.asked == 82 - (stop_at - 1)
+    for name in ("descriptions.jsonl", "predictions.jsonl", "results.json", "results.md"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("stop_at", [2, 40])
+def test_an_upper_limit_does_not_go_on_as_something_else(tmp_path, data, parrot, stop_at):
+    out = tmp_path / "out"
+    parrot.stop_at = stop_at
+    with pytest.raises(KeyboardInterrupt):
+        run(out, data, batch_size=1, **UPPER_LIMIT)
+    with pytest.raises(ValueError, match="begun with `describe_first` True, not None"):
+        run(out, data, "if16")
+    with pytest.raises(ValueError, match="begun with `max_new_tokens` 64, not 5"):
+        run(out, data, max_new_tokens=5, **UPPER_LIMIT)
+    (out / "settings.json").unlink()
+    with pytest.raises(ValueError, match="has descriptions.jsonl, but no settings.json"):
+        run(out, data, **UPPER_LIMIT)
+
+
+def test_something_else_does_not_go_on_as_an_upper_limit(tmp_path, data, parrot):
+    run(tmp_path / "out", data, "if16")
+    with pytest.raises(ValueError, match="begun with `describe_first` None, not True"):
+        run(tmp_path / "out", data, **UPPER_LIMIT)
+    assert not (tmp_path / "out" / "descriptions.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"answer"', '"respons"', "descriptions.jsonl, line 1 is not as it was written"),
+        ("1 images: ", "2 images: ", "predictions.jsonl, line 1 is not .* not about the question that was asked"),
+    ],
+)
+def test_descriptions_that_were_changed_are_not_taken(tmp_path, data, parrot, old, new, message):
+    run(tmp_path / "out", data, **UPPER_LIMIT)
+    path = tmp_path / "out" / "descriptions.jsonl"
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "out", data, **UPPER_LIMIT)
+
+
+def test_there_must_be_an_image_to_describe(tmp_path, no_model):
+    path = tmp_path / "data.json"
+    alone = {"id": "alone", "conversations": [{"from": "human", "value": "what is red?"}, TURNS[1]]}
+    path.write_text(json.dumps([sample(*SAMPLES[0]), alone]))
+    with pytest.raises(
+        ValueError, match="Question alone has no image to describe first: leave it out, or ask without"
+    ):
+        run(tmp_path / "out", path, **UPPER_LIMIT)
+    assert not (tmp_path / "out").exists()
 
 
 # --- interrupted runs ----------------------------------------------------------------------------------------------
@@ -344,7 +496,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("change", OTHERS)
-def test_a_run_with_other_settings_is_refused(tmp_path, data, monkeypatch, change):
+def test_a_run_with_other_settings_is_refused(tmp_path, data, monkeypatch, parrot, change):
     make, message = OTHERS[change]
     model, out = Path(shutil.copytree(SHIPPED_MODEL, tmp_path / "model")), tmp_path / "out"
     run(out, data, model=model)
@@ -394,7 +546,7 @@ def test_two_processes_do_not_write_to_one_folder(tmp_path, data, no_model):
         run(tmp_path / "out", data)
 
 
-def test_results_are_complete_or_not_there(tmp_path, data, monkeypatch):
+def test_results_are_complete_or_not_there(tmp_path, data, monkeypatch, parrot):
     """As on a full disk: what was there before stays, and what was not is not begun."""
     write_text = Path.write_text
 
@@ -413,7 +565,6 @@ def test_results_are_complete_or_not_there(tmp_path, data, monkeypatch):
 # --- what is refused -----------------------------------------------------------------------------------------------
 
 SYSTEM = {"from": "system", "value": "Be short."}
-TURNS = sample(*SAMPLES[0])["conversations"]
 BAD_SAMPLES = {
     "no answer": ({"conversations": TURNS[:1]}, "It has no answer to compare with"),
     "an empty answer": ({"conversations": [TURNS[0], {"from": "gpt", "value": " "}]}, "Turn 2, .* is empty"),
@@ -432,6 +583,16 @@ BAD_SAMPLES = {
     "a type without a name": ({"type": 3}, "Its `type` must be a name"),
     "a type called all": ({"type": "all"}, "Its `type` must be a name"),
 }
+
+
+def test_images_of_a_file_are_paths(tmp_path, no_model):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{**sample(*SAMPLES[0]), "id": "odd", "image": {"bytes": "", "path": "a.png"}}]))
+    for task in ("json", "if16"):
+        with pytest.raises(
+            ValueError, match=r"Question odd of .*data.json must name its images by paths, got \{'bytes'"
+        ):
+            run(tmp_path / "out", path, task)
 
 
 @pytest.mark.parametrize("case", BAD_SAMPLES)
@@ -500,6 +661,9 @@ def test_records_with_a_byte_order_mark(tmp_path):
         ({"data": Path("none.json")}, "There is no file none.json"),
         ({"task": "folder", "data": Path("none")}, "There is no folder none"),
         ({"task": "folder", "data": EXAMPLES}, "examples is no dataset that `save_to_disk` has written"),
+        ({"data": EXAMPLES}, "examples is a folder, not a file of records"),
+        ({"task": "if16", "data": EXAMPLES}, "examples is no dataset that `save_to_disk` has written"),
+        ({"describe_first": True}, "Only if16 describes the images first, the task json does not"),
         ({"image_folder": "none"}, "There is no folder none of images"),
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
         ({"max_new_tokens": 0}, "`max_new_tokens` must be at least 1, got 0"),

@@ -5,16 +5,20 @@ import importlib.util
 import json
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import datasets
 import pytest
 import torch
 import yaml
 from conftest import EXAMPLE_IMAGE, FIXTURES, ROOT, SHIPPED_MODEL
 from PIL import Image
 
+from ta_llava import evaluate
 from ta_llava.easy_vqa_data import _llava_sample
 from ta_llava.inference import DEFAULT_LLAVA, answer
+from ta_llava.instruction_following import load_checkers
 
 
 MODULE = "ta_llava.lmms_eval_models"
@@ -317,7 +321,7 @@ def test_model_args_come_before_the_command_line(plugin):
     ],
 )
 def test_models_that_cannot_be(plugin, name, arguments, message, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=message):
         getattr(plugin, name)(**arguments)
 
@@ -345,10 +349,9 @@ def test_lmms_eval_finds_them(plugin):
 # --- the tasks -----------------------------------------------------------------------------------------------------
 
 
-def test_the_task_of_easy_vqa(tmp_path, monkeypatch):
-    """Its functions, by their names in the YAML file, on a sample as `ta_llava.easy_vqa_data` writes it."""
-    folder = TASKS / "easy_vqa"
-    spec = importlib.util.spec_from_file_location("easy_vqa_task", folder / "utils.py")
+def load_task(name):
+    """What the YAML file says, with the functions of `utils.py` that it names."""
+    spec = importlib.util.spec_from_file_location(f"{name}_task", TASKS / name / "utils.py")
     utils = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(utils)
 
@@ -356,18 +359,69 @@ def test_the_task_of_easy_vqa(tmp_path, monkeypatch):
         pass
 
     Loader.add_constructor("!function", lambda loader, node: getattr(utils, node.value.removeprefix("utils.")))
-    task = yaml.load((folder / "easy_vqa.yaml").read_text(), Loader)
+    return yaml.load((TASKS / name / f"{name}.yaml").read_text(), Loader)
 
-    images = tmp_path / utils.IMAGES / "test"
+
+QUESTIONS = ("what color is the shape?", "what shape is in the image?")
+
+
+@pytest.fixture
+def easy_vqa(tmp_path, monkeypatch):
+    """The folder in which lmms-eval runs, with the samples as `ta_llava.easy_vqa_data` writes them: of two images."""
+    images = tmp_path / "data/easy-vqa/images/test"
     images.mkdir(parents=True)
-    Image.open(EXAMPLE_IMAGE).save(images / "0.png")
-    (tmp_path / task["dataset_kwargs"]["data_files"]["test"]).write_text(
-        json.dumps([_llava_sample("test/0.png", 0, "what color is the shape?", "teal")])
-    )
+    samples = []
+    for index, image in enumerate((EXAMPLE_IMAGE, RED_CIRCLE)):
+        Image.open(image).save(images / f"{index}.png")
+        samples += [_llava_sample(f"test/{index}.png", number, text, "?") for number, text in enumerate(QUESTIONS)]
+    (tmp_path / "data/easy-vqa/test.json").write_text(json.dumps(samples))
     monkeypatch.chdir(tmp_path)
-    (document,) = json.loads((tmp_path / "data/easy-vqa/test.json").read_text())
+
+
+def test_the_task_of_easy_vqa(easy_vqa):
+    task = load_task("easy_vqa")
+    document, *_ = json.loads(Path(task["dataset_kwargs"]["data_files"]["test"]).read_text())
     assert task["doc_to_text"](document) == "what color is the shape?"
-    assert task["doc_to_target"](document) == "teal"
+    assert task["doc_to_target"](document) == "?"
     (image,) = task["doc_to_visual"](document)
     with Image.open(EXAMPLE_IMAGE) as expected:
         assert (image.mode, image.size) == ("RGB", expected.size)
+
+
+def test_the_task_of_if16(easy_vqa, tmp_path, monkeypatch):
+    """It asks and checks as `ta-llava evaluate --task if16` does about the last question of each image."""
+    task = load_task("if16")
+    path = Path(task["dataset_kwargs"]["data_files"]["test"])
+    documents = task["process_docs"](datasets.Dataset.from_list(json.loads(path.read_text())))
+    kwargs = task["lmms_eval_specific_kwargs"]["default"]
+
+    path.write_text(json.dumps(json.loads(path.read_text())[1::2]))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(evaluate, "load", lambda *arguments: (None, None))
+    monkeypatch.setattr(evaluate, "answer", lambda model, processor, asked, **kwargs: (text for _, text in asked))
+    scores = evaluate.evaluate(
+        SHIPPED_MODEL, "if16", tmp_path / "out", data=path, image_folder=kwargs["image_folder"], progress=False
+    )["scores"]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert [task["doc_to_text"](document, kwargs) for document in documents] == [line["question"] for line in lines]
+
+    for document, line in zip(documents, lines):
+        (image,) = task["doc_to_visual"](document, kwargs)
+        with Image.open(line["image"]) as expected:
+            assert image.tobytes() == expected.convert("RGB").tobytes()
+    found = [task["process_results"](document, [line["answer"]]) for document, line in zip(documents, lines)]
+    metrics = {metric["metric"]: metric["aggregation"] for metric in task["metric_list"]}
+    assert list(metrics) == list(scores)
+    for name, aggregation in metrics.items():
+        values = [result[name] for result in found if name in result]
+        assert len(values) == scores[name]["questions"]
+        rate = sum(values) / len(values) if aggregation == "mean" else aggregation(values)
+        assert rate == pytest.approx(scores[name]["success_rate"])
+    assert 0 < scores["average"]["success_rate"] < 1
+
+
+def test_the_task_of_if16_needs_its_checkers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "punkt", None)
+    load_checkers.cache_clear()
+    with pytest.raises(ValueError, match=r"pip install 'ta-llava\[evaluate\]'"):
+        load_task("if16")
