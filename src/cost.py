@@ -24,6 +24,7 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
 )
+from transformers.initialization import no_init_weights
 
 from .configuration_ta_llava import TaLlavaConfig
 from .error_messages import one_line
@@ -152,7 +153,7 @@ def count_cost(config: Any, text_tokens: int = 40, num_images: int = 1, image_si
     """
     image_size = image_size or config.vision_config.image_size
     with FakeTensorMode(), torch.no_grad():
-        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).eval()
+        model = build_without_data(config)
         pixel_values = torch.empty(num_images, 3, image_size, image_size, dtype=torch.bfloat16)
         with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
             outputs = _Row(model)(pixel_values, text_tokens)
@@ -173,6 +174,14 @@ def count_cost(config: Any, text_tokens: int = 40, num_images: int = 1, image_si
         parameters[LANGUAGE_MODEL] = sum(p.numel() for p in model.parameters()) - sum(parameters.values())
         operations[LANGUAGE_MODEL] = total - sum(operations.values())
     return Cost(parameters, operations, num_tokens, cache_bytes)
+
+
+def build_without_data(config: Any) -> Any:
+    """A model in bfloat16 of tensors without data, inside a `FakeTensorMode`."""
+    with no_init_weights():  # DINOv2's looks at its numbers
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).eval()
+    model.tie_weights()
+    return model
 
 
 class _Row(nn.Module):

@@ -285,10 +285,12 @@ def run_stage(
     steps: int,
     batch_size: int,
     parameter_groups: list,
+    bf16: bool = False,
 ) -> None:
     """
     Trains `model` in place on `dataset`: Adam without weight decay, linear warm-up, cosine decay, gradients clipped
-    at 1. What it learned is kept in `output_dir/name`: a finished stage is loaded, an unfinished one resumed.
+    at 1. What it learned is kept in `output_dir/name`: a finished stage is loaded, an unfinished one resumed. With `bf16`
+    matrices are multiplied in bfloat16.
     """
     folder = output_dir / name
     finished = folder / "finished.pt"
@@ -316,6 +318,7 @@ def run_stage(
         save_steps=max(min(steps // 4, 500), 1),
         save_total_limit=2,  # a cut-off while the newest is written leaves the one before
         remove_unused_columns=False,
+        bf16=bf16,
         report_to=[],
         seed=seed,
         use_cpu=not torch.cuda.is_available(),

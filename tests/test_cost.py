@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 from conftest import FIXTURES, ROOT, SHIPPED_MODEL
-from transformers import AutoModelForImageTextToText, LlamaConfig
+from transformers import AutoModelForImageTextToText, Dinov2Config, LlamaConfig
 from typer.testing import CliRunner
 
 from ta_llava import VmtcCmaiLlavaConfig
@@ -28,6 +28,16 @@ def test_parameters_and_cache_are_those_of_the_real_model(folder):
         cache = model(input_ids=ids, pixel_values=torch.zeros(1, 3, 64, 64, dtype=torch.bfloat16)).past_key_values
     assert cost.cache_bytes == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert cost.num_tokens == placeholders + 10
+
+
+def test_a_tower_of_dinov2_is_counted():
+    vision_config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    text_config = LlamaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=60)
+    cost = count_cost(VmtcCmaiLlavaConfig(vision_config=vision_config, text_config=text_config))
+    assert cost.num_tokens == 4 + 40
+    assert cost.operations["vision tower"] > 0
 
 
 def test_operations_of_the_language_model_against_a_count_by_hand():
