@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-real lint train-tiny train-llava-tiny train-small evaluate-tiny bench clean
+.PHONY: help demo test test-real lint train-tiny train-llava-tiny train-small evaluate-tiny tables bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -57,6 +57,10 @@ evaluate-tiny: $(VENV)/installed-dev  ## the shipped models on all 9,673 test qu
 	$(BIN)/ta-llava evaluate checkpoints/llava-tiny --visual-tokens 16 --batch-size 128 -o runs/evaluate-tiny/vmtc
 	$(BIN)/ta-llava evaluate checkpoints/llava-tiny --cmai 0.6 --batch-size 128 -o runs/evaluate-tiny/cmai
 	$(BIN)/ta-llava evaluate checkpoints/llava-tiny --visual-tokens 16 --cmai 0.6 --batch-size 128 -o runs/evaluate-tiny/both
+
+tables: $(VENV)/installed-real-parts  ## repeat the papers' tables with small models (several hours on 2 cores; resumes)
+	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/tables.py --config benchmarks/tables_smollm2.yaml --output-dir runs/tables-smollm2
 
 bench: $(VENV)/installed-dev  ## measure both systems against LLaVA with the same backbones
 	$(BIN)/python benchmarks/compare_with_llava.py

@@ -98,8 +98,11 @@ class Data:
             (described(self.train[i], text), answer, None) for text, answer, i in self.questions() if i is not None
         ]
 
-    def instructions(self) -> list[Item]:
-        """A question of each type about the description of each image, with one of the 16 instructions."""
+    def instructions(self, about_images: bool = False) -> list[Item]:
+        """
+        A question of each type about each image, with one of the 16 instructions. It is asked about the description or,
+        with `about_images`, about every hundredth image itself: without any a model answers all images in one word.
+        """
         items: list[Item] = []
         for index, grid in enumerate(self.train):
             generator = random.Random(f"instructions {self.seed} {index}")
@@ -107,8 +110,13 @@ class Data:
                 task = generator.choice(list(TASKS.values()))
                 arguments = task.draw(generator)
                 answer = follow(task.name, arguments, question)
-                if len(answer.split()) <= LONGEST_ANSWER:
-                    items.append((described(grid, f"{question.text}\n{task.describe(arguments)}"), answer, None))
+                if len(answer.split()) > LONGEST_ANSWER:
+                    continue
+                prompt = f"{question.text}\n{task.describe(arguments)}"
+                if about_images and index % 100 == 0:
+                    items.append((prompt, answer, index))
+                else:
+                    items.append((described(grid, prompt), answer, None))
         return items
 
     def test_questions(self) -> list[tuple[int, Any]]:
@@ -378,7 +386,10 @@ def train(
 
 
 def train_llava(folder: Path, config: dict[str, Any], seed: int) -> None:
-    """The LLaVA that all rows of the tables on VMTC and CMAI start from: projector alone, then language model too."""
+    """
+    The LLaVA that all rows of the tables on VMTC and CMAI start from. The language model learns in both stages: a projector
+    alone does not teach one so small to caption.
+    """
     parts, run_folder = Parts.load(folder, config), folder / f"llava-{seed}"
     set_seed(seed)
     model = parts.build(VmtcCmaiLlavaForConditionalGeneration, parts.llava_config({}))
@@ -398,11 +409,12 @@ def _train_llava(
     data, held = load_data(config, seed), load_file(folder / "features" / f"{features}.safetensors")["train"]
     chat = parts.chat(held.shape[1])
     base = model.model
+    modules = [base.multi_modal_projector, base.language_model]
     for name in stages:
-        modules, items = [base.multi_modal_projector], data.captions()
+        items = data.captions()
         if name != "pretrain":
             # Text alone keeps the instructions alive, as the text-only conversations of LLaVA-1.5's mixture do.
-            modules, items = [*modules, base.language_model], items + data.questions() + data.instructions()
+            items += data.questions() + data.instructions(about_images=True)
         train(model, Samples(items, chat, held), run_folder, name, seed, config["stages"][name], modules)
 
 
@@ -490,6 +502,7 @@ def generate(
             **inputs,
             max_new_tokens=max_new_tokens,
             do_sample=False,
+            use_cache=True,  # which the Trainer turns off in the config
             eos_token_id=chat.tokenizer.convert_tokens_to_ids(chat.turns["end"]),
             pad_token_id=chat.tokenizer.pad_token_id,
         )

@@ -83,7 +83,7 @@ def list_jobs(config: dict[str, Any]) -> list[list[Job]]:
         for length in sorted(config["prefix_lengths"], reverse=True)
         for blind in (False, True)
     ]
-    return [parts, bases, variants + prefixes]
+    return [parts, bases + prefixes, variants]
 
 
 def tower_fields(fields: dict[str, Any]) -> dict[str, Any]:

@@ -128,9 +128,10 @@ def test_all_tables_come_out_and_what_is_finished_is_not_done_again(tmp_path, to
 
     monkeypatch.setattr(small_models, "run_stage", None)
     monkeypatch.setattr(small_models, "generate", None)
-    for jobs in tables.list_jobs(config)[:1] + tables.list_jobs(config)[2:]:
+    for jobs in tables.list_jobs(config):
         for job in jobs:
-            job.function(folder, config, *job.arguments)
+            if job.function is not small_models.train_llava:  # whose stages `run_stage` keeps
+                job.function(folder, config, *job.arguments)
 
 
 def test_a_job_that_fails_is_named_and_the_others_go_on(tmp_path):
