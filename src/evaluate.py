@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoProcessor
 
 from . import pope
+from .complete_files import write_text
 from .easy_vqa_data import QUESTION_TYPES, load_easy_vqa, question_type, wording_prior
 from .error_messages import one_line
 from .inference import answer, load
@@ -217,7 +218,7 @@ def evaluate(
                 answers = _read_answers(path, questions)
                 if len(answers) < len(questions):
                     loaded = load_once()
-                    _write(folder / SETTINGS, _as_json(settings))
+                    write_text(folder / SETTINGS, _as_json(settings))
                     _ask(loaded, questions, answers, path, batch_size, max_new_tokens, progress)
                 return answers
 
@@ -233,8 +234,8 @@ def evaluate(
                 "note": built.note,
                 "settings": settings,
             }
-            _write(folder / RESULTS, _as_json(results))
-            _write(folder / TABLE, f"# {task}: {model}\n\n{format_table(scores)}\n\n{built.note}\n")
+            write_text(folder / RESULTS, _as_json(results))
+            write_text(folder / TABLE, f"# {task}: {model}\n\n{format_table(scores)}\n\n{built.note}\n")
     except Timeout as error:
         raise ValueError(f"Another process is writing to {folder}. Wait for it, or choose another folder.") from error
     return results
@@ -719,10 +720,3 @@ def _prediction(question: Question, given: str) -> str:
 
 def _as_json(content: Any) -> str:
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-
-
-def _write(path: Path, content: str) -> None:
-    """Complete, or not at all."""
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(content, encoding="utf-8")
-    unfinished.replace(path)

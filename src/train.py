@@ -37,6 +37,7 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_bitsandbytes_available
 
+from .complete_files import temporary_name, write_text
 from .configuration_ta_llava import TaLlavaConfig
 from .error_messages import one_line
 from .training_data import Collator, iterate_images, prepare_dataset
@@ -437,7 +438,7 @@ def train(recipe: Recipe) -> Path:
             f"{recipe.global_batch_size} samples a step: {at_once} at once x {passes} passes x {devices} devices",
             flush=True,
         )
-        _write_json(folder / _STARTED, asdict(recipe))
+        write_text(folder / _STARTED, json.dumps(asdict(recipe), indent=1))
 
     if is_main:
         num_samples = 0 if recipe.data.streaming else len(dataset)
@@ -466,7 +467,7 @@ def train(recipe: Recipe) -> Path:
         summary = {"recipe": asdict(recipe), "data": asdict(report), "parameters": parameters}
         if evaluation_report is not None:
             summary["evaluation_data"] = asdict(evaluation_report)
-        _write_json(folder / SUMMARY, {**summary, "log": trainer.state.log_history})
+        write_text(folder / SUMMARY, json.dumps({**summary, "log": trainer.state.log_history}, indent=1))
     trainer.accelerator.wait_for_everyone()  # the next phase starts from these files
     return folder
 
@@ -522,7 +523,7 @@ def _model_type(model: str) -> str:
 def _is_finished(recipe: Recipe, folder: Path) -> bool:
     """Whether this recipe has been run to its end in this folder; raises if something else is there."""
     if not (folder / _STARTED).is_file():
-        own = ("bad_samples.jsonl", "bad_evaluation_samples.jsonl", f"{_STARTED}.tmp", _STARTED)
+        own = ("bad_samples.jsonl", "bad_evaluation_samples.jsonl", temporary_name(Path(_STARTED)).name, _STARTED)
         if folder.exists() and (not folder.is_dir() or any(path.name not in own for path in folder.iterdir())):
             raise ValueError(f"{folder} exists already and holds something else. Choose another `output_dir`.")
         return False
@@ -550,14 +551,6 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         elif value is not None:
             flat[prefix + key] = value
     return flat
-
-
-def _write_json(path: Path, content: Any) -> None:
-    """Complete, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    unfinished.replace(path)
 
 
 def _half_precision(recipe: Recipe) -> torch.dtype | None:

@@ -13,6 +13,7 @@ import argparse
 import json
 import random
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from .chat_templates import GEMMA_CHAT_TEMPLATE
+from .complete_files import complete_or_not_at_all
 from .configuration_ta_llava import TaLlavaConfig
 from .easy_vqa_data import CAPTION_PROMPT, COLORS, SHAPES, Scene, load_easy_vqa, load_pixels, shape_mask
 from .modeling_ta_llava import TaLlavaForConditionalGeneration
@@ -331,8 +333,10 @@ def run_stage(
     checkpoint = last_complete_checkpoint(folder)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     (folder / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
-    torch.save({"settings": settings, "model": model.state_dict()}, finished.with_suffix(".tmp"))
-    finished.with_suffix(".tmp").rename(finished)
+    with complete_or_not_at_all(finished) as unfinished:
+        torch.save({"settings": settings, "model": model.state_dict()}, unfinished)
+    for folder_of_state in folder.glob("checkpoint-*"):  # with the optimizer, three times as large
+        shutil.rmtree(folder_of_state)
 
 
 def trainable(model: nn.Module, groups: list[tuple[list[nn.Module], float]]) -> list[dict]:

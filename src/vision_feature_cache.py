@@ -27,6 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from .complete_files import complete_or_not_at_all
+
 
 _MANIFEST = "manifest.json"
 _SHARDS = "features-*.safetensors"
@@ -231,7 +233,7 @@ class VisionFeatureCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._lock():
                 if not path.exists():
-                    with _complete_or_not_at_all(path) as unfinished:
+                    with complete_or_not_at_all(path) as unfinished:
                         unfinished.write_text(json.dumps(fingerprint, indent=1), encoding="utf-8")
         try:
             made_with = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -283,7 +285,7 @@ class VisionFeatureCache:
     def _write_shard(self, features: dict[str, torch.Tensor]) -> None:
         checksums = {key: _checksum(tensor) for key, tensor in features.items()}
         path = self.folder / _SHARDS.replace("*", uuid.uuid4().hex)
-        with _complete_or_not_at_all(path) as unfinished:
+        with complete_or_not_at_all(path) as unfinished:
             save_file(features, unfinished, metadata={"crc32": json.dumps(checksums)})
         self._shards.add(path.name)
         self._index.update(dict.fromkeys(features, path.name))
@@ -303,19 +305,6 @@ class VisionFeatureCache:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "model": None, "processor": None, "_open_shards": {}}
-
-
-@contextmanager
-def _complete_or_not_at_all(path: Path) -> Iterator[Path]:
-    """A temporary name to write to; what has been written there is on the disk before it gets its own name."""
-    unfinished = path.with_name(f".{path.name}.tmp")
-    try:
-        yield unfinished
-        with unfinished.open("rb+") as file:
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _checksum(tensor: torch.Tensor) -> int:

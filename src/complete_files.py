@@ -1,0 +1,31 @@
+"""Files that are there complete or not at all, whenever the program ends."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def complete_or_not_at_all(path: Path) -> Iterator[Path]:
+    """A temporary name to write to; what has been written there is on the disk before it gets its own name."""
+    unfinished = temporary_name(path)
+    try:
+        yield unfinished
+        with unfinished.open("rb+") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """UTF-8, in a folder that is made if it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with complete_or_not_at_all(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def temporary_name(path: Path) -> Path:
+    """What a file is called until it is complete."""
+    return path.with_name(f".{path.name}.tmp")
