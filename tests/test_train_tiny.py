@@ -1,5 +1,4 @@
 import itertools
-import shutil
 
 import numpy as np
 import pytest
@@ -73,7 +72,7 @@ def test_labels_are_the_answer_alone(scenes, small_processor):
     assert without["input_ids"] == with_image["input_ids"][4:] and without["labels"] == with_image["labels"][4:]
 
 
-def test_an_interrupted_stage_goes_on_and_a_finished_one_is_kept(scenes, small_processor, tmp_path):
+def test_an_interrupted_stage_goes_on_and_a_finished_one_is_kept(scenes, small_processor, tmp_path, monkeypatch):
     """Frozen parts stay to the bit, trained ones move; the same stage again loads what it learned."""
     torch.manual_seed(0)
     model = TaLlavaForConditionalGeneration(build_config(small_processor.tokenizer))
@@ -83,10 +82,10 @@ def test_an_interrupted_stage_goes_on_and_a_finished_one_is_kept(scenes, small_p
     dataset = ChatDataset(items, small_processor, features)
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
-    def run(model: TaLlavaForConditionalGeneration) -> dict[str, torch.Tensor]:
+    def run(model: TaLlavaForConditionalGeneration, name: str = "stage") -> dict[str, torch.Tensor]:
         base = model.model
         reading = [base.multi_modal_projector, base.prefix_embedding, base.text_adapter, base.vision_adapter]
-        run_stage("stage", model, dataset, tmp_path, 0, 4, 8, trainable(model, [(reading, 1e-3)]))
+        run_stage(name, model, dataset, tmp_path, 0, 4, 8, trainable(model, [(reading, 1e-3)]))
         return {name: value.clone() for name, value in model.state_dict().items()}
 
     learned = run(model)
@@ -100,10 +99,24 @@ def test_an_interrupted_stage_goes_on_and_a_finished_one_is_kept(scenes, small_p
     with pytest.raises(ValueError, match="'steps': 4.*'steps': 5.*--output-dir"):
         run_stage("stage", model, dataset, tmp_path, 0, 5, 8, [])
 
-    # Cut off after step 3 of 4: it goes on from there, to the same weights.
-    (tmp_path / "stage" / "finished.pt").unlink()
-    shutil.rmtree(tmp_path / "stage" / "checkpoint-4")
-    resumed = run(TaLlavaForConditionalGeneration(model.config))
+    assert not list((tmp_path / "stage").glob("checkpoint-*"))
+
+    # Cut off when the last of 4 batches is asked for: it goes on from the last checkpoint, to the same weights.
+    model.load_state_dict(before)
+    num_batches, collate = 0, dataset.collate
+
+    def interrupted(items):
+        nonlocal num_batches
+        num_batches += 1
+        if num_batches == 4:
+            raise KeyboardInterrupt
+        return collate(items)
+
+    monkeypatch.setattr(dataset, "collate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, "cut-off")
+    assert list((tmp_path / "cut-off").glob("checkpoint-*"))
+    resumed = run(TaLlavaForConditionalGeneration(model.config), "cut-off")
     assert all(torch.equal(value, learned[name]) for name, value in resumed.items())
 
 
