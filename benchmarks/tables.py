@@ -39,6 +39,8 @@ from small_models import (
 )
 from tqdm.auto import tqdm
 
+from ta_llava.complete_files import write_text
+
 
 CONFIG = Path(__file__).parent / "tables.yaml"
 CONFIDENCE = 0.95
@@ -87,7 +89,7 @@ def list_jobs(config: dict[str, Any]) -> list[list[Job]]:
 
 
 def tower_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    """Those of the vision tower."""
+    """Those of the vision tower, which `use_vmtc` turns on with others."""
     return {name: value for name, value in fields.items() if not name.startswith(("use_cmai", "cmai_"))}
 
 
@@ -105,18 +107,18 @@ def check_config(folder: Path, config: dict[str, Any]) -> None:
     Raises:
         `ValueError`: The folder was begun with another one.
     """
+    if len(config["seeds"]) < 2:
+        raise ValueError(f"A confidence interval needs at least 2 seeds, got {config['seeds']}.")
     path = folder / "config.json"
-    if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(config, indent=1), encoding="utf-8")
-    begun_with = json.loads(path.read_text(encoding="utf-8"))
+    begun_with = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else config
     for name in config.keys() | begun_with.keys():
         now, then = config.get(name), begun_with.get(name)
-        if name == "variants" and now is not None and then is not None:
-            both = now.keys() & then.keys()
-            now, then = {key: now[key] for key in both}, {key: then[key] for key in both}
+        if name == "variants":
+            both = config[name].keys() & begun_with[name].keys()
+            now, then = {key: config[name][key] for key in both}, {key: begun_with[name][key] for key in both}
         if name not in ("seeds", "prefix_lengths") and now != then:
             raise ValueError(f"{folder} was begun with `{name}` {then}, not {now}. Choose another --output-dir.")
+    write_text(path, json.dumps({**config, "variants": begun_with["variants"] | config["variants"]}, indent=1))
 
 
 def run_jobs(folder: Path, config: dict[str, Any], workers: int) -> list[str]:
@@ -216,8 +218,8 @@ LLAVA_TABLES = {
         "VMTC + CMAI, 1/2": "both-32",
         "VMTC + CMAI, 1/9": "both-7",
         "VMTC + CMAI, 1/16": "both-4",
-        "SPD, 1/4": "spd-16",
-        "SPD, 1/16": "spd-4",
+        "SPD, 1/4 (not in the paper)": "spd-16",
+        "SPD, 1/16 (not in the paper)": "spd-4",
     },
     "VMTC + CMAI, Table 3: each by itself": {
         "LLaVA": "base",
@@ -258,6 +260,7 @@ LLAVA_TABLES = {
 CLAIMS = (
     ("VMTC follows instructions better than LLaVA (Table 3)", "if16", "vmtc-32", "base"),
     ("CMAI follows instructions better than LLaVA (Table 3)", "if16", "cmai", "base"),
+    ("both follow instructions better than LLaVA (Tables 1, 3)", "if16", "both-32", "base"),
     ("both follow better than VMTC alone (Table 3)", "if16", "both-32", "vmtc-32"),
     ("both follow better than CMAI alone (Table 3)", "if16", "both-32", "cmai"),
     ("SPD follows instructions better than LLaVA (Table 1)", "if16", "spd-16", "base"),
@@ -268,13 +271,16 @@ CLAIMS = (
     ("1/16 of the tokens follow better than 1/9 (Table 2)", "if16", "both-4", "both-7"),
     ("1/2 of the tokens are more accurate than 1/9 (Table 2)", "accuracy", "both-32", "both-7"),
     ("1/9 of the tokens are more accurate than 1/16 (Table 2)", "accuracy", "both-7", "both-4"),
-    ("layerwise is more accurate than last layer pruning", "accuracy", "layerwise-prune-32", "last-layer-prune-32"),
+    ("layerwise is more accurate than last layer (Table 4)", "accuracy", "layerwise-prune-32", "last-layer-prune-32"),
     ("layerwise follows better than last layer pruning (Table 4)", "if16", "layerwise-prune-32", "last-layer-prune-32"),
     ("merging is more accurate than pruning (Table 4)", "accuracy", "merge-32", "layerwise-prune-32"),
     ("merging follows better than pruning (Table 4)", "if16", "merge-32", "layerwise-prune-32"),
     ("clusters are more accurate than one merged token (Table 4)", "accuracy", "both-32", "merge-32"),
     ("clusters follow better than one merged token (Table 4)", "if16", "both-32", "merge-32"),
     ("the focus follows better than no CMAI (Table 5)", "if16", "both-32", "vmtc-32"),
+    ("TIA follows better than no CMAI (Table 5)", "if16", "tia", "vmtc-32"),
+    ("the sum follows better than no CMAI (Table 5)", "if16", "sum", "vmtc-32"),
+    ("the discounted sum follows better than no CMAI (Table 5)", "if16", "discounted-sum", "vmtc-32"),
     ("the focus follows better than TIA (Table 5)", "if16", "both-32", "tia"),
     ("the focus follows better than the sum (Table 5)", "if16", "both-32", "sum"),
     ("the focus follows better than the discounted sum (Table 5)", "if16", "both-32", "discounted-sum"),
@@ -310,7 +316,7 @@ def format_tables(results: Results, operations: dict[str, int]) -> str:
         + [cell(results.read(f"ta-llava-{longest}", "accuracy", phase, name)) for name in types]
         for phase in ("phase2", "phase3")
     ]
-    rows.append(["LLaVA"] + [cell(results.read("llava-base-training-free", "accuracy", name)) for name in types])
+    rows.append(["LLaVA"] + [cell(results.read("llava-base-trained", "accuracy", name)) for name in types])
     change = verdict(*(results.prefix_accuracy(longest, False, phase) for phase in ("phase3", "phase2")))
     parts.append(
         f"## TA-LLaVA, Table 2: before and after the language model is trained ({longest} prefix tokens)\n\n"
@@ -328,11 +334,12 @@ def format_tables(results: Results, operations: dict[str, int]) -> str:
     header = ["prefix tokens", "MFLOP, aware", "blind"]
     header += [f"{column}, phase {phase}" for phase in (2, 3) for column in ("aware", "blind", "difference")]
     base = f"LLaVA with all {config_tokens(config['variants']['base'], config)} visual tokens: " + (
-        f"{cell(results.accuracy('base', 'training-free'))} % at {_mega(operations['base'])} MFLOP."
+        f"{cell(results.accuracy('base', 'trained'))} % at {_mega(operations['base'])} MFLOP."
     )
     parts.append(
-        "## TA-LLaVA: does it help that the prefix reads the instruction?\n\n"
-        f"{markdown(header, rows)}\n\n{base} Blind: without the text adapter. Operations are those of a prefill after the "
+        "## TA-LLaVA: with and without the text adapter\n\n"
+        f"{markdown(header, rows)}\n\n{base} Blind: without the text adapter, and so with fewer layers too. "
+        "Operations are those of a prefill after the "
         "vision tower."
     )
 

@@ -410,8 +410,10 @@ def _instruction_following(questions: list[Question], seed: int, describe_first:
 
 
 def one_per_image(questions: Sequence[Question]) -> list[Question]:
-    """The last of the questions about each image, or about the same images, in the order of the images."""
-    return list({tuple(question.images): question for question in questions}.values())
+    """
+    The last of the questions about each image, or about the same images, in the order of the images; and all without one.
+    """
+    return list({tuple(question.images) or question.id: question for question in questions}.values())
 
 
 def evenly_spaced(items: list[Any], count: int | None) -> list[Any]:

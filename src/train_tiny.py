@@ -16,9 +16,11 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_model, save_model
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import nn
 from tqdm.auto import tqdm
@@ -278,6 +280,18 @@ def question_items(scenes: list[Scene]) -> list[tuple[str, str, int]]:
 # --- stages --------------------------------------------------------------------------------------------------------
 
 
+class StageTrainer(Trainer):
+    """The Trainer, with checkpoints of any module under the names that its weights have in memory."""
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(self.model, str(folder / "model.safetensors"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_model(self.model, Path(resume_from_checkpoint) / "model.safetensors", strict=True)
+
+
 def run_stage(
     name: str,
     model: nn.Module,
@@ -314,7 +328,7 @@ def run_stage(
         per_device_train_batch_size=batch_size,
         learning_rate=learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=60,
+        warmup_steps=min(60, steps // 10),
         max_grad_norm=1.0,
         logging_steps=50,
         save_steps=max(min(steps // 4, 500), 1),
@@ -326,12 +340,13 @@ def run_stage(
         use_cpu=not torch.cuda.is_available(),
     )
     optimizer = torch.optim.Adam(parameter_groups, lr=learning_rate)
-    trainer = Trainer(
+    trainer = StageTrainer(
         model, arguments, data_collator=dataset.collate, train_dataset=dataset, optimizers=(optimizer, None)
     )
     print(f"{name}: {steps} steps, batch {batch_size}")
     checkpoint = last_complete_checkpoint(folder)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # with `bf16` it would stay so after training
     (folder / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
     with complete_or_not_at_all(finished) as unfinished:
         torch.save({"settings": settings, "model": model.state_dict()}, unfinished)

@@ -82,6 +82,12 @@ def test_another_config_is_refused_but_more_seeds_are_not(tmp_path):
     tables.check_config(tmp_path, config | {"seeds": [0, 1, 2], "prefix_lengths": [2, 4]})
     with pytest.raises(ValueError, match="begun with `train_images` 4, not 5"):
         tables.check_config(tmp_path, config | {"train_images": 5})
+    more = config | {"variants": config["variants"] | {"new": {"spd_factor": 2}}}
+    tables.check_config(tmp_path, more)
+    with pytest.raises(ValueError, match="begun with `variants`"):
+        tables.check_config(tmp_path, more | {"variants": more["variants"] | {"new": {"spd_factor": 4}}})
+    with pytest.raises(ValueError, match="at least 2 seeds"):
+        tables.check_config(tmp_path, config | {"seeds": [0]})
     changed = config["variants"] | {"vmtc-32": {"use_vmtc": True, "vmtc_num_visual_tokens": 31}}
     with pytest.raises(ValueError, match="begun with `variants`"):
         tables.check_config(tmp_path, config | {"variants": changed})

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ta_llava import TaLlavaForConditionalGeneration
+from ta_llava import TaLlavaForConditionalGeneration, VmtcCmaiLlavaConfig, VmtcCmaiLlavaForConditionalGeneration
 from ta_llava.easy_vqa_data import Scene, load_easy_vqa
 from ta_llava.train_tiny import (
     PATCH_SIZE,
@@ -126,3 +126,43 @@ def test_the_language_model_is_told_scenes_only_where_they_are_known(scenes):
     assert caption_items([unknown]) == []
     told = [prompt for prompt, _, _ in text_items(scenes[:1])]
     assert "the image shows a blue rectangle. what is the blue shape?" in told
+
+
+@pytest.mark.parametrize("use_cmai", [False, True])
+def test_a_llava_that_was_interrupted_goes_on_with_its_weights(small_processor, tmp_path, monkeypatch, use_cmai):
+    """Its checkpoints have other names for the weights than it has itself, when the library writes them."""
+    config = build_config(small_processor.tokenizer)
+    llava_config = VmtcCmaiLlavaConfig(
+        vision_config=config.vision_config,
+        text_config=config.text_config,
+        image_token_index=config.image_token_id,
+        use_cmai=use_cmai,
+    )
+    dataset = ChatDataset([("is it red?", "yes", None), ("is it blue?", "no", None)] * 16, small_processor)
+
+    def run(name: str) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = VmtcCmaiLlavaForConditionalGeneration(llava_config)
+        groups = trainable(model, [([model.model.language_model], 1e-2)])
+        run_stage(name, model, dataset, tmp_path, 0, 4, 8, groups, bf16=True)
+        logits = model(input_ids=torch.tensor([[5, 6, 7]])).logits
+        assert logits.dtype == torch.float32
+        assert model.lm_head(torch.ones(1, 128)).dtype == torch.float32
+        assert not hasattr(model, "_original_forward")
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    learned = run("uninterrupted")
+    num_batches, collate = 0, dataset.collate
+
+    def interrupted(items):
+        nonlocal num_batches
+        num_batches += 1
+        if num_batches == 4:
+            raise KeyboardInterrupt
+        return collate(items)
+
+    monkeypatch.setattr(dataset, "collate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("cut-off")
+    resumed = run("cut-off")
+    assert all(torch.equal(value, learned[name]) for name, value in resumed.items())

@@ -1,6 +1,6 @@
 """
-What lmms-eval's task `if16` asks: every question with each of the 16 instructions, as `ta-llava evaluate --task if16` does,
-checked by the same programs.
+What lmms-eval's task `if16` asks: a question about each image with each of the 16 instructions, as `ta-llava evaluate
+--task if16` does with easy-VQA, checked by the same programs.
 """
 
 import json
