@@ -96,9 +96,7 @@ class Data:
     def text(self) -> list[Item]:
         """The questions about descriptions instead of images, and requests to repeat these."""
         told = [(described(grid, CAPTION_PROMPT), grid.caption, None) for grid in self.train]
-        return told + [
-            (described(self.train[i], text), answer, None) for text, answer, i in self.questions() if i is not None
-        ]
+        return told + [(described(self.train[i], text), answer, None) for text, answer, i in self.questions()]
 
     def instructions(self, about_images: bool = False) -> list[Item]:
         """

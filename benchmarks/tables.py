@@ -40,6 +40,7 @@ from small_models import (
 from tqdm.auto import tqdm
 
 from ta_llava.complete_files import write_text
+from ta_llava.shape_grids import QUESTION_TYPES
 
 
 CONFIG = Path(__file__).parent / "tables.yaml"
@@ -310,7 +311,7 @@ def format_tables(results: Results, operations: dict[str, int]) -> str:
     config = results.config
     parts = []
     longest = max(config["prefix_lengths"])
-    types = list(_first(results, f"ta-llava-{longest}")["accuracy"]["phase3"])
+    types = [*QUESTION_TYPES, "all"]
     rows = [
         [f"TA-LLaVA, after phase {phase[-1]}"]
         + [cell(results.read(f"ta-llava-{longest}", "accuracy", phase, name)) for name in types]
@@ -339,8 +340,7 @@ def format_tables(results: Results, operations: dict[str, int]) -> str:
     parts.append(
         "## TA-LLaVA: with and without the text adapter\n\n"
         f"{markdown(header, rows)}\n\n{base} Blind: without the text adapter, and so with fewer layers too. "
-        "Operations are those of a prefill after the "
-        "vision tower."
+        "Operations are those of a prefill after the vision tower."
     )
 
     for title, variants in LLAVA_TABLES.items():
@@ -374,11 +374,6 @@ def config_tokens(fields: dict[str, Any], config: dict[str, Any]) -> int:
     """Visual tokens of a variant."""
     all_tokens = (config["image_size"] // 14) ** 2
     return fields.get("vmtc_num_visual_tokens", all_tokens // fields.get("spd_factor", 1) ** 2)
-
-
-def _first(results: Results, name: str) -> dict[str, Any]:
-    path = results.folder / "scores" / f"{name}-{results.config['seeds'][0]}.json"
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _mega(operations: int) -> str:

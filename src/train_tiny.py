@@ -328,7 +328,7 @@ def run_stage(
         per_device_train_batch_size=batch_size,
         learning_rate=learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=min(60, steps // 10),
+        warmup_steps=min(60, steps // 8),
         max_grad_norm=1.0,
         logging_steps=50,
         save_steps=max(min(steps // 4, 500), 1),

@@ -72,6 +72,20 @@ def test_labels_are_the_answer_alone(scenes, small_processor):
     assert without["input_ids"] == with_image["input_ids"][4:] and without["labels"] == with_image["labels"][4:]
 
 
+def interrupt_once(monkeypatch, dataset: ChatDataset) -> None:
+    """When its fourth batch is asked for."""
+    num_batches, collate = 0, dataset.collate
+
+    def interrupted(items):
+        nonlocal num_batches
+        num_batches += 1
+        if num_batches == 4:
+            raise KeyboardInterrupt
+        return collate(items)
+
+    monkeypatch.setattr(dataset, "collate", interrupted)
+
+
 def test_an_interrupted_stage_goes_on_and_a_finished_one_is_kept(scenes, small_processor, tmp_path, monkeypatch):
     """Frozen parts stay to the bit, trained ones move; the same stage again loads what it learned."""
     torch.manual_seed(0)
@@ -103,16 +117,7 @@ def test_an_interrupted_stage_goes_on_and_a_finished_one_is_kept(scenes, small_p
 
     # Cut off when the last of 4 batches is asked for: it goes on from the last checkpoint, to the same weights.
     model.load_state_dict(before)
-    num_batches, collate = 0, dataset.collate
-
-    def interrupted(items):
-        nonlocal num_batches
-        num_batches += 1
-        if num_batches == 4:
-            raise KeyboardInterrupt
-        return collate(items)
-
-    monkeypatch.setattr(dataset, "collate", interrupted)
+    interrupt_once(monkeypatch, dataset)
     with pytest.raises(KeyboardInterrupt):
         run(model, "cut-off")
     assert list((tmp_path / "cut-off").glob("checkpoint-*"))
@@ -152,16 +157,7 @@ def test_a_llava_that_was_interrupted_goes_on_with_its_weights(small_processor, 
         return {name: value.clone() for name, value in model.state_dict().items()}
 
     learned = run("uninterrupted")
-    num_batches, collate = 0, dataset.collate
-
-    def interrupted(items):
-        nonlocal num_batches
-        num_batches += 1
-        if num_batches == 4:
-            raise KeyboardInterrupt
-        return collate(items)
-
-    monkeypatch.setattr(dataset, "collate", interrupted)
+    interrupt_once(monkeypatch, dataset)
     with pytest.raises(KeyboardInterrupt):
         run("cut-off")
     resumed = run("cut-off")
