@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-real lint train-tiny train-llava-tiny train-small evaluate-tiny tables bench clean
+.PHONY: help demo test test-real lint train-tiny train-llava-tiny train-small evaluate-tiny tables bench dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -68,5 +68,14 @@ bench: $(VENV)/installed-dev  ## measure both systems against LLaVA with the sam
 	$(BIN)/python benchmarks/compare_cached_features.py
 	$(BIN)/python benchmarks/count_training_cost.py
 
+dist: $(VENV)/installed-dev  ## build the package into dist/, check it, and ask it a question where nothing else is installed
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv --clear $(VENV)-dist
+	$(VENV)-dist/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	cd dist && ../$(VENV)-dist/bin/ta-llava ask ../examples/teal_triangle.png "what color is the shape?"
+	rm -rf $(VENV)-dist
+
 clean:  ## remove the virtual environment and what tools left behind
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
