@@ -1,6 +1,12 @@
 """TA-LLaVA, and VMTC and CMAI for LLaVA. Importing the package registers their classes with the Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
 
 from .configuration_ta_llava import TaLlavaConfig
 from .modeling_ta_llava import TaLlavaForConditionalGeneration, TaLlavaModel
@@ -20,6 +26,7 @@ for _config, _model, _head, _processor in (
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)
     AutoModelForImageTextToText.register(_config, _head, exist_ok=True)
+    AutoModelForMultimodalLM.register(_config, _head, exist_ok=True)  # for `transformers serve`
     AutoProcessor.register(_config, _processor, exist_ok=True)
 
     # What is saved carries its code and loads elsewhere with `trust_remote_code=True`, without this package.

@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from .error_messages import one_line
 from .export import check_new_folder
 from .modeling_ta_llava import TaLlavaForConditionalGeneration
 from .processing_ta_llava import TaLlavaProcessor
+from .safe_loading import read_safetensors
 from .vmtc import count_visual_tokens
 from .vmtc_cmai_patch import VmtcCmaiLlavaConfig, VmtcCmaiLlavaForConditionalGeneration, VmtcCmaiLlavaProcessor
 
@@ -278,8 +280,8 @@ def _read_parts(
         raise ValueError(f"There is no file {gguf_file} in {language_model}.")
     vision_config = _vision_config(vision_tower)
     text_config = _text_config(language_model, gguf)
-    image_processor = _load("image processor", vision_tower, AutoImageProcessor)
-    tokenizer = _load("tokenizer", language_model, AutoTokenizer, **gguf)
+    image_processor = _load("image processor", vision_tower, AutoImageProcessor.from_pretrained)
+    tokenizer = _load("tokenizer", language_model, AutoTokenizer.from_pretrained, **gguf)
     if not tokenizer.is_fast or len(tokenizer) < 3:
         raise ValueError(f"{language_model} has no tokenizer.json, which is needed. Save its fast tokenizer with it.")
     pixel_values = _example_of(vision_tower, image_processor)
@@ -341,13 +343,13 @@ def _read_parts(
     )
 
 
-def _load(what: str, source: str | Path, auto_class: Any, **kwargs: Any) -> Any:
-    """`from_pretrained`, which for a folder does not ask the Hub for what is missing."""
+def _load(what: str, source: str | Path, from_pretrained: Callable, **kwargs: Any) -> Any:
+    """What `from_pretrained` loads, which for a folder does not ask the Hub for what is missing."""
     if Path(source).is_file():
         raise ValueError(f"{source} is a file, not the folder of a checkpoint.")
     is_folder = Path(source).is_dir()
     try:
-        return auto_class.from_pretrained(source, local_files_only=is_folder, trust_remote_code=False, **kwargs)
+        return from_pretrained(source, local_files_only=is_folder, trust_remote_code=False, **kwargs)
     except Exception as error:  # of the network, the Hub, or files that may be missing or damaged in any way
         where = f"{source}" if is_folder else f"{str(source)!r}, which is no folder here and was looked for on the Hub"
         raise ValueError(f"No {what} could be loaded from {where}: {one_line(error)}") from error
@@ -355,16 +357,17 @@ def _load(what: str, source: str | Path, auto_class: Any, **kwargs: Any) -> Any:
 
 def _load_weights(what: str, source: str | Path, auto_class: Any, **kwargs: Any) -> Any:
     """A model, all of whose weights were there."""
-    model, info = _load(what, source, auto_class, output_loading_info=True, **kwargs)
+    from_pretrained = partial(read_safetensors, auto_class.from_pretrained)
+    model, info = _load(what, source, from_pretrained, output_loading_info=True, **kwargs)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"The {what} in {source} lacks {len(missing)} weights, such as {missing[0]!r}.")
     return model
 
 
 def _vision_config(source: str | Path) -> Any:
-    config = _load("config", source, AutoConfig)
+    config = _load("config", source, AutoConfig.from_pretrained)
     vision_config = config.vision_config if config.model_type in ("clip", "siglip") else config
-    vision_config._name_or_path = ""  # a folder of this machine
+    vision_config._name_or_path = "" if Path(source).is_dir() else str(source)  # a folder is of this machine
     if vision_config.model_type not in VISION_TOWERS:
         raise ValueError(
             f"{source} is a {config.model_type!r} model, not a vision tower: a CLIP or SigLIP, whole or its vision side "
@@ -374,7 +377,7 @@ def _vision_config(source: str | Path) -> Any:
 
 
 def _text_config(source: str | Path, gguf: dict[str, str]) -> Any:
-    config = _load("config", source, AutoConfig, **gguf)
+    config = _load("config", source, AutoConfig.from_pretrained, **gguf)
     if config.model_type not in LANGUAGE_MODELS:
         hint = ""
         if getattr(config, "is_encoder_decoder", False):
@@ -387,7 +390,7 @@ def _text_config(source: str | Path, gguf: dict[str, str]) -> Any:
         )
     if getattr(config, "quantization_config", None) is not None and not gguf:
         raise ValueError(f"The weights of {source} are quantised. Use the checkpoint that they were made from.")
-    config._name_or_path = ""  # a folder of this machine
+    config._name_or_path = "" if Path(source).is_dir() else str(source)  # a folder is of this machine
     return config
 
 

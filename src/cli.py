@@ -135,17 +135,54 @@ def _read_batch(path: Path) -> list[tuple[list[str], str]]:
     return items
 
 
+_Results = Annotated[
+    list[Path] | None,
+    typer.Option(help="Folder of `ta-llava evaluate`, for the model card, besides those in MODEL. Repeatable."),
+]
+
+
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(help="Folder or Hub repo of a TA-LLaVA or a compressed LLaVA.")],
     out: Annotated[Path, typer.Argument(help="New folder.")],
+    results: _Results = None,
+    overwrite_card: Annotated[
+        bool, typer.Option("--overwrite-card", help="Write a model card also where MODEL has a README.md.")
+    ] = False,
 ) -> None:
     """Write a folder that loads anywhere with trust_remote_code=True, without this package."""
     with _errors_as_messages():
         from .export import export_model
 
-        export_model(model, out)
+        export_model(model, out, results or (), overwrite_card)
     typer.echo(f"Wrote {out}.")
+
+
+@app.command()
+def push(
+    model: Annotated[str, typer.Argument(help="Folder or Hub repo of a TA-LLaVA or a compressed LLaVA.")],
+    repo: Annotated[str, typer.Argument(help="On the Hub: NAME or USER/NAME. Made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a private repo.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, made if it is not there.", show_default="main")] = None,
+    results: _Results = None,
+    overwrite_card: Annotated[
+        bool,
+        typer.Option("--overwrite-card", help="Write a model card also where REPO or MODEL has one that was edited."),
+    ] = False,
+) -> None:
+    """Upload what `export` writes to the Hugging Face Hub."""
+    with _errors_as_messages():
+        from .publish import push_model
+
+        pushed = push_model(
+            model, repo, private=private, revision=revision, results=results or (), overwrite_card=overwrite_card
+        )
+    typer.echo(f"Pushed {pushed.url}\nThe revision to pin is {pushed.revision}.")
+    if pushed.kept_card:
+        typer.echo(
+            "The repo has a README.md that is not as this command writes it, so it was kept; --overwrite-card replaces it.",
+            err=True,
+        )
 
 
 @app.command()
@@ -188,26 +225,55 @@ def compress(
 @app.command()
 def visualize(
     image: Annotated[str, typer.Argument(metavar="IMAGE", help="Image file or URL.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Picture to write.")] = Path("vmtc.png"),
+    questions: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[QUESTION]...", help="For prefix one or more, for cmai one.", show_default=False),
+    ] = None,
+    show: Annotated[
+        str,
+        typer.Option(
+            help="vmtc: which patches VMTC keeps and merges. prefix: where the prefix of a TA-LLaVA looks for each "
+            "question. cmai: what CMAI inhibits for each word of a LLaVA's answer."
+        ),
+    ] = "vmtc",
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Picture to write. Default: vmtc.png, prefix.png or cmai.png."),
+    ] = None,
     visual_tokens: Annotated[
         int | None,
-        typer.Option(help="Visual tokens to leave. Default: as the model is set, or half of its patches."),
+        typer.Option(
+            help="Visual tokens to leave. Default: as the model is set; for vmtc of a model without VMTC half of its "
+            "patches.",
+            show_default=False,
+        ),
+    ] = None,
+    cmai: Annotated[
+        float | None,
+        typer.Option(
+            help="For cmai: share of the image tokens inhibited in the last layer; without --visual-tokens, VMTC is off "
+            "then. Default: as the model is set, or 0.6.",
+            show_default=False,
+        ),
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            help="Folder or Hub repo of a LLaVA, a TA-LLaVA or a vision tower (CLIP, SigLIP, DINOv2). Default: the model "
-            "shipped with the package."
+            help="Folder or Hub repo; for vmtc of a LLaVA, a TA-LLaVA or a vision tower (CLIP, SigLIP, DINOv2). Default: a "
+            "model shipped with the package."
         ),
     ] = None,
 ) -> None:
-    """Draw which patches of an image VMTC keeps, and which it merges with which, stage by stage."""
+    """Draw what a model does with an image: what VMTC merges, where a prefix looks, or what CMAI inhibits."""
     with _errors_as_messages():
         from PIL import Image
         from transformers.utils import logging
 
         from .image_loading import load_rgb_image
 
+        questions = questions or []
+        _check_overlay(show, questions, visual_tokens, cmai)
+        out = out or Path(f"{show}.png")
         if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
             raise ValueError(f"{out} has no ending of a picture, such as .png.")
         if not out.parent.is_dir():
@@ -216,18 +282,40 @@ def visualize(
         if out.exists() and Path(image).exists() and out.samefile(image):
             raise ValueError(f"{out} is the image itself. Name another file with -o.")
 
-        from .inference import DEFAULT_MODEL
+        from .inference import DEFAULT_LLAVA, DEFAULT_MODEL
         from .visualize import visualize as draw
+        from .visualize import visualize_inhibition, visualize_prefix
 
         logging.set_verbosity_error()  # else it reports the weights of the language model as left over
         logging.disable_progress_bar()
-        picture, views = draw(opened, model or DEFAULT_MODEL, visual_tokens)
+        if show == "vmtc":
+            picture, stages = draw(opened, model or DEFAULT_MODEL, visual_tokens)
+            lines = [stage.title for stage in stages]
+            lines = lines or ["All patches are left, so nothing is merged; ask for fewer --visual-tokens."]
+        elif show == "prefix":
+            picture, views = visualize_prefix(opened, questions, model or DEFAULT_MODEL)
+            lines = [f"{view.question} {view.answer}" for view in views]
+        else:
+            picture, view = visualize_inhibition(opened, questions[0], model or DEFAULT_LLAVA, visual_tokens, cmai)
+            lines = [f"{view.question} {view.answer}"]
         picture.save(out)
-    for view in views:
-        typer.echo(view.title)
-    if not views:
-        typer.echo("All patches are left, so nothing is merged; ask for fewer --visual-tokens.")
-    typer.echo(f"Wrote {out}.")
+    typer.echo("\n".join([*lines, f"Wrote {out}."]))
+
+
+def _check_overlay(show: str, questions: list[str], visual_tokens: int | None, cmai: float | None) -> None:
+    """Raises `ValueError` for arguments of `visualize` that do not go together."""
+    if show not in ("vmtc", "prefix", "cmai"):
+        raise ValueError(f"--show is {show!r}; it can be vmtc, prefix or cmai.")
+    if show == "vmtc" and questions:
+        raise ValueError(f"VMTC does not read the question {questions[0]!r}. Add --show prefix or --show cmai.")
+    if show == "prefix" and not questions:
+        raise ValueError("--show prefix needs one or more questions after the image.")
+    if show == "cmai" and len(questions) != 1:
+        raise ValueError(f"--show cmai needs one question after the image, got {len(questions)}.")
+    if show == "prefix" and visual_tokens is not None:
+        raise ValueError("--show prefix shows a TA-LLaVA as it is set, without --visual-tokens.")
+    if show != "cmai" and cmai is not None:
+        raise ValueError("--cmai is for --show cmai.")
 
 
 _VisionTower = Annotated[

@@ -107,6 +107,8 @@ def compressed_parts(
         raise ValueError(f"The CMAI ratio must be from 0 to 1, got {cmai_max_ratio}.")
     folder = _find_source(source)
     config = _compressed_config(source, folder, num_visual_tokens, cmai_max_ratio)
+    if folder != Path(source):
+        config.base_model_name_or_path = str(source)  # for the model card
     return folder, config, _compressed_processor(source, folder, config, num_visual_tokens)
 
 

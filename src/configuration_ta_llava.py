@@ -17,7 +17,9 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
+from .safe_loading import check_sizes
 from .vmtc import VmtcConfig
 
 
@@ -34,9 +36,12 @@ _DEFAULT_VISION_CONFIG = {
 }
 _DEFAULT_TEXT_CONFIG = {"model_type": "gemma2"}
 
+# More than an image has visual tokens; a config that asks for more is damaged.
+_MAX_PREFIX_TOKENS = 10_000
+
 
 @strict
-class TaLlavaConfig(VmtcConfig):
+class TaLlavaConfig(VmtcConfig):  # trf-ignore: TRF057
     r"""
     Configuration of a [`TaLlavaForConditionalGeneration`]. The defaults are those of the paper: CLIP ViT-L/14@336,
     Gemma-2-2B, 32 prefix tokens, adapters after every fourth layer. The fields of [`VmtcConfig`], all off by default,
@@ -94,8 +99,8 @@ class TaLlavaConfig(VmtcConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
-        self.vision_config = _build_sub_config(self.vision_config, _DEFAULT_VISION_CONFIG)
-        self.text_config = _build_sub_config(self.text_config, _DEFAULT_TEXT_CONFIG)
+        self.vision_config = _build_sub_config("vision_config", self.vision_config, _DEFAULT_VISION_CONFIG)
+        self.text_config = _build_sub_config("text_config", self.text_config, _DEFAULT_TEXT_CONFIG)
         self.response_marker_ids = list(self.response_marker_ids)
         # The language model decides whether its head is its embedding table.
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
@@ -103,8 +108,10 @@ class TaLlavaConfig(VmtcConfig):
 
     def validate_prefix(self):
         """Part of `@strict` validation: checks the fields that describe the prefix and its adapters."""
-        if self.num_prefix_tokens < 1:
-            raise ValueError(f"`num_prefix_tokens` must be at least 1, got {self.num_prefix_tokens}.")
+        if not 1 <= self.num_prefix_tokens <= _MAX_PREFIX_TOKENS:
+            raise ValueError(
+                f"`num_prefix_tokens` must be at least 1 and at most {_MAX_PREFIX_TOKENS}, got {self.num_prefix_tokens}."
+            )
         if self.adapter_interval < 2:
             raise ValueError(
                 f"`adapter_interval` must be at least 2, got {self.adapter_interval}: the text adapter follows layers "
@@ -117,14 +124,18 @@ class TaLlavaConfig(VmtcConfig):
             )
 
 
-def _build_sub_config(config, default: dict) -> PreTrainedConfig:
+def _build_sub_config(name: str, config, default: dict) -> PreTrainedConfig:
     """Turns a `dict` (or nothing) into the config class that its `model_type` names."""
     if isinstance(config, PreTrainedConfig):
         return config
     if config is not None and not isinstance(config, dict):
         raise TypeError(f"`vision_config` and `text_config` must be a config or a dict, got {type(config)}.")
     config = dict(default if config is None else config)
+    check_sizes(name, config)
     return AutoConfig.for_model(config.pop("model_type", default["model_type"]), **config)
 
+
+# `transformers serve` finds by name, in this table, which models it can serve and that they take images.
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[TaLlavaConfig.model_type] = "TaLlavaForConditionalGeneration"
 
 __all__ = ["TaLlavaConfig"]

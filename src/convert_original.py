@@ -21,6 +21,7 @@ from .chat_templates import GEMMA_CHAT_TEMPLATE
 from .configuration_ta_llava import TaLlavaConfig
 from .modeling_ta_llava import TaLlavaForConditionalGeneration
 from .processing_ta_llava import TaLlavaProcessor
+from .safe_loading import read_safetensors
 
 
 _END_OF_TURN_ID = 107  # in Gemma's vocabulary
@@ -91,7 +92,7 @@ def convert_original(folder: str | Path, vision_tower: str | Path) -> TaLlavaFor
         pattern, name = next(((p, n) for p, n in _KEY_MAPPING if re.search(p, key)), ("^", ""))
         state[re.sub(pattern, name, key)] = value
     if not any(key.startswith("model.vision_tower.") for key in state):
-        tower = AutoModel.from_pretrained(vision_tower, config=vision_config).state_dict()
+        tower = read_safetensors(AutoModel.from_pretrained, vision_tower, config=vision_config).state_dict()
         state.update({f"model.vision_tower.{key}": value for key, value in tower.items()})
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"]

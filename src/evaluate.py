@@ -30,7 +30,7 @@ from .complete_files import write_text
 from .easy_vqa_data import QUESTION_TYPES, load_easy_vqa, question_type, wording_prior
 from .error_messages import one_line
 from .inference import answer, load
-from .training_data import IMAGE, SampleError, find_damaged_files, open_image, read_sample
+from .training_data import IMAGE, SampleError, find_damaged_files, locate_image, open_image, read_sample
 
 
 TASKS = ("easy-vqa", "json", "folder", "pope", "if16")
@@ -338,16 +338,17 @@ def _pope(
 ) -> Task:
     pope.load_metrics()  # which are an extra
     records = read_records(data)
+    folder = image_folder or data.parent
     try:
         asked = pope.build_questions(records, strategy, objects_per_image, seed)
+        images = {each.image: locate_image(each.image, folder) for each in asked}
     except ValueError as error:
         raise ValueError(f"{data}: {error}") from error
     # In pairs, lest a sample holds more of one answer than of the other.
     pairs = list(zip(asked[::2], asked[1::2]))
     chosen = evenly_spaced(pairs, None if num_questions is None else max(num_questions // 2, 1))
-    folder = image_folder or data.parent
     questions = [
-        Question(f"{each.image}-{each.object}", [os.path.join(folder, each.image)], each.text, each.expected)
+        Question(f"{each.image}-{each.object}", [images[each.image]], each.text, each.expected)
         for pair in chosen
         for each in pair
     ]

@@ -1,15 +1,24 @@
 """Questions about images, answered in batches: what the command line and the evaluation share."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
 from .compress import compressed_parts
+from .error_messages import one_line
 from .image_loading import load_rgb_image
+from .safe_loading import check_sizes, read_safetensors
 from .vmtc_cmai_patch import VmtcCmaiLlavaForConditionalGeneration
 
 
@@ -44,21 +53,33 @@ def load(
     try:
         # Loading the processor first finds a wrong name before any weights are downloaded.
         if not kwargs:
+            check_sizes("config", PreTrainedConfig.get_config_dict(model)[0])
             processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
         dtype = "auto" if on_gpu else torch.float32
-        loaded = model_class.from_pretrained(model, dtype=dtype, trust_remote_code=False, **kwargs)
+        loaded = read_safetensors(model_class.from_pretrained, model, dtype=dtype, trust_remote_code=False, **kwargs)
     except Exception as error:  # files may be missing or damaged in any way
-        reason = " ".join(str(error).split())[:500] or type(error).__name__
+        reason = one_line(error)
+        if isinstance(error, SafetensorError):
+            reason = f"its weights are damaged or cut off ({reason}). Get their files again."
         raise ValueError(f"No model could be loaded from {str(model)!r}: {reason}") from error
     for what, value in (("chat template", processor.chat_template), ("padding token", processor.tokenizer.pad_token)):
         if value is None:
             raise ValueError(f"The processor in {str(model)!r} has no {what}; is a file of it missing?")
+    try:
+        processor.apply_chat_template(_conversation([None], "?"))
+    except Exception as error:  # a template is a program
+        raise ValueError(f"The chat template in {str(model)!r} cannot be used: {one_line(error)}") from error
     return loaded.to("cuda" if on_gpu else "cpu").eval(), processor
 
 
 def _as_image(source: Any) -> Any:
     """What is in memory as it is; a file or URL opened, since the processors of the library take less of them."""
     return load_rgb_image(source) if isinstance(source, (str, Path)) else source
+
+
+def _conversation(images: Iterable[Any], question: str) -> list[dict[str, Any]]:
+    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": question}]
+    return [{"role": "user", "content": content}]
 
 
 @torch.no_grad()
@@ -89,18 +110,7 @@ def answer(
     with tqdm(total=len(questions), unit="question", disable=None if progress else True) as bar:
         for start in range(0, len(questions), batch_size):
             batch = questions[start : start + batch_size]
-            conversations = [
-                [
-                    {
-                        "role": "user",
-                        "content": [
-                            *({"type": "image", "image": _as_image(image)} for image in images),
-                            {"type": "text", "text": question},
-                        ],
-                    }
-                ]
-                for images, question in batch
-            ]
+            conversations = [_conversation(map(_as_image, images), question) for images, question in batch]
             inputs = processor.apply_chat_template(
                 conversations,
                 add_generation_prompt=True,

@@ -36,14 +36,17 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple, is_tracing, logging
 
 from .configuration_ta_llava import TaLlavaConfig
+from .safe_loading import SafetensorsMixin
 from .vmtc import VisualBudgetMixin, compression_of_call, make_compressible, pass_as_parent
 
 
 logger = logging.get_logger(__name__)
 
 
+# What is ignored in this file and the two beside it, TRF057, asks for docstrings that are put together from those of
+# the library. Outside of it this prints what it did not find, on every import.
 @dataclass
-class TaLlavaModelOutputWithPast(BaseModelOutputWithPast):
+class TaLlavaModelOutputWithPast(BaseModelOutputWithPast):  # trf-ignore: TRF057
     r"""
     Outputs of [`TaLlavaModel`]. `hidden_states` and `attentions` are those of the language model; `hidden_states[i + 1]`
     is the state after layer i and after the adapter that follows it.
@@ -56,7 +59,7 @@ class TaLlavaModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class TaLlavaCausalLMOutputWithPast(ModelOutput):
+class TaLlavaCausalLMOutputWithPast(ModelOutput):  # trf-ignore: TRF057
     r"""
     Outputs of [`TaLlavaForConditionalGeneration`].
 
@@ -373,9 +376,10 @@ def prefix_reading_layer_class(layer_class: Any) -> type[nn.Module]:
     return pass_as_parent(PrefixReadingLayer, prefix_reading_layer_class)
 
 
-class TaLlavaPreTrainedModel(VisualBudgetMixin, PreTrainedModel):
+class TaLlavaPreTrainedModel(VisualBudgetMixin, SafetensorsMixin, PreTrainedModel):  # trf-ignore: TRF057
     config: TaLlavaConfig
     config_class = TaLlavaConfig
+    model_tags = ["ta-llava", "llava"]  # of a repo that `push_to_hub` makes
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
@@ -387,6 +391,7 @@ class TaLlavaPreTrainedModel(VisualBudgetMixin, PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    # trf-ignore: TRF018 (the language model's rules instead of the library's)
     @torch.no_grad()
     def _init_weights(self, module):
         # The adapters are made of the language model's parts and start as its layers do (Gemma's norms at zero).
@@ -406,12 +411,13 @@ class TaLlavaPreTrainedModel(VisualBudgetMixin, PreTrainedModel):
                 "AutoConfig": "configuration_ta_llava.TaLlavaConfig",
                 "AutoModel": "modeling_ta_llava.TaLlavaModel",
                 "AutoModelForImageTextToText": "modeling_ta_llava.TaLlavaForConditionalGeneration",
+                "AutoModelForMultimodalLM": "modeling_ta_llava.TaLlavaForConditionalGeneration",
                 "AutoProcessor": "processing_ta_llava.TaLlavaProcessor",
             }
         super().save_pretrained(save_directory, **kwargs)
 
 
-class TaLlavaModel(TaLlavaPreTrainedModel):
+class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
     """Vision tower, projector, prefix, the two adapters and the language model, without a language modelling head."""
 
     def __init__(self, config: TaLlavaConfig):
@@ -432,13 +438,16 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         self.vision_tower = AutoModel.from_config(config.vision_config)
         make_compressible(self.vision_tower)
         self.language_model = AutoModel.from_config(text_config)
+        # trf-ignore: TRF051
         if getattr(text_config, "attn_logit_softcapping", None) and text_config._attn_implementation == "sdpa":
             # SDPA cannot soft-cap. Before 5.23 the library lets Gemma-2 use it all the same, and drops the capping.
             self.language_model.set_attn_implementation("eager")
 
         vision_width, width = config.vision_config.hidden_size, text_config.hidden_size
         self.multi_modal_projector: nn.Module = nn.Linear(vision_width, width)
+        # CODEPATH: the paper's models have a linear projector; "mlp" is for those that start from LLaVA-1.5's.
         if config.projector_type == "mlp":
+            # trf-ignore: TRF036 (as in LLaVA's own code, whose weights have these names)
             self.multi_modal_projector = nn.Sequential(self.multi_modal_projector, nn.GELU(), nn.Linear(width, width))
         self.prefix_embedding = nn.Embedding(config.num_prefix_tokens, width)
 
@@ -465,7 +474,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     @can_return_tuple
-    def get_image_features(
+    def get_image_features(  # trf-ignore: TRF057
         self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None = None, **kwargs
     ) -> tuple | BaseModelOutputWithPooling:
         """
@@ -525,12 +534,13 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
             kwargs["vmtc"] = vmtc
         outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
         features = outputs.hidden_states[self.config.vision_feature_layer]
+        # CODEPATH: a tower with a class token, such as CLIP, drops it here; SigLIP has none.
         if self.config.vision_feature_select_strategy == "default":
             features = features[:, 1:]
         return outputs, features
 
     @can_return_tuple
-    def forward(
+    def forward(  # trf-ignore: TRF057
         self,
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -791,7 +801,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
             )
 
 
-class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin):
+class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin):  # trf-ignore: TRF057
     """TA-LLaVA with a language modelling head, for generation and training."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -820,7 +830,7 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin):
             "`generate()` with a padded batch."
         )
 
-    def get_image_features(
+    def get_image_features(  # trf-ignore: TRF057
         self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None = None, **kwargs
     ) -> tuple | BaseModelOutputWithPooling:
         """See [`TaLlavaModel.get_image_features`]."""
@@ -831,7 +841,7 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin):
         return self.model.get_vision_features(pixel_values, image_mask)
 
     @can_return_tuple
-    def forward(
+    def forward(  # trf-ignore: TRF057
         self,
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,

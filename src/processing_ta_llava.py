@@ -29,7 +29,7 @@ from transformers.video_utils import VideoInput
 from .image_loading import cut_to_aspect_ratio, load_rgb_image
 
 
-class TaLlavaProcessor(ProcessorMixin):
+class TaLlavaProcessor(ProcessorMixin):  # trf-ignore: TRF057
     r"""
     Turns images and text into the inputs of [`TaLlavaForConditionalGeneration`].
 
@@ -76,7 +76,7 @@ class TaLlavaProcessor(ProcessorMixin):
         self.image_token_id = image_token_id
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
 
-    def __call__(
+    def __call__(  # trf-ignore: TRF057
         self,
         images: ImageInput | None = None,
         text: TextInput | list[TextInput] | None = None,

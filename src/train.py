@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,11 +36,12 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils import is_bitsandbytes_available
+from transformers.utils import has_file, is_bitsandbytes_available
 
 from .complete_files import temporary_name, write_text
 from .configuration_ta_llava import TaLlavaConfig
 from .error_messages import one_line
+from .safe_loading import read_safetensors
 from .training_data import Collator, iterate_images, prepare_dataset
 from .vision_feature_cache import VisionFeatureCache
 from .vmtc import blocks_of
@@ -670,8 +672,11 @@ def _load_data(settings: DataSettings, processor: Any, bad_samples_file: Path) -
 
 def _load_model(recipe: Recipe) -> Any:
     """In float32, in which the weights that are trained must be kept; mixed precision is the Trainer's."""
+    load = partial(
+        read_safetensors, AutoModelForImageTextToText.from_pretrained, recipe.model, trust_remote_code=False
+    )
     if not recipe.load_in_4bit:
-        return AutoModelForImageTextToText.from_pretrained(recipe.model, dtype=torch.float32, trust_remote_code=False)
+        return load(dtype=torch.float32)
     others = [name for part in ("projector", "prefix", "adapters", "vision_tower") for name in _names_of(part)]
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -679,9 +684,7 @@ def _load_model(recipe: Recipe) -> Any:
         bnb_4bit_compute_dtype=torch.bfloat16,
         llm_int8_skip_modules=[*(f"model.{name}" for name in others), "lm_head"],  # matched from the start
     )
-    return AutoModelForImageTextToText.from_pretrained(
-        recipe.model, quantization_config=quantization, trust_remote_code=False
-    )
+    return load(quantization_config=quantization)
 
 
 def _names_of(part: str) -> tuple[str, ...]:
@@ -704,6 +707,7 @@ def merge_adapter(adapter: str | Path, out: str | Path, model: str | None = None
         `ValueError`: `out` is not new, `adapter` is none, or its model is not there.
     """
     from peft import PeftConfig, PeftModel
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
     from .export import check_new_folder
 
@@ -716,7 +720,11 @@ def merge_adapter(adapter: str | Path, out: str | Path, model: str | None = None
     source = model or config.base_model_name_or_path
     if not source:
         raise ValueError(f"{adapter} does not name its model. Give it with --model.")
-    base = AutoModelForImageTextToText.from_pretrained(source, dtype="auto", trust_remote_code=False)
+    if not has_file(adapter, SAFETENSORS_WEIGHTS_NAME):
+        raise ValueError(
+            f"{adapter} has no {SAFETENSORS_WEIGHTS_NAME}, and only safetensors are read: pickles can run code."
+        )
+    base = read_safetensors(AutoModelForImageTextToText.from_pretrained, source, dtype="auto", trust_remote_code=False)
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
     merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
     merged.save_pretrained(out)

@@ -128,8 +128,22 @@ def _read_images(record: Mapping[str, Any], image_folder: str | Path | None) -> 
     except Exception as error:  # `datasets` decodes them here, and Pillow's readers raise nearly anything
         raise ValueError(f"An image cannot be read: {one_line(error)}") from error
     return [
-        os.path.join(image_folder or "", image) if isinstance(image, (str, os.PathLike)) else image for image in images
+        locate_image(image, image_folder or "") if isinstance(image, (str, os.PathLike)) else image for image in images
     ]
+
+
+def locate_image(image: str | os.PathLike, image_folder: str | Path) -> str:
+    """
+    Path of an image of a sample.
+
+    Raises:
+        `ValueError`: A relative path that leaves the folder.
+    """
+    if image_folder and os.path.normpath(image).split(os.sep)[0] == os.pardir:
+        raise ValueError(
+            f"Its image {os.fspath(image)!r} is outside of {image_folder}. Name a folder that holds all images."
+        )
+    return os.path.join(image_folder, image)
 
 
 def _as_list(images: Any) -> list:

@@ -38,6 +38,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.generation import LogitsProcessorList, SuppressTokensLogitsProcessor
 from transformers.image_utils import ImageInput, get_image_size, make_flat_list_of_images, to_numpy_array
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.models.llava.modeling_llava import (
     LlavaCausalLMOutputWithPast,
     LlavaModelOutputWithPast,
@@ -49,6 +50,7 @@ from transformers.utils import can_return_tuple
 
 from .cmai import Inhibition, prepare_cache, route_attention, text_token_mask
 from .image_loading import open_images
+from .safe_loading import SafetensorsMixin, check_sizes
 from .vmtc import (
     VisualBudgetMixin,
     VmtcConfig,
@@ -113,6 +115,11 @@ class VmtcCmaiLlavaConfig(VmtcConfig, LlavaConfig):
     cmai_discount: float | int = validated_field(share_above_0, default=0.9)
     spd_factor: int = validated_field(at_least_1, default=1)
 
+    def __post_init__(self, **kwargs):
+        check_sizes("vision_config", self.vision_config)
+        check_sizes("text_config", self.text_config)
+        super().__post_init__(**kwargs)
+
     def validate_cmai(self):
         """Part of `@strict` validation."""
         if self.spd_factor > 1 and self.use_vmtc:
@@ -133,9 +140,10 @@ class VmtcCmaiLlavaConfig(VmtcConfig, LlavaConfig):
         return {**config_dict, "model_type": cls.model_type}, kwargs
 
 
-class VmtcCmaiLlavaPreTrainedModel(VisualBudgetMixin, LlavaPreTrainedModel):
+class VmtcCmaiLlavaPreTrainedModel(VisualBudgetMixin, SafetensorsMixin, LlavaPreTrainedModel):
     config: VmtcCmaiLlavaConfig
     config_class = VmtcCmaiLlavaConfig
+    model_tags = ["vmtc", "cmai", "llava"]  # of a repo that `push_to_hub` makes
 
     def initialize_weights(self):
         # For code outside the library, containers without parameters of their own are passed over, and some library
@@ -158,7 +166,7 @@ def _check_config(config: VmtcCmaiLlavaConfig) -> None:
         route_attention(config.text_config)
 
 
-class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):
+class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignore: TRF013
     """LLaVA without its language modelling head, with VMTC in the vision tower and CMAI in the language model."""
 
     def __init__(self, config: VmtcCmaiLlavaConfig):
@@ -675,6 +683,7 @@ AUTO_MAP = {
     "AutoConfig": "vmtc_cmai_patch.VmtcCmaiLlavaConfig",
     "AutoModel": "vmtc_cmai_patch.VmtcCmaiLlavaModel",
     "AutoModelForImageTextToText": "vmtc_cmai_patch.VmtcCmaiLlavaForConditionalGeneration",
+    "AutoModelForMultimodalLM": "vmtc_cmai_patch.VmtcCmaiLlavaForConditionalGeneration",
     "AutoProcessor": "vmtc_cmai_patch.VmtcCmaiLlavaProcessor",
 }
 
@@ -683,6 +692,9 @@ for _class, _mapping in ((VmtcCmaiLlavaForConditionalGeneration, "llava"), (Vmtc
     conversion_mapping.register_checkpoint_conversion_mapping(
         _class.__name__, conversion_mapping.get_checkpoint_conversion_mapping(_mapping), overwrite=True
     )
+
+# `transformers serve` finds by name, in this table, which models it can serve and that they take images.
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[VmtcCmaiLlavaConfig.model_type] = VmtcCmaiLlavaForConditionalGeneration.__name__
 
 __all__ = [
     "VmtcCmaiLlavaConfig",

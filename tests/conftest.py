@@ -1,5 +1,6 @@
 """What the tests share: small models of both backbones with lively weights, and prompts for them."""
 
+import venv
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,7 @@ def batch_of(rows: list[list[int]], side: str = "left") -> dict[str, torch.Tenso
 
 
 SHIPPED_MODEL = ROOT / "checkpoints" / "ta-llava-tiny"
+SHIPPED_LLAVA = ROOT / "checkpoints" / "llava-tiny"
 EXAMPLE_IMAGE = ROOT / "examples" / "teal_triangle.png"
 
 
@@ -150,6 +152,16 @@ EXAMPLE_IMAGE = ROOT / "examples" / "teal_triangle.png"
 def processor():
     """The processor of the shipped model."""
     return AutoProcessor.from_pretrained(SHIPPED_MODEL)
+
+
+@pytest.fixture(scope="session")
+def python_without_the_package(tmp_path_factory) -> Path:
+    """An environment with the libraries of this one; an editable install does not reach through the path it is given."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=False)
+    site_packages = next(folder.glob("lib/python*/site-packages"))
+    (site_packages / "libraries.pth").write_text(str(Path(torch.__file__).parents[1]))
+    return folder / "bin" / "python"
 
 
 # --- LLaVA ---------------------------------------------------------------------------------------------------------

@@ -2,9 +2,9 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
 import pytest
@@ -69,16 +69,6 @@ print(json.dumps(results))
 """
 
 
-@pytest.fixture(scope="module")
-def python_without_the_package(tmp_path_factory) -> Path:
-    """An environment with the libraries of this one; an editable install does not reach through the path it is given."""
-    folder = tmp_path_factory.mktemp("environment")
-    venv.create(folder, with_pip=False)
-    site_packages = next(folder.glob("lib/python*/site-packages"))
-    (site_packages / "libraries.pth").write_text(str(Path(torch.__file__).parents[1]))
-    return folder / "bin" / "python"
-
-
 def test_an_exported_folder_loads_without_the_package(python_without_the_package, tmp_path):
     folder = tmp_path / "exported"
     export_model(SHIPPED_MODEL, folder)
@@ -88,9 +78,10 @@ def test_an_exported_folder_loads_without_the_package(python_without_the_package
         "modeling_ta_llava.py",
         "processing_ta_llava.py",
         "chat_template.jinja",
+        "README.md",
     } <= files
     config = json.loads((folder / "config.json").read_text())
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor"}
+    assert {"AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor"} <= set(config["auto_map"])
     assert config["text_config"]["model_type"] == "gemma2"  # all of it: building needs no other repo
 
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
@@ -138,17 +129,57 @@ def test_a_folder_is_not_overwritten(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.txt"]
 
 
-def test_another_model_is_refused(tmp_path):
+def test_what_is_no_such_model_is_refused(tmp_path):
     (tmp_path / "model").mkdir()
+    with pytest.raises(ValueError, match=f"no model in '{tmp_path / 'model'}'"):
+        export_model(tmp_path / "model", tmp_path / "out")
     (tmp_path / "model" / "config.json").write_text('{"model_type": "llava"}')
     with pytest.raises(ValueError, match="'llava' model, not a 'ta_llava'"):
         export_model(tmp_path / "model", tmp_path / "out")
+    (tmp_path / "model" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is a PEFT adapter.*`ta-llava merge`"):
+        export_model(tmp_path / "model", tmp_path / "out")
 
 
-TA_LLAVA_FILES = {"configuration_ta_llava", "modeling_ta_llava", "processing_ta_llava", "image_loading", "vmtc"}
+def test_a_model_that_lacks_weights_is_refused(tmp_path):
+    """Loading would fill them with random ones."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(SHIPPED_MODEL, tmp_path / "model", ignore=shutil.ignore_patterns("*.py"))
+    weights = load_file(SHIPPED_MODEL / "model.safetensors")
+    name = next(name for name in weights if "prefix" in name)
+    del weights[name]
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "model" / "README.md").write_text("mine")
+    with pytest.raises(ValueError, match=f"lacks 1 weights, such as '{name}'"):
+        export_model(tmp_path / "model", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("hub_files", [TA_LLAVA_FILES, {"vmtc_cmai_patch", "vmtc", "cmai", "image_loading"}])
+def test_a_card_that_is_there_goes_along(tmp_path):
+    shutil.copytree(SHIPPED_MODEL, tmp_path / "model", ignore=shutil.ignore_patterns("*.py"))
+    (tmp_path / "model" / "README.md").write_text("mine")
+    export_model(tmp_path / "model", tmp_path / "out")
+    assert (tmp_path / "out" / "README.md").read_text() == "mine"
+    with pytest.raises(ValueError, match=r"has a README\.md.*--overwrite-card"):
+        export_model(tmp_path / "model", tmp_path / "other", results=[tmp_path])
+    export_model(tmp_path / "model", tmp_path / "other", overwrite_card=True)
+    assert (tmp_path / "other" / "README.md").read_text().startswith("---\nlibrary_name: transformers\n")
+
+
+TA_LLAVA_FILES = {
+    "configuration_ta_llava",
+    "modeling_ta_llava",
+    "processing_ta_llava",
+    "image_loading",
+    "safe_loading",
+    "vmtc",
+}
+
+
+@pytest.mark.parametrize(
+    "hub_files", [TA_LLAVA_FILES, {"vmtc_cmai_patch", "vmtc", "cmai", "image_loading", "safe_loading"}]
+)
 def test_the_hub_files_import_only_each_other_transformers_torch_and_pillow(hub_files):
     import ast
 

@@ -1,0 +1,1 @@
+../../src/safe_loading.py

@@ -1,0 +1,333 @@
+"""
+The model card of a model that is published: `README.md`, with what is known of it and nothing else.
+
+What is known stands in the config, in `training_summary.json` of `ta-llava train` and in `results.json` of
+`ta-llava evaluate`, and is counted by [`count_cost`]; the words are those of `hub_card/model_card.md.jinja`.
+"""
+
+import filecmp
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
+
+from .configuration_ta_llava import TaLlavaConfig
+from .cost import LANGUAGE_MODEL, Cost, count_cost, read_config
+from .error_messages import one_line
+from .modeling_ta_llava import TaLlavaForConditionalGeneration
+from .vmtc_cmai_patch import VmtcCmaiLlavaForConditionalGeneration
+
+
+CARD = "README.md"
+_TRAINING_SUMMARY, _RESULTS, _WEIGHTS = "training_summary.json", "results.json", "model.safetensors"
+_TEXT_TOKENS = 40
+
+# Beside `src` in the repository, inside the package once installed.
+_FOLDERS = [Path(__file__).parent / "hub_card", Path(__file__).parent.parent / "hub_card"]
+
+_NAMES = {
+    "clip_vision_model": "CLIP",
+    "siglip_vision_model": "SigLIP",
+    "dinov2": "DINOv2",
+    "gemma2": "Gemma-2",
+    "gemma3_text": "Gemma-3",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+}
+# Of weights that derive from these; all else is not known.
+_LICENCES = {
+    r"google/gemma-.*": "gemma",
+    r"meta-llama/Llama-2-.*|lmsys/vicuna-.*-v1\.5.*|llava-hf/llava-1\.5-.*": "llama2",
+    r"meta-llama/Meta-Llama-3-.*": "llama3",
+    r"meta-llama/(Meta-)?Llama-3\.1-.*": "llama3.1",
+    r"meta-llama/Llama-3\.2-.*": "llama3.2",
+    r"meta-llama/Llama-3\.3-.*": "llama3.3",
+}
+_DATASETS = {"easy-vqa": "easy-VQA", "if16": "IF16", "pope": "POPE"}
+
+# The line of the card's example that names what is loaded, and the last line, which tells whether the card was edited.
+_PIN = re.compile(r'^repo, revision = ".*", "(.*)"$', re.MULTILINE)
+_SEAL = re.compile(r"\n<!-- ta-llava (\w+): `ta-llava push` writes this card anew unless it was edited -->\n$")
+
+
+def write_model_card(model: str | Path, name: str, results: Sequence[str | Path] = ()) -> str:
+    """
+    The card of a TA-LLaVA, or of a LLaVA with VMTC and CMAI.
+
+    Args:
+        model (`str` or `Path`): Folder or Hub repo.
+        name (`str`): Of the folder or repo that gets the card.
+        results (`Sequence`): Folders that `ta-llava evaluate` has written, besides those inside `model`.
+
+    Returns:
+        `str`: Metadata in YAML, and Markdown.
+
+    Raises:
+        `ValueError`: The config cannot be read, or one of the `results` has none.
+    """
+    config, image_size = read_config(model)
+    cost = count_cost(config, _TEXT_TOKENS, image_size=image_size)
+    evaluations = [_read_results(path) for path in _find_results(model, results)]
+    phases, start = _read_training(Path(model))
+    parts = [part for part in (config.vision_config, config.text_config) if _is_repo(part._name_or_path)]
+    origin = next(filter(_is_repo, (start, getattr(config, "base_model_name_or_path", None))), None)
+    bases = [origin] if origin else [part._name_or_path for part in parts]
+    is_shipped = _is_shipped(Path(model))
+    names = [*bases, *(part._name_or_path for part in parts)]
+    licence = "apache-2.0" if is_shipped else _find_licence(names)
+    is_ta_llava = config.model_type == TaLlavaConfig.model_type
+    model_class = TaLlavaForConditionalGeneration if is_ta_llava else VmtcCmaiLlavaForConditionalGeneration
+
+    data = ModelCardData(
+        base_model=bases or None,
+        datasets=sorted({phase["dataset"] for phase in phases if phase["dataset"]}) or None,
+        library_name="transformers",
+        license=licence,
+        pipeline_tag="image-text-to-text",
+        tags=list(model_class.model_tags),
+        model_name=name if evaluations else None,
+        eval_results=[result for evaluation in evaluations for result in evaluation["eval_results"]] or None,
+    )
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    folder = next((folder for folder in _FOLDERS if folder.is_dir()), _FOLDERS[0])
+    text = environment.from_string((folder / "model_card.md.jinja").read_text(encoding="utf-8")).render(
+        name=name,
+        pin=_pin(name, "main"),
+        config=config,
+        is_ta_llava=is_ta_llava,
+        use_cmai=not is_ta_llava and config.use_cmai,
+        image_size=image_size,
+        patches=(image_size // config.vision_config.patch_size) ** 2,
+        visual_tokens=None if is_ta_llava else cost.num_tokens - _TEXT_TOKENS,
+        text_tokens=_TEXT_TOKENS,
+        cost=cost,
+        parts=_describe_parts(config, cost),
+        parameters=_in_millions(sum(cost.parameters.values())),
+        operations=_scaled(sum(cost.operations.values()), "FLOP"),
+        cache=_scaled(cost.cache_bytes, "B"),
+        base_models=bases,
+        phases=phases,
+        results=evaluations,
+        licence=licence,
+        is_shipped=is_shipped,
+        # `compress` sets it for weights that were trained without.
+        is_untrained_vmtc=config.use_vmtc and config.vmtc_merge_weights == "normalized" and not phases,
+    )
+    card = str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text.rstrip()}\n"))
+    return f"{card}\n<!-- ta-llava {_digest(card)}: `ta-llava push` writes this card anew unless it was edited -->\n"
+
+
+def pin_revision(card: str, repo_id: str, revision: str) -> str:
+    """The card with `repo_id` and `revision` in its example; itself, if its example is another."""
+    return _PIN.sub(lambda _: _pin(repo_id, revision), card)
+
+
+def pinned_revision(card: str, repo_id: str) -> str | None:
+    """The commit of `repo_id` in the card's example, if it has one."""
+    match = _PIN.search(card)
+    is_pinned = match is not None and match[0] == _pin(repo_id, match[1]) and re.fullmatch("[0-9a-f]{40}", match[1])
+    return match[1] if match and is_pinned else None
+
+
+def find_card(model: str | Path, revision: str | None = None) -> str | None:
+    """The `README.md` of a folder or Hub repo, if there is one."""
+    path = Path(model) / CARD
+    if not Path(model).is_dir():
+        try:
+            path = Path(hf_hub_download(str(model), CARD, revision=revision))
+        except RemoteEntryNotFoundError:
+            return None
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def is_unedited(card: str) -> bool:
+    """Whether a card is as [`write_model_card`] wrote it, but for [`pin_revision`]."""
+    match = _SEAL.search(card)
+    return match is not None and match[1] == _digest(card[: match.start()])
+
+
+def _pin(repo_id: str, revision: str) -> str:
+    return f"repo, revision = {json.dumps(repo_id)}, {json.dumps(revision)}"
+
+
+def _digest(card: str) -> str:
+    return hashlib.sha256(_PIN.sub("", card).encode()).hexdigest()[:16]
+
+
+# --- what is known -------------------------------------------------------------------------------------------------
+
+
+def _is_repo(name: Any) -> bool:
+    """Whether a recorded name can only be that of a Hub repo, as far as can be seen from here."""
+    return (
+        isinstance(name, str)
+        and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
+        and not Path(name).exists()
+        and not Path(name).parent.is_dir()
+    )
+
+
+def _is_shipped(model: Path) -> bool:
+    """Whether a folder has the weights of a model that comes with the package."""
+    from .inference import DEFAULT_LLAVA, DEFAULT_MODEL  # here, for it needs `export`, which needs this module
+
+    weights = model / _WEIGHTS
+    shipped = [folder / _WEIGHTS for folder in (DEFAULT_MODEL, DEFAULT_LLAVA)]
+    return weights.is_file() and any(file.is_file() and filecmp.cmp(weights, file, shallow=False) for file in shipped)
+
+
+def _find_licence(names: Sequence[str]) -> str | None:
+    return next((found for name in names for pattern, found in _LICENCES.items() if re.fullmatch(pattern, name)), None)
+
+
+def _read_training(folder: Path) -> tuple[list[dict[str, Any]], str | None]:
+    """
+    The phases of training that led to a folder, the first first, and the Hub repo that they began with. What a recipe
+    calls a model or data is only looked for from where it was run: elsewhere a folder could pass for a repo.
+    """
+    phases: list[dict[str, Any]] = []
+    while (folder / _TRAINING_SUMMARY).is_file():
+        try:
+            summary = json.loads((folder / _TRAINING_SUMMARY).read_text(encoding="utf-8"))
+            recipe, log = summary["recipe"], summary["log"]
+            is_here = Path(recipe["output_dir"]).resolve() == folder.resolve()
+            source = recipe["data"]["path"]
+            dataset = source if is_here and _is_repo(source) and not Path(source).suffix else None
+            trained = [
+                f"{part} (LoRA)" if part == "language_model" and recipe.get("lora") is not None else part
+                for part in recipe["train"]
+            ]
+            phases.insert(
+                0,
+                {
+                    "name": Path(recipe["output_dir"]).name,
+                    "trained": ", ".join(trained).replace("_", " "),
+                    "data": f"[{dataset}](https://huggingface.co/datasets/{dataset})"
+                    if dataset
+                    else Path(source).name,
+                    "dataset": dataset,
+                    "samples": f"{summary['data']['kept']:,}",
+                    "batch": recipe["global_batch_size"],
+                    "steps": f"{log[-1]['step']:,}",
+                    "learning_rate": recipe["training_arguments"].get("learning_rate", "default"),
+                    "loss": f"{log[-1]['train_loss']:.3g}",
+                },
+            )
+            start = recipe["model"]
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ValueError(
+                f"{folder / _TRAINING_SUMMARY} is not as `ta-llava train` writes it: {one_line(error)}"
+            ) from error
+        if not is_here or not Path(start).is_dir():
+            return phases, start if is_here and _is_repo(start) else None
+        folder = Path(start)
+    return phases, None
+
+
+def _find_results(model: str | Path, results: Sequence[str | Path]) -> list[Path]:
+    """
+    Raises:
+        `ValueError`: One of the folders has no results.
+    """
+    found = [*Path(model).glob(_RESULTS), *Path(model).glob(f"*/{_RESULTS}")] if Path(model).is_dir() else []
+    found = sorted(found)
+    for folder in results:
+        path = Path(folder) / _RESULTS
+        if not path.is_file():
+            raise ValueError(f"There is no {_RESULTS} in {folder}. `ta-llava evaluate MODEL -o {folder}` writes it.")
+        if path.resolve() not in [other.resolve() for other in found]:
+            found.append(path)
+    return found
+
+
+def _read_results(path: Path) -> dict[str, Any]:
+    """The table of an evaluation, and its last row, which is over all questions, as metadata."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        task, scores, settings = content["task"], content["scores"], content["settings"]
+        dataset = _DATASETS.get(task) or Path(settings["data"]).stem
+        if settings.get("data") and task in _DATASETS:
+            dataset += f" on {Path(settings['data']).stem}"
+        budget = [
+            text.format(settings[key])
+            for key, text in (("visual_tokens", "{} visual tokens"), ("cmai", "CMAI {}"), ("strategy", "{} objects"))
+            if settings.get(key) is not None
+        ]
+        if settings.get("describe_first"):
+            budget.append("descriptions instead of images")
+        columns = list(dict.fromkeys(column for row in scores.values() for column in row))
+        summary = list(scores.values())[-1]
+        metrics = {name: summary[name] for name in columns if name not in ("questions", "prior")}
+        return {
+            "title": ", ".join([f"{dataset}, {settings['num_questions']:,} questions", *budget]),
+            "columns": columns,
+            "rows": [(name, [_cell(row.get(column)) for column in columns]) for name, row in scores.items()],
+            "note": content["note"],
+            "eval_results": [
+                EvalResult(
+                    task_type="image-text-to-text",
+                    dataset_type=dataset.lower().replace(" ", "-"),
+                    dataset_name=dataset,
+                    dataset_split="test" if task == "easy-vqa" else None,
+                    dataset_args={"num_questions": settings["num_questions"]},
+                    metric_type=name,
+                    metric_name=", ".join([name.replace("_", " "), *budget]),
+                    metric_value=value,
+                )
+                for name, value in metrics.items()
+            ],
+        }
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"{path} is not as `ta-llava evaluate` writes it: {one_line(error)}") from error
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2%}" if isinstance(value, float) else f"{value:,}"
+
+
+# --- how it is said ------------------------------------------------------------------------------------------------
+
+
+def _describe_parts(config: Any, cost: Cost) -> list[dict[str, str]]:
+    def describe(part: Any) -> str:
+        kind = _NAMES.get(part.model_type, part.model_type)
+        return f"{kind}, {part.num_hidden_layers} layers of width {part.hidden_size}"
+
+    vision, text = config.vision_config, config.text_config
+    kinds = {
+        "vision tower": f"{describe(vision)}, patches of {vision.patch_size} pixels",
+        "projector": "linear"
+        if getattr(config, "projector_type", "mlp") == "linear"
+        else "two layers",  # LLaVA's has two
+        LANGUAGE_MODEL: f"{describe(text)}, {text.vocab_size:,} tokens",
+    }
+    if config.model_type == TaLlavaConfig.model_type:
+        kinds["adapters"] = (
+            f"{config.num_prefix_tokens} prefix tokens, which read every {config.adapter_interval} layers"
+        )
+    return [
+        {"name": name, "kind": kinds[name], "parameters": _in_millions(number)}
+        for name, number in cost.parameters.items()
+    ]
+
+
+def _in_millions(number: int) -> str:
+    return f"{number / 1e6:,.2f} M" if number < 1e7 else f"{number / 1e6:,.0f} M"
+
+
+def _scaled(number: float, unit: str) -> str:
+    factor, prefix = next(
+        ((factor, prefix) for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")) if number >= factor),
+        (1, ""),
+    )
+    return f"{number / factor:.3g} {prefix}{unit}"

@@ -1,0 +1,148 @@
+"""Publishes models on the Hugging Face Hub."""
+
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from .error_messages import one_line
+from .export import check_export, write_export
+from .model_card import CARD, find_card, is_unedited, pin_revision, pinned_revision
+
+
+# Weights of an earlier model in the repo: left beside others, they could be what `from_pretrained` finds first.
+_STALE = ["model*.safetensors", "model.safetensors.index.json"]
+
+
+@dataclass
+class Publication:
+    """
+    Args:
+        url (`str`): Of the commit.
+        revision (`str`): Hash of the commit that has weights and code, to load just them.
+        kept_card (`bool`): Whether the repo's `README.md` was left as it is.
+    """
+
+    url: str
+    revision: str
+    kept_card: bool
+
+
+def push_model(
+    model: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    results: Sequence[str | Path] = (),
+    overwrite_card: bool = False,
+) -> Publication:
+    """
+    Uploads what [`export_model`] writes to a repo on the Hub, which is made if it is not there. Weights and code are one
+    commit; the model card follows in a second one, and its example loads the first.
+
+    A card that somebody wrote or edited, in the repo or in the folder `model`, stays as it is.
+
+    Args:
+        model (`str` or `Path`): Folder or Hub repo of a TA-LLaVA, or of a LLaVA with VMTC and CMAI.
+        repo_id (`str`): `"name"`, or `"user/name"`.
+        private (`bool`): Make a private repo.
+        revision (`str`, *optional*): Branch to upload to, which is made from the main one if it is not there.
+        results (`Sequence`): For the card, see [`write_model_card`].
+        overwrite_card (`bool`): Write a new card, whatever `model` and the repo have.
+
+    Raises:
+        `ValueError`: Before anything is uploaded, if nobody is logged in, the repo has no possible name or may not be
+            written, `model` is no such model, or `private` is asked of a repo that is public.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"A repo on the Hub cannot be called {repo_id!r}: {one_line(error)}") from error
+    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
+        raise ValueError(f"{revision} is a commit, to which nothing can be added. Name a branch.")
+    api = HfApi()
+    with _hub_errors(repo_id):
+        user = api.whoami()["name"]
+    if "/" not in repo_id:
+        repo_id = f"{user}/{repo_id}"
+    name = repo_id.rpartition("/")[2]
+    processor, new_card = check_export(model, name, results, overwrite_card)
+
+    with _hub_errors(repo_id):
+        if private and api.repo_exists(repo_id) and not api.repo_info(repo_id).private:
+            raise ValueError(
+                f"{repo_id} is there already, and public. Make it private in its settings, or leave out `private`."
+            )
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
+        api.auth_check(repo_id, write=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        head = api.repo_info(repo_id, revision=revision).sha
+        old_card = find_card(repo_id, head)
+    keep_card = old_card is not None and not is_unedited(old_card) and not overwrite_card
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / name
+        write_export(model, processor, new_card, folder)
+        with _hub_errors(repo_id):
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                commit_message="Upload model",
+                ignore_patterns=[CARD],
+                delete_patterns=_STALE,
+            )
+            pin = commit.oid
+            if commit.oid == head and old_card is not None:  # all was there, since the revision that the card names
+                pin = pinned_revision(old_card, repo_id) or head
+            if not keep_card:
+                api.upload_file(
+                    repo_id=repo_id,
+                    path_or_fileobj=pin_revision(new_card, repo_id, pin).encode(),
+                    path_in_repo=CARD,
+                    revision=revision,
+                    commit_message="Upload model card",
+                )
+    return Publication(f"{api.endpoint}/{repo_id}/commit/{pin}", pin, keep_card)
+
+
+@contextmanager
+def _hub_errors(repo_id: str) -> Iterator[None]:
+    """The Hub's errors as `ValueError`s that say what to do."""
+    try:
+        yield
+    except LocalTokenNotFoundError as error:
+        raise ValueError(
+            "You are not logged in to the Hub. Run `hf auth login`, with a token that may write, or set HF_TOKEN."
+        ) from error
+    except GatedRepoError as error:
+        raise ValueError(f"Access to {repo_id} is restricted: ask for it on its page on the Hub.") from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"There is no repo {repo_id} on the Hub, or it is private and not yours.") from error
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        if status == 401:
+            raise ValueError(
+                f"The Hub does not accept your token: {one_line(error)} Run `hf auth login` with another, or set HF_TOKEN."
+            ) from error
+        if status == 403:
+            raise ValueError(f"You may not write to {repo_id}: {one_line(error)}") from error
+        raise ValueError(f"The Hub did not take {repo_id}: {one_line(error)}") from error
+    except ValueError:
+        raise
+    except Exception as error:  # of the network
+        raise ValueError(f"The Hub cannot be reached: {one_line(error)}") from error

@@ -1,0 +1,274 @@
+"""
+Models in repos on a hub are used as any other there: in pipelines, with streaming, adapters, other dtypes and kinds of
+attention, and by `transformers serve`; in environments without this package. That they load is tested in `test_publish.py`.
+"""
+
+import base64
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from conftest import EXAMPLE_IMAGE, SHIPPED_LLAVA, SHIPPED_MODEL
+from hub_server import HubServer
+
+from ta_llava.compress import compress_llava
+from ta_llava.export import export_model
+
+
+REPOS = ["alice/ta-llava", "alice/llava"]
+QUESTIONS = ["what color is the shape?", "what shape is in the image?"]
+ANSWERS = ["teal", "triangle"]
+
+USE = """
+import importlib.util, io, json, sys, threading
+assert importlib.util.find_spec("ta_llava") is None, "the package must not be importable here"
+from contextlib import redirect_stdout
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, TextIteratorStreamer, TextStreamer, pipeline
+
+repos, image, questions = json.loads(sys.argv[1])
+trust = {"trust_remote_code": True}
+
+
+def chat(question, url):
+    content = [{"type": "image", "url": url}, {"type": "text", "text": question}]
+    return [{"role": "user", "content": content}]
+
+
+def texts(output):
+    return output["generated_text"] if isinstance(output, dict) else [texts(each) for each in output]
+
+
+def logits(model):
+    cast = {key: value.to(model.dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+    with torch.no_grad():
+        return model(**cast).logits[:, -1].float()
+
+
+def distance(one, two):
+    return (one - two).abs().max().item()
+
+
+report = {}
+for repo in repos:
+    results = report[repo] = {}
+    url = f"{image}/{repo}/resolve/main/image.png"
+    pipe = pipeline("image-text-to-text", model=repo, dtype=torch.float32, **trust)
+    model, processor = pipe.model, AutoProcessor.from_pretrained(repo, **trust)
+    short = {"max_new_tokens": 8, "return_full_text": False}
+    one = pipe(text=chat(questions[0], url), **short)
+    several = pipe(text=[chat(question, url) for question in questions], batch_size=2, **short)
+    prompt = processor.apply_chat_template(chat(questions[1], url), add_generation_prompt=True)
+    plain = pipe(images=url, text=prompt, **short)
+    lists = pipe(images=[url, url], text=[prompt, prompt], batch_size=2, **short)
+    results["pipeline"] = {"one": texts(one), "several": texts(several), "plain": texts(plain), "lists": texts(lists)}
+    results["one token"] = texts(pipe(text=chat(questions[1], url), **{**short, "max_new_tokens": 1}))
+
+    inputs = processor.apply_chat_template(
+        [chat(question, url) for question in questions], add_generation_prompt=True, tokenize=True, return_dict=True,
+        return_tensors="pt", processor_kwargs={"padding": True},
+    )
+    first = processor.apply_chat_template(
+        [chat(questions[0], url)], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    )
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    arguments = {**first, "max_new_tokens": 8, "streamer": streamer}
+    threading.Thread(target=model.generate, kwargs=arguments).start()
+    results["TextIteratorStreamer"] = "".join(streamer)
+    with redirect_stdout(io.StringIO()) as printed:
+        streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        model.generate(**first, max_new_tokens=8, streamer=streamer)
+    results["TextStreamer"] = printed.getvalue().strip()
+
+    reference = logits(model)
+    scale = reference.abs().max().item()
+    load = AutoModelForImageTextToText.from_pretrained
+    # Gemma-2 soft-caps its attention scores, which SDPA cannot.
+    sdpa = {"vision_config": "sdpa", "text_config": "eager"} if "ta-llava" in repo else "sdpa"
+    for name, kwargs in {
+        "sdpa": {"attn_implementation": sdpa, "device_map": "auto", "dtype": torch.float32},
+        "eager": {"attn_implementation": "eager", "dtype": torch.float32},
+        "auto": {"dtype": "auto"},
+        "bfloat16": {"dtype": torch.bfloat16},
+    }.items():
+        other = load(repo, **kwargs, **trust)
+        attention = [part._attn_implementation for part in (other.config.vision_config, other.config.text_config)]
+        results[name] = [str(other.dtype), attention, distance(logits(other), reference) / scale]
+    for name in ("flash_attention_2", "flex_attention", "no_such_attention"):
+        try:
+            load(repo, attn_implementation=name, **trust)
+        except (ValueError, ImportError) as error:
+            results[name] = " ".join(str(error).split())
+
+    # What was loaded from there, saved, is complete.
+    model.save_pretrained("saved")
+    processor.save_pretrained("saved")
+    AutoProcessor.from_pretrained("saved", **trust)
+    results["saved"] = distance(logits(load("saved", dtype=torch.float32, **trust)), reference)
+
+    # An adapter of the language model, pushed, and loaded by its own name and on top of its model.
+    torch.manual_seed(0)
+    lora = LoraConfig(r=2, target_modules=r".*language_model.*\\.q_proj", init_lora_weights=False)
+    adapted = get_peft_model(load(repo, dtype=torch.float32, **trust), lora).eval()
+    expected = logits(adapted)
+    adapted.push_to_hub(repo + "-lora")
+    results["effect"] = distance(expected, reference)
+    on_top = PeftModel.from_pretrained(load(repo, dtype=torch.float32, **trust), repo + "-lora").eval()
+    by_name = load(repo + "-lora", dtype=torch.float32, **trust).eval()
+    results["lora"] = [distance(logits(each), expected) for each in (on_top, by_name)]
+print(json.dumps(report))
+"""
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A TA-LLaVA, a LLaVA with VMTC and CMAI, and an image in the repo of each."""
+    folder = tmp_path_factory.mktemp("models")
+    export_model(SHIPPED_MODEL, folder / "ta-llava")
+    compress_llava(SHIPPED_LLAVA, folder / "llava", 16, 0.6)
+    with HubServer() as server:
+        for name in ("ta-llava", "llava"):
+            files = {path.name: path.read_bytes() for path in (folder / name).iterdir()}
+            server.add(f"alice/{name}", {**files, "image.png": EXAMPLE_IMAGE.read_bytes()})
+        yield server
+
+
+def environment(hub: HubServer, home: Path) -> dict[str, str]:
+    variables = {**os.environ, **hub.environment(home, hub.token)}
+    variables.pop("PYTHONPATH", None)
+    return variables
+
+
+def test_in_every_way_of_the_library(hub, python_without_the_package, tmp_path):
+    arguments = json.dumps([REPOS, hub.url, QUESTIONS])
+    process = subprocess.run(
+        [python_without_the_package, "-c", USE, arguments],
+        cwd=tmp_path,
+        env=environment(hub, tmp_path / "home"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    report = json.loads(process.stdout.splitlines()[-1])
+    for repo in REPOS:
+        results = report[repo]
+        assert results["pipeline"] == {
+            "one": ["teal"],
+            "several": [["teal"], ["triangle"]],
+            "plain": ["triangle"],
+            "lists": ["triangle", "triangle"],
+        }
+        assert results["one token"] == ["triangle"]
+        assert results["TextIteratorStreamer"] == results["TextStreamer"] == "teal"
+        for name, dtype, tolerance in (
+            ("sdpa", "float32", 1e-4),
+            ("eager", "float32", 1e-4),
+            ("auto", "float16", 0.01),
+            ("bfloat16", "bfloat16", 0.02),
+        ):
+            found_dtype, attention, distance = results[name]
+            assert found_dtype == f"torch.{dtype}" and distance < tolerance, (repo, name, distance)
+            if name in ("sdpa", "eager"):
+                assert (attention[0] == name and name in attention[1]) or "ta-llava" in repo
+        for name in ("flash_attention_2", "flex_attention", "no_such_attention"):
+            assert name.split("_")[0] in results[name].lower(), (repo, name)
+        assert results["saved"] == 0
+        assert results["effect"] > 0.1 and max(results["lora"]) < 1e-4, (repo, results["effect"], results["lora"])
+    assert set(hub.files("alice/ta-llava-lora")) >= {"adapter_config.json", "adapter_model.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def served(hub, python_without_the_package, tmp_path_factory):
+    """Address of a `transformers serve` of everything on the hub, and the environment that it runs in."""
+    for package in ("fastapi", "openai", "uvicorn"):
+        pytest.importorskip(package, reason="`pip install 'transformers[serving]'`")
+    home = tmp_path_factory.mktemp("serve")
+    variables = environment(hub, home / "home")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [python_without_the_package, *TRANSFORMERS, "serve", "--trust-remote-code", "--host", "127.0.0.1"]
+    with open(home / "log", "w") as log:
+        server = subprocess.Popen(
+            [*command, "--port", str(port), "--device", "cpu"], cwd=home, env=variables, stdout=log, stderr=log
+        )
+    try:
+        for _ in range(300):
+            assert server.poll() is None, (home / "log").read_text()[-3000:]
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+                break
+            except (OSError, urllib.error.URLError):
+                time.sleep(1)
+        yield f"http://127.0.0.1:{port}/v1", variables
+    finally:
+        server.kill()  # asked to end, it would wait for the timers by which it unloads models
+        server.wait()
+
+
+TRANSFORMERS = ("-c", "from transformers.cli.transformers import main; main()")
+
+
+def test_transformers_serve(served):
+    """By the client of OpenAI: an image in the request, a whole answer and a stream of its parts, and a question alone."""
+    import openai
+
+    client = openai.OpenAI(base_url=served[0], api_key="none", max_retries=0)
+    url = "data:image/png;base64," + base64.b64encode(EXAMPLE_IMAGE.read_bytes()).decode()
+    for repo in REPOS:
+        for question, expected in zip(QUESTIONS, ANSWERS):
+            content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+            request = {"model": repo, "messages": [{"role": "user", "content": content}], "max_tokens": 8}
+            answer = client.chat.completions.create(**request)
+            assert answer.choices[0].message.content == expected and answer.choices[0].finish_reason == "stop"
+            chunks = client.chat.completions.create(**request, stream=True)
+            assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
+        alone = {**request, "messages": [{"role": "user", "content": QUESTIONS[0]}]}
+        assert client.chat.completions.create(**alone).choices[0].message.content
+    assert {model.id for model in client.models.list()} == set(REPOS)  # those that are in the cache and can be served
+
+
+def test_transformers_chat(served, python_without_the_package, tmp_path):
+    url, variables = served
+    flags = ["max_new_tokens=8", "do_sample=False"]
+    process = subprocess.run(
+        [python_without_the_package, *TRANSFORMERS, "chat", REPOS[0], url, *flags],
+        input=f"{QUESTIONS[0]}\n!exit\n",
+        cwd=tmp_path,
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "2 tokens in" in process.stdout  # the answer, here of a model that sees no image, and the end of turn
+
+
+def test_the_linter_of_transformers(hub, tmp_path):
+    """`mlinter` finds nothing in the code that travels with the models. Its rules are for files of these names."""
+    mlinter = pytest.importorskip("mlinter", reason="`pip install transformers-mlinter`")
+    for repo in REPOS:
+        folder = tmp_path / repo
+        folder.mkdir(parents=True)
+        for name, content in hub.files(repo).items():
+            if name.endswith(".py"):
+                (folder / name).write_bytes(content)
+    code = subprocess.run(
+        [sys.executable, "-m", mlinter.__name__, "--no-cache", "--no-progress", tmp_path, *tmp_path.rglob("*.py")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert code.returncode == 0, code.stdout

@@ -1,0 +1,209 @@
+import json
+from dataclasses import asdict
+
+import pytest
+from conftest import EXAMPLE_IMAGE, SHIPPED_LLAVA, SHIPPED_MODEL, build_config, build_llava_config
+from hub_server import HubServer
+from huggingface_hub import ModelCard
+
+from ta_llava import model_card
+from ta_llava.compress import compress_llava
+from ta_llava.cost import Cost
+from ta_llava.evaluate import evaluate
+from ta_llava.model_card import find_card, is_unedited, pin_revision, pinned_revision, write_model_card
+from ta_llava.train import DataSettings, Recipe
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """For tests that are about other things: counting takes seconds."""
+    parts = {"vision tower": 1_000, "projector": 200, "language model": 30_000}
+    monkeypatch.setattr(model_card, "count_cost", lambda *_, **__: Cost(parts, {"vision tower": 5_000_000}, 49, 2_000))
+
+
+def save_config(folder, config) -> None:
+    """As a model that nothing else is known of."""
+    folder.mkdir(parents=True)
+    config.save_pretrained(folder)
+    for code in folder.glob("*.py"):
+        code.unlink()
+
+
+def save_training(folder, start, **settings) -> None:
+    """The summary that training leaves in a folder."""
+    recipe = Recipe(
+        model=str(start),
+        output_dir=str(folder),
+        train=["projector", "language_model"],
+        global_batch_size=64,
+        training_arguments={"learning_rate": 1e-3},
+        **settings,
+    )
+    log = [{"loss": 0.5, "step": 1499}, {"train_loss": 0.123456, "step": 1500}]
+    folder.mkdir(parents=True, exist_ok=True)
+    summary = {"recipe": asdict(recipe), "data": {"kept": 38575}, "log": log}
+    (folder / "training_summary.json").write_text(json.dumps(summary))
+
+
+def section(card: str, title: str) -> str:
+    return card.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def test_the_card_of_the_shipped_model():
+    card = write_model_card(SHIPPED_MODEL, "my-model")
+    assert ModelCard(card).data.to_dict() == {
+        "library_name": "transformers",
+        "license": "apache-2.0",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["ta-llava", "llava"],
+    }
+    assert "\n# my-model\n" in card and "**4 learned prefix tokens**" in card and "the 64 visual tokens" in card
+    architecture = section(card, "Architecture")
+    assert "| vision tower | CLIP, 5 layers of width 128, patches of 8 pixels | 0.86 M |" in architecture
+    assert "| language model | Gemma-2, 8 layers of width 128, 75 tokens | 1.59 M |" in architecture
+    assert "44 tokens in the language model" in architecture
+    assert "easy-VQA" in section(card, "Training") and "eight colours" in section(card, "Limits")
+    assert "tu_ta_llava" in card and "yang2024" not in card
+    assert not section(card, "Results") and "No evaluation of it is recorded here." in card
+
+
+def test_the_card_of_a_compressed_llava(tmp_path):
+    compress_llava(SHIPPED_LLAVA, tmp_path / "model", 16, 0.6)
+    card = write_model_card(tmp_path / "model", "my-model")
+    data = ModelCard(card).data
+    assert data.tags == ["vmtc", "cmai", "llava"] and data.license == "apache-2.0"
+    assert "the 64 visual tokens of an image become **16**" in card and "up to **60 %**" in card
+    assert "| language model | Llama, 6 layers of width 128, 75 tokens | 1.19 M |" in section(card, "Architecture")
+    assert "56 tokens in the language model" in section(card, "Architecture")
+    assert "trained with neither VMTC nor CMAI" in section(card, "Training")
+    assert "yang2024" in card and "tu_ta_llava" not in card
+
+
+@pytest.mark.parametrize("config", [build_config(), build_llava_config(use_vmtc=False, use_cmai=False)])
+def test_nothing_is_invented_of_a_model_that_records_nothing(config, counted, tmp_path):
+    save_config(tmp_path / "model", config)
+    card = write_model_card(tmp_path / "model", "my-model")
+    assert set(ModelCard(card).data.to_dict()) == {"library_name", "pipeline_tag", "tags"}
+    assert not section(card, "Training") and not section(card, "Results")
+    assert "easy-VQA" not in card and "Apache-2.0. For the weights" in section(card, "Licence")
+    assert "**VMTC** is on" not in card and "**CMAI** is on" not in card
+    with HubServer() as hub, pytest.MonkeyPatch.context() as patch:
+        hub.connect(patch, tmp_path / "home")
+        ModelCard(card).validate()
+        assert [request.path for request in hub.requests] == ["/api/validate-yaml"]
+
+
+@pytest.mark.parametrize(
+    ("vision", "text", "base", "models", "licence"),
+    [
+        ("openai/clip-vit", "google/gemma-2-2b-it", None, ["openai/clip-vit", "google/gemma-2-2b-it"], "gemma"),
+        ("", "lmsys/vicuna-7b-v1.5", "llava-hf/llava-1.5-7b-hf", ["llava-hf/llava-1.5-7b-hf"], "llama2"),
+        ("", "meta-llama/Llama-3.1-8B", None, ["meta-llama/Llama-3.1-8B"], "llama3.1"),
+        ("", "lmsys/vicuna-7b-v1.1", None, ["lmsys/vicuna-7b-v1.1"], None),
+        ("here/tower", "/home/me/gemma", "./google/gemma-2-2b-it", None, None),  # folders of this machine
+        ("here/gone", "google/gemma/2", None, None, None),
+    ],
+)
+def test_base_models_and_licences(vision, text, base, models, licence, counted, tmp_path, monkeypatch):
+    config = build_config()
+    config.vision_config._name_or_path, config.text_config._name_or_path = vision, text
+    if base is not None:
+        config.base_model_name_or_path = base
+    (tmp_path / "here" / "tower").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    save_config(tmp_path / "model", config)
+    card = write_model_card(tmp_path / "model", "my-model")
+    data = ModelCard(card).data
+    assert (data.base_model, data.license) == (models, licence)
+    for name in models or ():
+        assert f"[{name}](https://huggingface.co/{name})" in section(card, "Training")
+
+
+def test_all_phases_of_training(counted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = tmp_path / "runs" / "phase1", tmp_path / "runs" / "phase2"
+    save_config(second, build_config())
+    save_training(first, "me/start", data=DataSettings(path="someone/captions"))
+    save_training(second, first, data=DataSettings(path="data/set/questions.json"), lora={"r": 4})
+    card = write_model_card(second, "my-model")
+    data = ModelCard(card).data
+    assert (data.datasets, data.base_model) == (["someone/captions"], ["me/start"])
+    rows = [line for line in section(card, "Training").splitlines() if line.startswith("| phase")]
+    link = "[someone/captions](https://huggingface.co/datasets/someone/captions)"
+    assert rows[1:] == [
+        f"| phase1 | projector, language model | {link} | 38,575 | 64 | 1,500 | 0.001 | 0.123 |",
+        "| phase2 | projector, language model (LoRA) | questions.json | 38,575 | 64 | 1,500 | 0.001 | 0.123 |",
+    ]
+    # Where it was not written, what it calls a model or data may have been a folder.
+    first.rename(tmp_path / "moved")
+    save_config(tmp_path / "other", build_config())
+    (tmp_path / "moved" / "training_summary.json").rename(tmp_path / "other" / "training_summary.json")
+    card = write_model_card(tmp_path / "other", "my-model")
+    data = ModelCard(card).data
+    assert data.datasets is None and data.base_model is None and "| captions |" in card
+    (tmp_path / "other" / "training_summary.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"training_summary\.json is not as `ta-llava train` writes it"):
+        write_model_card(tmp_path / "other", "my-model")
+
+
+def test_results_of_evaluations(counted, tmp_path):
+    samples = [
+        {
+            "id": str(index),
+            "image": str(EXAMPLE_IMAGE),
+            "type": "shape",
+            "conversations": [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": "teal"}],
+        }
+        for index, question in enumerate(["what color is the shape?", "is there a circle in the image?"])
+    ]
+    (tmp_path / "shapes.json").write_text(json.dumps(samples))
+    evaluate(SHIPPED_MODEL, "json", tmp_path / "shapes", data=tmp_path / "shapes.json", progress=False)
+    save_config(tmp_path / "model", build_config())
+    pope = {"questions": 6, "accuracy": 0.5, "f1": 0.25}
+    settings = {"data": "objects.json", "visual_tokens": 16, "cmai": 0.6, "num_questions": 6, "strategy": "random"}
+    inside = tmp_path / "model" / "pope" / "results.json"
+    inside.parent.mkdir()
+    inside.write_text(
+        json.dumps({"task": "pope", "scores": {"random": pope}, "note": "As in POPE.", "settings": settings})
+    )
+
+    card = write_model_card(tmp_path / "model", "my-model", [tmp_path / "shapes", tmp_path / "model" / "pope"])
+    results = section(card, "Results")
+    assert "**POPE on objects, 6 questions, 16 visual tokens, CMAI 0.6, random objects**" in results
+    assert "| | questions | accuracy | f1 |\n|---|---:|---:|---:|\n| random | 6 | 50.00% | 25.00% |\n" in results
+    assert "**shapes, 2 questions**" in results and "| shape | 2 | 50.00% |\n| all | 2 | 50.00% |\n" in results
+    assert results.count("\n**") == 2  # the one inside is named too, but there once
+    found = ModelCard(card).data.eval_results
+    assert [(result.dataset_name, result.metric_type, result.metric_value) for result in found] == [
+        ("POPE on objects", "accuracy", 0.5),
+        ("POPE on objects", "f1", 0.25),
+        ("shapes", "accuracy", 0.5),
+    ]
+    with HubServer() as hub, pytest.MonkeyPatch.context() as patch:
+        hub.connect(patch, tmp_path / "home")
+        ModelCard(card).validate()
+
+    with pytest.raises(ValueError, match=r"no results\.json in .*nowhere"):
+        write_model_card(tmp_path / "model", "my-model", [tmp_path / "nowhere"])
+    inside.write_text('{"task": "pope"}')
+    with pytest.raises(ValueError, match=r"results\.json is not as `ta-llava evaluate` writes it"):
+        write_model_card(tmp_path / "model", "my-model")
+
+
+def test_a_card_knows_whether_it_was_edited(counted, tmp_path):
+    save_config(tmp_path / "model", build_config())
+    card = write_model_card(tmp_path / "model", "my-model")
+    pinned = pin_revision(card, "me/my-model", "0" * 40)
+    assert 'repo, revision = "me/my-model", "' + "0" * 40 + '"\n' in pinned
+    assert is_unedited(card) and is_unedited(pinned) and is_unedited(str(ModelCard(pinned)))
+    assert pinned_revision(pinned, "me/my-model") == "0" * 40
+    assert pinned_revision(pinned, "me/another") is None and pinned_revision(card, "my-model") is None
+    for edited in (
+        card.replace("## Limits", "## Limitations"),
+        card.replace("transformers", "diffusers", 1),
+        "",
+        "mine",
+    ):
+        assert not is_unedited(edited)
+    (tmp_path / "model" / "README.md").write_text(card)
+    assert find_card(tmp_path / "model") == card and find_card(tmp_path) is None

@@ -1,0 +1,292 @@
+"""
+Models are pushed over HTTP with the real client, to a hub on this machine, and loaded from there in an environment without
+this package.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+import torch
+from conftest import EXAMPLE_IMAGE, SHIPPED_LLAVA, SHIPPED_MODEL
+from hub_server import HubServer
+from huggingface_hub import ModelCard
+from test_assemble import save_language_model, save_tower
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from typer.testing import CliRunner
+
+from ta_llava import model_card
+from ta_llava.assemble import assemble_ta_llava
+from ta_llava.cli import app
+from ta_llava.compress import compress_llava
+from ta_llava.cost import Cost, count_cost
+from ta_llava.image_loading import load_rgb_image
+from ta_llava.inference import load
+
+
+QUESTION = "what shape is in the image?"
+AUTO_CLASSES = {"AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor"}
+
+# Loads each of the given models and writes its logits; then runs the example of a card; then asks for what is not there.
+LOAD = """
+import importlib.util, json, sys
+assert importlib.util.find_spec("ta_llava") is None, "the package must not be importable here"
+
+import torch
+from huggingface_hub import hf_hub_download
+from PIL import Image
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+question, loads, example, wrong = json.loads(sys.argv[1])
+report, logits = [], {}
+for name, (repo, kwargs) in loads.items():
+    kwargs["trust_remote_code"] = True
+    config = AutoConfig.from_pretrained(repo, **kwargs)
+    base, missing = AutoModel.from_pretrained(repo, output_loading_info=True, **kwargs)
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        repo, output_loading_info=True, dtype=torch.float32, **kwargs
+    )
+    processor = AutoProcessor.from_pretrained(repo, **kwargs)
+    content = [{"type": "image", "image": Image.open("image.png")}, {"type": "text", "text": question}]
+    inputs = processor.apply_chat_template(
+        [[{"role": "user", "content": content}]], add_generation_prompt=True, tokenize=True, return_dict=True,
+        return_tensors="pt",
+    )
+    with torch.no_grad():
+        logits[name] = model.eval()(**inputs).logits[:, -1]
+    report.append([type(each).__name__ for each in (config, base, model, processor)])
+    report[-1] += [sorted(missing["missing_keys"]), sorted(info["missing_keys"]), type(model).__module__.split(".")[-2]]
+torch.save(logits, "logits.pt")
+print(json.dumps(report))
+
+card = open(hf_hub_download(example, "README.md"), encoding="utf-8").read()
+exec(card.split("```python")[1].split("```")[0])
+
+for repo, revision in wrong:
+    try:
+        AutoModelForImageTextToText.from_pretrained(repo, revision=revision, trust_remote_code=True)
+    except OSError as error:
+        print(json.dumps(" ".join(str(error).split())))
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def count_each_config_once():
+    """It takes seconds, and the models here are few."""
+    counts: dict[str, Cost] = {}
+
+    def count(config, *arguments, **kwargs):
+        key = config.to_json_string()
+        if key not in counts:
+            counts[key] = count_cost(config, *arguments, **kwargs)
+        return counts[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_card, "count_cost", count)
+        yield
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """This process, and nobody else, is logged in there."""
+    home = tmp_path_factory.mktemp("home")
+    with HubServer() as server, pytest.MonkeyPatch.context() as patch:
+        server.connect(patch, home, server.token)
+        yield server
+
+
+def push(*arguments) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["push", *map(str, arguments)])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def last_logits(model, processor) -> torch.Tensor:
+    content = [{"type": "image", "image": load_rgb_image(str(EXAMPLE_IMAGE))}, {"type": "text", "text": QUESTION}]
+    inputs = processor.apply_chat_template(
+        [[{"role": "user", "content": content}]],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    with torch.no_grad():
+        return model(**inputs).logits[:, -1]
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compressed") / "model"
+    compress_llava(SHIPPED_LLAVA, folder, 16, 0.6)
+    return folder
+
+
+def test_what_was_pushed_loads_without_the_package(hub, compressed, python_without_the_package, tmp_path):
+    # A TA-LLaVA by the command, twice, with other weights the second time.
+    model, processor = load(SHIPPED_MODEL)
+    expected = {"pinned": last_logits(model, processor)}
+    code, out, error = push(SHIPPED_MODEL, "my-model")  # without the user's name
+    assert code == 0, error
+    first = hub.history("alice/my-model")[1].oid
+    assert f"{hub.url}/alice/my-model/commit/{first}\n" in out and f"The revision to pin is {first}." in out
+    with torch.no_grad():
+        model.lm_head.weight.add_(0.01 * torch.randn_like(model.lm_head.weight))
+    model.half().save_pretrained(tmp_path / "changed")
+    processor.save_pretrained(tmp_path / "changed")
+    expected["latest"] = last_logits(*load(tmp_path / "changed"))
+    assert push(tmp_path / "changed", "alice/my-model", "--revision", "main")[0] == 0
+    second = hub.history("alice/my-model")[1].oid
+    assert first != second
+
+    # What is there: config, code and processor complete, and a card that names the commit before its own.
+    files = hub.files("alice/my-model")
+    assert set(json.loads(files["config.json"])["auto_map"]) >= AUTO_CLASSES
+    assert {"chat_template.jinja", "generation_config.json", "tokenizer.json", "modeling_ta_llava.py"} <= files.keys()
+    card = files["README.md"].decode()
+    assert f'repo, revision = "alice/my-model", "{second}"\n' in card and "\n# my-model\n" in card
+    assert hub.history("alice/my-model")[0].message == "Upload model card"
+
+    # A LLaVA by the library's own methods.
+    llava = AutoModelForImageTextToText.from_pretrained(compressed, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(compressed)
+    expected["llava"] = last_logits(llava, processor)
+    llava.push_to_hub("alice/llava")
+    processor.push_to_hub("alice/llava")
+    assert set(json.loads(hub.files("alice/llava")["config.json"])["auto_map"]) >= AUTO_CLASSES
+    assert ModelCard(hub.files("alice/llava")["README.md"].decode()).data.tags == ["vmtc", "cmai", "llava"]
+    # And that by the command, to a branch.
+    assert push(compressed, "alice/my-model", "--revision", "llava")[0] == 0
+    expected["branch"] = expected["llava"]
+
+    repo = "alice/my-model"
+    loads = {
+        "latest": (repo, {}),
+        "pinned": (repo, {"revision": first, "code_revision": first}),
+        "llava": ("alice/llava", {}),
+        "branch": (repo, {"revision": "llava"}),
+    }
+    hub.add("alice/gated", {"config.json": "{}"}, gated=True)
+    wrong = [(repo, "no-such-branch"), ("alice/no-such-repo", "main"), ("alice/gated", "main")]
+    shutil.copy(EXAMPLE_IMAGE, tmp_path / "image.png")
+    environment = {**os.environ, **hub.environment(tmp_path / "elsewhere"), "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    process = subprocess.run(
+        [python_without_the_package, "-c", LOAD, json.dumps([QUESTION, loads, repo, wrong])],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    report, answer, *messages = process.stdout.splitlines()
+    ta_llava = ["TaLlavaConfig", "TaLlavaModel", "TaLlavaForConditionalGeneration", "TaLlavaProcessor", [], []]
+    vmtc_cmai = [f"VmtcCmaiLlava{name}" for name in ("Config", "Model", "ForConditionalGeneration", "Processor")] + [
+        [],
+        [],
+    ]
+    branch = hub.repos["model", repo].branches["llava"]
+    llava_commit = hub.history("alice/llava")[0].oid
+    assert json.loads(report) == [  # the last item is the commit of the code
+        [*ta_llava, hub.history(repo)[0].oid],
+        [*ta_llava, first],
+        [*vmtc_cmai, llava_commit],
+        [*vmtc_cmai, branch],
+    ]
+    logits = torch.load(tmp_path / "logits.pt")
+    for name in loads:
+        torch.testing.assert_close(logits[name], expected[name], msg=lambda message, name=name: f"{name}: {message}")
+    assert not torch.allclose(logits["latest"], logits["pinned"], atol=1e-3)
+    assert answer == "triangle"  # of the example
+    unknown, missing, gated = messages
+    assert "no-such-branch is not a valid git identifier" in unknown
+    assert "alice/no-such-repo is not a local folder" in missing
+    assert "gated" in gated
+
+
+def test_a_model_made_of_repos_names_them(hub, tmp_path):
+    hub.add("alice/llava", {path.name: path.read_bytes() for path in SHIPPED_LLAVA.iterdir()})
+    compress_llava("alice/llava", tmp_path / "compressed", 16)
+    save_tower(tmp_path / "tower")
+    save_language_model(tmp_path / "language-model")
+    for part in ("tower", "language-model"):
+        hub.add(f"alice/{part}", {path.name: path.read_bytes() for path in (tmp_path / part).iterdir()})
+    assemble_ta_llava(tmp_path / "assembled", "alice/tower", "alice/language-model")
+    bases = {"compressed": ["alice/llava"], "assembled": ["alice/tower", "alice/language-model"]}
+    for name, expected in bases.items():
+        assert ModelCard(model_card.write_model_card(tmp_path / name, name)).data.base_model == expected
+
+
+def test_a_second_push_of_the_same_changes_nothing(hub, compressed):
+    assert push(compressed, "alice/twice")[0] == 0
+    history = hub.history("alice/twice")
+    code, out, _ = push(compressed, "alice/twice")
+    assert code == 0 and hub.history("alice/twice") == history
+    assert f"The revision to pin is {history[1].oid}." in out
+
+
+def test_a_card_that_somebody_wrote_is_kept(hub, compressed):
+    hub.add(
+        "alice/kept",
+        {"README.md": "---\nlicense: mit\n---\nmine", "model-00001-of-00002.safetensors": b"old", "a.txt": ""},
+    )
+    code, _, error = push(compressed, "alice/kept")
+    assert code == 0 and "was kept; --overwrite-card replaces it" in error
+    files = hub.files("alice/kept")
+    assert files["README.md"] == b"---\nlicense: mit\n---\nmine"
+    # Weights of an earlier model are gone, all else is there.
+    assert {name for name in files if name.endswith((".safetensors", ".txt"))} == {"model.safetensors", "a.txt"}
+    code, _, error = push(compressed, "alice/kept", "--overwrite-card")
+    assert code == 0 and "kept" not in error
+    assert f'"alice/kept", "{hub.history("alice/kept")[1].oid}"' in hub.files("alice/kept")["README.md"].decode()
+
+
+def test_a_private_repo(hub, compressed):
+    assert push(compressed, "alice/secret", "--private")[0] == 0
+    assert hub.repos["model", "alice/secret"].private
+    hub.add("alice/public", {})
+    code, _, error = push(compressed, "alice/public", "--private")
+    assert code == 1 and "alice/public is there already, and public" in error
+    assert "config.json" not in hub.files("alice/public")
+
+
+@pytest.mark.parametrize(
+    ("token", "arguments", "message"),
+    [
+        (None, ["alice/new"], "You are not logged in to the Hub. Run `hf auth login`"),
+        ("hf_unknown", ["alice/new"], "The Hub does not accept your token: Invalid user token."),
+        ("hf_bob", ["alice/new"], "You may not write to alice/new: 403 Forbidden"),
+        ("hf_bob", ["alice/there"], "You may not write to alice/there: 403 Forbidden"),
+        ("hf_alice", ["alice/a/b"], "A repo on the Hub cannot be called 'alice/a/b'"),
+        (
+            "hf_alice",
+            ["alice/new", "--revision", "0" * 40],
+            "is a commit, to which nothing can be added. Name a branch.",
+        ),
+        ("hf_alice", ["alice/new", "--results", "nowhere"], "There is no results.json in nowhere."),
+    ],
+)
+def test_what_cannot_be_pushed(hub, compressed, monkeypatch, token, arguments, message):
+    """Each is found before anything is uploaded, or a repo made."""
+    hub.add("alice/there", {})
+    monkeypatch.setenv("HF_TOKEN", token or "")
+    repos, number = set(hub.repos), len(hub.requests)
+    code, out, error = push(compressed, *arguments)
+    assert code == 1 and out == "" and error.startswith("error: ") and error.count("\n") == 1
+    assert message in error
+    assert set(hub.repos) == repos
+    assert not [request for request in hub.requests[number:] if "/commit/" in request.path]
+
+
+def test_only_models_of_this_package_are_pushed(hub, tmp_path):
+    number = len(hub.requests)
+    (tmp_path / "empty").mkdir()
+    for model, message in (
+        (SHIPPED_LLAVA, "is a 'llava' model, not a 'ta_llava'"),
+        (tmp_path / "empty", "There is no model in"),
+        ("alice/nothing", "There is no model in 'alice/nothing'"),
+    ):
+        code, _, error = push(model, "alice/new")
+        assert code == 1 and message in error and error.count("\n") == 1
+    assert not [request for request in hub.requests[number:] if request.method == "POST"]

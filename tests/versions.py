@@ -1,0 +1,103 @@
+"""
+Runs the tests with several versions of transformers and torch, each pair in an environment of its own, which is made,
+used and removed before the next: `make test-versions`. Started again, it goes on with the pairs that are missing.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import venv
+from pathlib import Path
+from xml.etree import ElementTree
+
+
+ROOT = Path(__file__).parent.parent
+
+# The oldest that setup.cfg allows, and the newest.
+TRANSFORMERS = ["5.20.0", "5.23.0"]
+TORCH = ["2.13.0", "2.14.1"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--transformers", nargs="+", default=TRANSFORMERS, metavar="VERSION")
+    parser.add_argument("--torch", nargs="+", default=TORCH, metavar="VERSION")
+    parser.add_argument("--output-dir", type=Path, default=ROOT / "runs" / "versions", help="results and logs")
+    parser.add_argument("--table", type=Path, help="Markdown file to write the table to, too")
+    parser.add_argument("--pytest", nargs=argparse.REMAINDER, default=[], help="the rest is for pytest, e.g. -k cache")
+    options = parser.parse_args(arguments)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    results = []
+    for transformers in options.transformers:
+        for torch in options.torch:
+            folder = options.output_dir / f"transformers-{transformers}-torch-{torch}"
+            results.append(run_once(folder, transformers, torch, options.pytest))
+            table = format_table(results)
+            (options.output_dir / "versions.md").write_text(table, encoding="utf-8")
+            print(table, flush=True)
+    if options.table is not None:
+        options.table.write_text(table, encoding="utf-8")
+    return int(any(result["failed"] or not result["passed"] for result in results))
+
+
+def run_once(folder: Path, transformers: str, torch: str, pytest: list[str]) -> dict:
+    """
+    The result for one pair of versions, from the file of an earlier run or from a run now.
+
+    Raises:
+        `ValueError`: The earlier run was one of other tests.
+        `subprocess.CalledProcessError`: The packages cannot be installed together; pip has said why.
+    """
+    file = folder / "result.json"
+    if file.is_file():
+        result = json.loads(file.read_text(encoding="utf-8"))
+        if result["pytest"] != pytest:
+            raise ValueError(f"{folder} is of `pytest {' '.join(result['pytest'])}`. Choose another --output-dir.")
+        return result
+    folder.mkdir(exist_ok=True)
+    pinned = {"transformers": transformers, "torch": torch}
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    lines = [line for line in lines if line.split("==")[0] not in pinned]
+    constraints = folder / "constraints.txt"
+    constraints.write_text("\n".join([*lines, *map("==".join, pinned.items())]), encoding="utf-8")
+    with tempfile.TemporaryDirectory(prefix="ta-llava-") as environment:
+        venv.create(environment, with_pip=True)
+        python = str(Path(environment, "bin", "python"))
+        install = [python, "-m", "pip", "install", "--quiet", "--no-cache-dir", "--constraint", str(constraints)]
+        subprocess.run([*install, "--editable", ".[dev]"], cwd=ROOT, check=True)
+        report = folder / "report.xml"
+        with (folder / "log.txt").open("w") as log:
+            command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *pytest]
+            subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, check=False)
+    result = {**pinned, "python": sys.version.split()[0], "pytest": pytest, **read_report(report)}
+    file.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    return result
+
+
+def read_report(path: Path) -> dict:
+    """How many tests passed and were skipped, and the names of those that failed."""
+    cases = list(ElementTree.parse(path).getroot().iter("testcase"))
+    failed = [
+        f"{case.get('classname')}::{case.get('name')}"
+        for case in cases
+        if case.find("failure") is not None or case.find("error") is not None
+    ]
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    return {"passed": len(cases) - len(failed) - skipped, "skipped": skipped, "failed": failed}
+
+
+def format_table(results: list[dict]) -> str:
+    lines = ["| transformers | torch | Python | passed | skipped | failed |", "|---|---|---|---:|---:|---:|"]
+    lines += [
+        f"| {each['transformers']} | {each['torch']} | {each['python']} | {each['passed']} | {each['skipped']} | "
+        f"{len(each['failed'])} |"
+        for each in results
+    ]
+    failed = [f"- {each['transformers']}, {each['torch']}: {name}" for each in results for name in each["failed"]]
+    return "\n".join([*lines, *([""] if failed else []), *failed]) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
