@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-real lint train-tiny train-llava-tiny train-small evaluate-tiny tables bench dist clean
+.PHONY: help demo test test-real lint train-tiny train-llava-tiny train-small evaluate-tiny tables bench space test-space dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -68,6 +68,18 @@ bench: $(VENV)/installed-dev  ## measure both systems against LLaVA with the sam
 	$(BIN)/python benchmarks/compare_cached_features.py
 	$(BIN)/python benchmarks/count_training_cost.py
 
+# gradio needs an older Pillow than the tests have, so the demo has an environment of its own.
+$(VENV)-space/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-space
+	$(VENV)-space/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[space]' pytest
+	touch $@
+
+space: $(VENV)-space/installed  ## run the demo: a page on which to ask about images and see what the models look at
+	$(VENV)-space/bin/python hub_card/space/app.py
+
+test-space: $(VENV)-space/installed  ## click through the demo in a browser (on Debian: apt-get install chromium)
+	$(VENV)-space/bin/python -m pytest -q -rs tests/test_space.py
+
 dist: $(VENV)/installed-dev  ## build the package into dist/, check it, and ask it a question where nothing else is installed
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist .
@@ -78,4 +90,4 @@ dist: $(VENV)/installed-dev  ## build the package into dist/, check it, and ask 
 	rm -rf $(VENV)-dist
 
 clean:  ## remove the virtual environment and what tools left behind
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-space .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

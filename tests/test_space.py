@@ -1,0 +1,212 @@
+"""The demo: what it computes, and clicking through it in a browser."""
+
+import importlib.util
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import EXAMPLE_IMAGE, ROOT, make_lively
+from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
+
+from ta_llava.inference import DEFAULT_LLAVA, DEFAULT_MODEL, answer, load
+
+
+SPACE = ROOT / "hub_card" / "space"
+QUESTION = "what shape is in the image?"
+CHROMIUM = shutil.which("chromium")
+CHROMIUM_ARGUMENTS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+def front_matter() -> dict:
+    yaml = pytest.importorskip("yaml")
+    return yaml.safe_load((SPACE / "README.md").read_text(encoding="utf-8").split("---")[1])
+
+
+def test_the_space_installs_what_it_was_written_for():
+    requirements = dict(re.findall(r"^([\w-]+)==(.+)$", (SPACE / "requirements.txt").read_text(), re.MULTILINE))
+    constraints = dict(re.findall(r"^([\w-]+)==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    version = re.search(r"^version = (.+)$", (ROOT / "setup.cfg").read_text(), re.MULTILINE)
+    settings = front_matter()
+    assert requirements["gradio"] == settings["sdk_version"]
+    assert requirements["ta-llava"] == version[1]
+    assert all(constraints[name] == requirements[name] for name in ("torch", "transformers"))
+    assert (SPACE / settings["app_file"]).is_file() and len(settings["short_description"]) <= 60  # the Hub's limit
+    assert all((SPACE / "examples" / name).is_file() for name in ("red_circle.png", "teal_triangle.png"))
+
+
+@pytest.fixture(scope="module")
+def space():
+    """The module `app.py`."""
+    pytest.importorskip("gradio", reason="the demo needs gradio: make test-space")
+    spec = importlib.util.spec_from_file_location("space_app", SPACE / "app.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- what it computes ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lively_llava(tmp_path_factory):
+    """Folder of a stock LLaVA with random weights, whose answers depend on every setting."""
+    folder = tmp_path_factory.mktemp("llava")
+    config = LlavaConfig.from_pretrained(DEFAULT_LLAVA, tie_word_embeddings=False, dtype=torch.float32)
+    config.text_config.tie_word_embeddings = False
+    torch.manual_seed(0)
+    model = make_lively(LlavaForConditionalGeneration(config))
+    model.generation_config.suppress_tokens = list(range(7))  # special ones: answers are as long as they may be
+    model.save_pretrained(folder)
+    AutoProcessor.from_pretrained(DEFAULT_LLAVA).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lively(space, lively_llava):
+    return space.Models(DEFAULT_MODEL, lively_llava)
+
+
+def complete(models, space, *settings):
+    """The answer when it is complete, and how often it was shown before."""
+    results = [
+        (result.answer, result) for result in models.answer(space.load_rgb_image(EXAMPLE_IMAGE), QUESTION, *settings)
+    ]
+    return results[-1][0], results[-1][1], len({text for text, _ in results})
+
+
+def test_the_answers_are_those_of_the_models(space, lively, lively_llava):
+    items = [([EXAMPLE_IMAGE], QUESTION)]
+    for settings, options in [((64, 0.0), (None, None)), ((16, 0.6), (16, 0.6)), ((16, 0.0), (16, None))]:
+        (expected,) = answer(*load(lively_llava, *options), items)
+        text, result, times_shown = complete(lively, space, *settings)
+        assert text == expected and result.image_tokens == settings[0] and times_shown > 3
+    assert complete(lively, space, None, 0.0)[0] == "triangle"
+    counts = [lively.count_operations(budget, 17, 64) for budget in (64, 36, 16)]
+    assert counts == sorted(counts, reverse=True) and counts[-1] < counts[0] / 2
+
+
+def test_two_users_do_not_mix_their_settings(space, lively):
+    settings = [(64, 0.0), (16, 0.6), (16, 0.0), (16, 0.9), (36, 0.9)]
+    expected = [complete(lively, space, *values)[0] for values in settings]
+    assert len(set(expected)) == len(settings)  # each setting has an answer of its own
+    with ThreadPoolExecutor(len(settings)) as pool:
+        together = list(pool.map(lambda values: complete(lively, space, *values)[0], settings * 3))
+    assert together == expected * 3
+
+
+def test_an_error_in_the_model_reaches_the_page(space, lively):
+    import gradio
+
+    with pytest.raises(gradio.Error, match="65 visual tokens"):
+        list(space.ask(lively, str(EXAMPLE_IMAGE), QUESTION, 65, 0.6))
+    with pytest.raises(gradio.Error, match="512"):
+        list(space.ask(lively, str(EXAMPLE_IMAGE), "shape " * 600, 16, 0.6))
+    assert complete(lively, space, 16, 0.6)[0]  # nobody has to wait for those who failed
+
+
+# --- in a browser --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def page(space, tmp_path_factory):
+    """The page in Chromium, with what it has requested and what went wrong in it."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="the browser needs playwright: make test-space")
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium: apt-get install chromium")
+    app = space.build_app(space.Models(DEFAULT_MODEL, DEFAULT_LLAVA))
+    _, url, _ = space.launch(app, prevent_thread_lock=True, quiet=True)
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch_persistent_context(
+            tmp_path_factory.mktemp("browser"),
+            executable_path=CHROMIUM,
+            args=CHROMIUM_ARGUMENTS,
+            viewport={"width": 1280, "height": 900},
+        )
+        page = browser.pages[0]
+        page.requested, page.problems = [], []
+        page.on("request", lambda request: page.requested.append(request.url))
+        page.on("pageerror", lambda error: page.problems.append(str(error)))
+        page.on("console", lambda message: page.problems.append(message.text) if message.type == "error" else None)
+        page.set_default_timeout(30_000)
+        page.goto(url)
+        page.get_by_role("button", name="Ask").wait_for()
+        yield page
+        browser.close()
+    app.close()
+
+
+def ask(page, question: str | None = None):
+    if question is not None:
+        page.get_by_role("textbox", name="Question").fill(question)
+    page.get_by_role("button", name="Ask").click()
+
+
+def wait_for(page, **answers):
+    """Waits until these answers are there, and the pictures below them."""
+    from playwright.sync_api import expect
+
+    for name, text in answers.items():
+        expect(
+            page.get_by_label({"llava": "LLaVA", "vmtc": "VMTC + CMAI", "ta": "TA-LLaVA"}[name], exact=True)
+        ).to_have_value(text, timeout=30_000)
+    expect(page.get_by_text("ms for the answer")).to_have_count(3, timeout=30_000)
+
+
+def test_ask_about_an_example_then_another_image_and_budget(page):
+    from playwright.sync_api import expect
+
+    page.get_by_role("row").filter(has_text=QUESTION).click()
+    expect(page.get_by_role("textbox", name="Question")).to_have_value(QUESTION)
+    ask(page)
+    wait_for(page, llava="circle", vmtc="circle", ta="circle")
+    pictures = page.locator(".picture img")
+    expect(pictures).to_have_count(3, timeout=30_000)
+    facts = page.get_by_text("tokens for the image")
+    assert [text.split()[0] for text in facts.all_inner_texts()] == ["64", "16", "4"]
+    first = pictures.nth(2).get_attribute("src")
+
+    page.locator("input[type=file]").first.set_input_files(EXAMPLE_IMAGE)
+    page.get_by_role("spinbutton", name=re.compile("VMTC")).fill("36")
+    page.get_by_role("spinbutton", name=re.compile("CMAI")).fill("0")
+    ask(page, "what color is the shape?")
+    wait_for(page, llava="teal", vmtc="teal", ta="teal")
+    expect(pictures).to_have_count(2, timeout=30_000)  # CMAI is off
+    expect(facts.nth(1)).to_contain_text("36 tokens")
+    assert pictures.nth(0).get_attribute("src") != first
+    # On a phone, nothing is wider than the screen; wide pictures scroll in their boxes.
+    page.set_viewport_size({"width": 390, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.locator(".picture").first.evaluate("box => box.scrollWidth") > 390
+    page.set_viewport_size({"width": 1280, "height": 900})
+
+
+def test_bad_input_is_a_message_in_the_page(page, tmp_path):
+    from playwright.sync_api import expect
+
+    ask(page, "  ")
+    expect(page.get_by_text("The question is empty.")).to_be_visible()
+    (tmp_path / "notes.png").write_text("no image at all")
+    page.locator("input[type=file]").first.set_input_files(tmp_path / "notes.png")
+    ask(page, QUESTION)
+    expect(page.get_by_text("notes.png is not an image that can be read")).to_be_visible()
+    # And it goes on.
+    page.get_by_role("row").filter(has_text="is there a red shape?").click()
+    expect(page.get_by_role("textbox", name="Question")).to_have_value("is there a red shape?")
+    ask(page)
+    wait_for(page, llava="yes", vmtc="yes", ta="yes")
+
+
+def test_no_other_host_is_asked_and_no_error_was_logged(page):
+    assert page.requested and all(url.startswith(("http://127.0.0.1", "data:", "blob:")) for url in page.requested)
+    assert page.problems == []
