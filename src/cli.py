@@ -111,7 +111,7 @@ def ask(
 def _read_batch(path: Path) -> list[tuple[list[str], str]]:
     """Images and question of every line; everything that can be found wrong is, before a model is loaded."""
     items = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -399,7 +399,14 @@ def init_llava(
 
 
 def _read_template(path: Path | None) -> str | None:
-    return None if path is None else path.read_text(encoding="utf-8")
+    return None if path is None else _read_text(path)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file: {error}.") from error
 
 
 _Overrides = Annotated[

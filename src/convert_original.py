@@ -19,6 +19,7 @@ from transformers import (
 
 from .chat_templates import GEMMA_CHAT_TEMPLATE
 from .configuration_ta_llava import TaLlavaConfig
+from .error_messages import one_line
 from .modeling_ta_llava import TaLlavaForConditionalGeneration
 from .processing_ta_llava import TaLlavaProcessor
 from .safe_loading import read_safetensors
@@ -130,12 +131,23 @@ def build_processor(folder: str | Path, vision_tower: str | Path, config: TaLlav
 def _read_json(path: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"There is no file {path}.")
-    return json.loads(path.read_text())
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object.")
+    return content
 
 
 def _load_weights(folder: Path) -> dict[str, torch.Tensor]:
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    names = ["model.safetensors"]
+    if index.is_file():
+        try:
+            names = sorted(set(_read_json(index)["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is not an index of weights.") from error
     state = {}
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():

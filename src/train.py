@@ -134,7 +134,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"The recipe {path} cannot be read: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"The recipe {path} must be a mapping of keys to values.")
@@ -516,7 +516,7 @@ def _model_type(model: str) -> str:
         raise ValueError(f"There is no folder {model!r} (`model`). Run the phase before it first, or give --model.")
     try:
         return AutoConfig.from_pretrained(model, trust_remote_code=False).model_type
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of the network, the Hub, or files that may be damaged in any way
         raise ValueError(
             f"There is no model in {model!r}, a folder here or a repo on the Hub: {one_line(error)}"
         ) from error

@@ -90,6 +90,8 @@ def test_a_bad_line_of_a_batch_is_named_before_any_work(tmp_path, line, message)
         (["ask", EXAMPLE_IMAGE, " "], "is empty"),
         (["ask", EXAMPLE_IMAGE, "shape " * 600], "context holds 512"),
         (["ask", "--batch", "none.jsonl"], "none.jsonl"),
+        (["ask", "--batch", EXAMPLE_IMAGE], "teal_triangle.png is not a text file"),
+        (["train", EXAMPLE_IMAGE], "teal_triangle.png cannot be read"),
         (["ask", EXAMPLE_IMAGE, "what?", "--batch", "questions.jsonl"], "not both"),
         (["ask", EXAMPLE_IMAGE, "what?", "--model", FIXTURES], "No model could be loaded"),
     ],

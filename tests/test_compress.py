@@ -174,13 +174,14 @@ def test_the_folder_has_all_that_the_hub_needs(stock, tmp_path):
     out = tmp_path / "out"
     compress_llava(stock, out)
     names = {path.name for path in out.iterdir()}
-    code = {"vmtc_cmai_patch.py", "vmtc.py", "cmai.py", "image_loading.py"}
+    code = {"vmtc_cmai_patch.py", "vmtc.py", "cmai.py", "image_loading.py", "safe_loading.py"}
     assert {name for name in names if name.endswith(".py")} == code
     assert {"tokenizer.json", "chat_template.jinja", "generation_config.json", "processor_config.json"} <= names
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == ["VmtcCmaiLlavaForConditionalGeneration"]
     assert config["model_type"] == "vmtc_cmai_llava"
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor"}
+    models = {"AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"}
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoProcessor", *models}
     processor = json.loads((out / "processor_config.json").read_text())
     assert processor["auto_map"] == {"AutoProcessor": "vmtc_cmai_patch.VmtcCmaiLlavaProcessor"}
 

@@ -88,6 +88,10 @@ def test_damaged_originals_are_named(copied):
     (copied / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="has no num_learnable_tokens"):
         convert_original(copied, copied / "tiny-clip")
+    for content, message in (("{", "config.json is not JSON"), ("[]", "config.json is not a JSON object")):
+        (copied / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            convert_original(copied, copied / "tiny-clip")
 
 
 def test_generation_stops_where_a_turn_ends(copied):
