@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-real lint train-tiny train-llava-tiny train-small evaluate-tiny tables bench space test-space dist clean
+.PHONY: help demo test test-real test-versions lint train-tiny train-llava-tiny train-small evaluate-tiny tables bench space test-space dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -34,6 +34,9 @@ $(VENV)/installed-real-parts: $(VENV)/installed-dev
 
 test-real: $(VENV)/installed-real-parts  ## check VMTC, CMAI and `init` on real weights and a photograph (5 minutes)
 	$(BIN)/python -m pytest -q -m slow
+
+test-versions:  ## run the tests with the oldest and newest transformers and torch, each in its own environment (resumes)
+	$(PYTHON) tests/versions.py --table docs/versions.md
 
 lint: $(VENV)/installed-dev  ## run the linters and the type checker
 	$(BIN)/ruff check .

@@ -27,6 +27,7 @@ from .error_messages import one_line
 from .image_loading import load_rgb_image
 from .inference import DEFAULT_LLAVA, DEFAULT_MODEL, load
 from .modeling_ta_llava import apply_rotary, eager_attention_forward
+from .safe_loading import read_safetensors
 from .vmtc import VmtcStage, compression_of_call, count_visual_tokens, make_compressible, patch_grid
 from .vmtc_cmai_patch import VmtcCmaiLlavaConfig
 
@@ -292,7 +293,8 @@ def _load_settings(model: str | Path) -> tuple[Any, Any]:
 
 def _load_tower(model: str | Path, settings: Any) -> Any:
     try:
-        tower, info = AutoModel.from_pretrained(
+        tower, info = read_safetensors(
+            AutoModel.from_pretrained,
             model,
             config=settings.vision_config,
             key_mapping={r"^(model\.)?vision_tower\.": ""},
