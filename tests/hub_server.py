@@ -156,6 +156,7 @@ class HubServer:
 
     def connect(self, monkeypatch: Any, home: Path, token: str | None = None) -> None:
         """The same for this process, which has imported `huggingface_hub` already; until `monkeypatch` is undone."""
+        import transformers.utils.hub
         from huggingface_hub import close_session, constants, hf_api
 
         for name, value in self.environment(home, token).items():
@@ -171,6 +172,7 @@ class HubServer:
         }.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(hf_api.api, "endpoint", self.url)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)  # made for the endpoint of before
         close_session()
 
     def add(self, repo_id: str, files: dict[str, bytes | str], kind: str = "model", **access: bool) -> str:
