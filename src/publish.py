@@ -23,7 +23,7 @@ from .model_card import CARD, find_card, is_unedited, pin_revision, pinned_revis
 
 
 # Weights of an earlier model in the repo: left beside others, they could be what `from_pretrained` finds first.
-_STALE = ["model*.safetensors", "model.safetensors.index.json"]
+_STALE = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"]
 
 
 @dataclass
