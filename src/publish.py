@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, RepoFile
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalTokenNotFoundError,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
 
@@ -107,8 +108,12 @@ def push_model(
                 delete_patterns=_STALE,
             )
             pin = commit.oid
-            if commit.oid == head and old_card is not None:  # all was there, since the revision that the card names
-                pin = pinned_revision(old_card, repo_id) or head
+            if (
+                commit.oid == head and old_card is not None
+            ):  # all was there, maybe since the revision that the card names
+                earlier = pinned_revision(old_card, repo_id)
+                if earlier is not None and _list_files(api, repo_id, earlier) == _list_files(api, repo_id, head):
+                    pin = earlier
             if not keep_card:
                 api.upload_file(
                     repo_id=repo_id,
@@ -118,6 +123,15 @@ def push_model(
                     commit_message="Upload model card",
                 )
     return Publication(f"{api.endpoint}/{repo_id}/commit/{pin}", pin, keep_card)
+
+
+def _list_files(api: HfApi, repo_id: str, revision: str) -> set[tuple[str, str]] | None:
+    """Names and hashes of all files but the card; `None` for a revision that is not there."""
+    try:
+        entries = list(api.list_repo_tree(repo_id, recursive=True, revision=revision))
+    except RevisionNotFoundError:
+        return None
+    return {(entry.path, entry.blob_id) for entry in entries if isinstance(entry, RepoFile) and entry.path != CARD}
 
 
 @contextmanager

@@ -226,6 +226,16 @@ def test_a_second_push_of_the_same_changes_nothing(hub, compressed):
     assert f"The revision to pin is {history[1].oid}." in out
 
 
+def test_a_card_that_names_other_weights_is_not_believed(hub, compressed):
+    assert push(compressed, "alice/other")[0] == 0
+    config = json.loads(hub.files("alice/other")["config.json"])
+    hub.add("alice/other", {"notes.txt": "of another model", "config.json": json.dumps({**config, "x": 1})})
+    hub.add("alice/other", {"config.json": hub.files("alice/other", hub.history("alice/other")[1].oid)["config.json"]})
+    head = hub.history("alice/other")[0].oid
+    code, out, _ = push(compressed, "alice/other")
+    assert code == 0 and f"The revision to pin is {head}." in out
+
+
 def test_a_card_that_somebody_wrote_is_kept(hub, compressed):
     hub.add(
         "alice/kept",
