@@ -7,6 +7,7 @@ and TA-LLaVAs are made and trained. The tower stays frozen, so that its features
 compress them. Whatever is finished is kept in files, and not done again.
 """
 
+import copy
 import json
 import random
 import shutil
@@ -50,7 +51,7 @@ from ta_llava.instruction_following import (
     score,
 )
 from ta_llava.real_parts import GGUF_FILE, package_folder, write_dinov2
-from ta_llava.shape_grids import CAPTION_PROMPT, QUESTION_TYPES, Grid, ask, build_grids, follow
+from ta_llava.shape_grids import CAPTION_PROMPT, Grid, ask, build_grids, follow
 from ta_llava.train_tiny import run_stage, trainable
 
 
@@ -138,7 +139,8 @@ def described(grid: Grid, prompt: str) -> str:
 
 
 def load_data(config: dict[str, Any], seed: int = 0) -> Data:
-    train, test = build_grids("train", config["train_images"]), build_grids("test", config["test_images"])
+    shapes = config.get("shapes", 4)
+    train, test = (build_grids(split, config[f"{split}_images"], num_shapes=shapes) for split in ("train", "test"))
     return Data(train, test, seed, config["if16_images"])
 
 
@@ -173,15 +175,14 @@ class Chat:
 
 
 class Samples(torch.utils.data.Dataset):
-    """Prompts with answers, labels on the answers; and the features of the images."""
+    """Prompts with answers, padded on the left, labels on the answers; and the features of the images."""
 
     def __init__(self, items: Sequence[Item], chat: Chat, features: torch.Tensor | None = None):
         self.chat, self.features = chat, features
         self.rows = []
         for prompt, answer, index in items:
             prompt_ids, answer_ids = chat.prompt(prompt, index is not None), chat.answer(answer)
-            labels = [-100] * len(prompt_ids) + answer_ids
-            self.rows.append({"input_ids": prompt_ids + answer_ids, "labels": labels, "image": index})
+            self.rows.append({"input_ids": prompt_ids + answer_ids, "labels": answer_ids, "image": index})
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -189,9 +190,16 @@ class Samples(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.rows[index]
 
-    def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        ids, mask = pad([row["input_ids"] for row in rows], 0), pad([[1] * len(row["labels"]) for row in rows], 0)
-        batch = {"input_ids": ids, "attention_mask": mask, "labels": pad([row["labels"] for row in rows], -100)}
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        ids = [row["input_ids"] for row in rows]
+        # One more than the longest answer has: only its tokens, and the one before them, need logits.
+        labels = pad([[-100, *row["labels"]] for row in rows], -100, left=True)
+        batch = {
+            "input_ids": pad(ids, 0, left=True),
+            "attention_mask": pad([[1] * len(row) for row in ids], 0, left=True),
+            "labels": labels,
+            "logits_to_keep": labels.shape[1],
+        }
         images = [row["image"] for row in rows if row["image"] is not None]
         if images:
             batch["vision_features"] = select(self.features, images, self.chat.at_start)
@@ -208,6 +216,14 @@ def select(features: torch.Tensor, images: list[int], one_per_row: bool) -> torc
     """Features `(N, M, width)` as LLaVA takes them, or, with one image in each row, `(B, 1, M, width)` for TA-LLaVA."""
     chosen = features[images].float()
     return chosen[:, None] if one_per_row else chosen
+
+
+def to_answer(model: Any, config: dict[str, Any]) -> Any:
+    """A copy of a model in the dtype of the config in which it is measured, `float32` if there is none."""
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():  # not the buffers: the frequencies of the rotary embedding stay exact
+        parameter.data = parameter.data.to(getattr(torch, config.get("answer_dtype", "float32")))
+    return model
 
 
 # --- parts ---------------------------------------------------------------------------------------------------------
@@ -445,7 +461,7 @@ def measure_llava(
         _train_llava(model, parts, folder, config, seed, features, run_folder / name, ("continue",))
     held = load_file(folder / "features" / f"{features}.safetensors")["test"]
     chat = parts.chat(held.shape[1])
-    data = load_data(config, seed)
+    data, model = load_data(config, seed), to_answer(model, config)
     scores = {"accuracy": measure_accuracy(model, chat, held, data), "if16": measure_if16(model, chat, held, data)}
     if upper_limit:
         scores["upper_limit"] = measure_if16(model, chat, held, data, describe_first=True)
@@ -475,7 +491,7 @@ def train_and_measure_ta_llava(folder: Path, config: dict[str, Any], seed: int, 
         samples = Samples(items, chat, held["train"])
         train(model, samples, run_folder, phase, seed, config["stages"][phase], modules + more)
         if phase != "phase1":
-            scores[phase] = measure_accuracy(model, chat, held["test"], data)
+            scores[phase] = measure_accuracy(to_answer(model, config), chat, held["test"], data)
     write_text(path, json.dumps({"accuracy": scores}, indent=1))
     shutil.rmtree(run_folder)  # all of them would be many
 
@@ -503,7 +519,7 @@ def generate(
         inputs["attention_mask"] = pad([[1] * len(ids[index]) for index in chosen], 0, left=True)
         images = [image for index in chosen if (image := prompts[index][1]) is not None]
         if images:
-            inputs["vision_features"] = select(features, images, chat.at_start)
+            inputs["vision_features"] = select(features, images, chat.at_start).to(model.dtype)
         output = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
@@ -521,9 +537,9 @@ def measure_accuracy(model: Any, chat: Chat, features: torch.Tensor, data: Data)
     """Exact match per type of question and of all."""
     asked = data.test_questions()
     answers = generate(model, chat, features, [(question.text, index) for index, question in asked], 4)
-    correct: dict[str, list[bool]] = {name: [] for name in QUESTION_TYPES}
+    correct: dict[str, list[bool]] = {}
     for (_, question), answer in zip(asked, answers):
-        correct[question.type].append(answer == question.answer)
+        correct.setdefault(question.type, []).append(answer == question.answer)
     everything = [outcome for outcomes in correct.values() for outcome in outcomes]
     return {name: sum(outcomes) / len(outcomes) for name, outcomes in {**correct, "all": everything}.items()}
 

@@ -1,6 +1,5 @@
 """Builds new models from a pretrained vision tower and a pretrained language model."""
 
-import tempfile
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass, fields
@@ -13,7 +12,6 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
@@ -23,12 +21,13 @@ from transformers import (
 )
 
 from .chat_templates import VICUNA_CHAT_TEMPLATE, Turns, add_images, recognise_turns
+from .complete_files import complete_folder_or_not_at_all
 from .configuration_ta_llava import TaLlavaConfig
 from .error_messages import one_line
 from .export import check_new_folder
 from .modeling_ta_llava import TaLlavaForConditionalGeneration
 from .processing_ta_llava import TaLlavaProcessor
-from .safe_loading import read_safetensors
+from .safe_loading import load_config, read_safetensors
 from .vmtc import count_visual_tokens
 from .vmtc_cmai_patch import VmtcCmaiLlavaConfig, VmtcCmaiLlavaForConditionalGeneration, VmtcCmaiLlavaProcessor
 
@@ -365,7 +364,7 @@ def _load_weights(what: str, source: str | Path, auto_class: Any, **kwargs: Any)
 
 
 def _vision_config(source: str | Path) -> Any:
-    config = _load("config", source, AutoConfig.from_pretrained)
+    config = _load("config", source, load_config)
     vision_config = config.vision_config if config.model_type in ("clip", "siglip") else config
     vision_config._name_or_path = "" if Path(source).is_dir() else str(source)  # a folder is of this machine
     if vision_config.model_type not in VISION_TOWERS:
@@ -377,7 +376,7 @@ def _vision_config(source: str | Path) -> Any:
 
 
 def _text_config(source: str | Path, gguf: dict[str, str]) -> Any:
-    config = _load("config", source, AutoConfig.from_pretrained, **gguf)
+    config = _load("config", source, load_config, **gguf)
     if config.model_type not in LANGUAGE_MODELS:
         hint = ""
         if getattr(config, "is_encoder_decoder", False):
@@ -472,17 +471,11 @@ def _build(out: str | Path, parts: _Parts, model_class: Any, config: Any, proces
     model.tie_weights()
     model.generation_config = _generation_config(language_model, parts)
 
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        unfinished = Path(scratch) / "model"
+    with complete_folder_or_not_at_all(Path(out)) as unfinished:
         processor.save_pretrained(unfinished)
         model.save_pretrained(unfinished)
         config.dtype = dtype  # the library has written that of the first weight
         config.save_pretrained(unfinished)
-        if out.is_dir():  # empty
-            out.rmdir()
-        unfinished.rename(out)
     return parts.notes
 
 

@@ -180,7 +180,8 @@ def push(
     typer.echo(f"Pushed {pushed.url}\nThe revision to pin is {pushed.revision}.")
     if pushed.kept_card:
         typer.echo(
-            "The repo has a README.md that is not as this command writes it, so it was kept; --overwrite-card replaces it.",
+            "The repo has a README.md that is not as this command writes it, so it was kept, but for the revision in its "
+            "example; --overwrite-card replaces it.",
             err=True,
         )
 
@@ -620,6 +621,7 @@ def convert_original(
 ) -> None:
     """Convert a checkpoint of the authors' code. Writes a processor too, if the folder has a tokenizer."""
     with _errors_as_messages():
+        from .complete_files import complete_folder_or_not_at_all
         from .convert_original import build_processor
         from .convert_original import convert_original as convert
         from .export import check_new_folder
@@ -628,9 +630,10 @@ def convert_original(
         model = convert(folder, vision_tower)
         has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
         processor = build_processor(folder, vision_tower, model.config) if has_tokenizer else None
-        model.save_pretrained(out)
-        if processor is not None:
-            processor.save_pretrained(out)
+        with complete_folder_or_not_at_all(out) as unfinished:
+            model.save_pretrained(unfinished)
+            if processor is not None:
+                processor.save_pretrained(unfinished)
     typer.echo(f"Wrote {out}.")
     if not has_tokenizer:
         typer.echo(f"{folder} has no tokenizer, so {out} has no processor.", err=True)

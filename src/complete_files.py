@@ -1,6 +1,7 @@
-"""Files that are there complete or not at all, whenever the program ends."""
+"""Files and folders that are there complete or not at all, whenever the program ends."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,19 @@ def complete_or_not_at_all(path: Path) -> Iterator[Path]:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def complete_folder_or_not_at_all(path: Path) -> Iterator[Path]:
+    """An empty folder to write to, which then gets its own name: a new one, or that of an empty folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+        unfinished = Path(scratch) / "unfinished"  # inside, for the outer one is closed to other users
+        unfinished.mkdir()
+        yield unfinished
+        if path.is_dir():
+            path.rmdir()
+        unfinished.rename(path)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,10 @@ from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 from transformers import LlavaConfig, LlavaProcessor
 
+from .complete_files import complete_folder_or_not_at_all
 from .error_messages import one_line
 from .export import check_new_folder
+from .safe_loading import check_sizes
 from .vmtc import count_visual_tokens, patch_grid
 from .vmtc_cmai_patch import (
     AUTO_MAP,
@@ -78,10 +79,7 @@ def compress_llava(
     folder, config, processor = compressed_parts(source, num_visual_tokens, cmai_max_ratio)
     files = _find_weights(source, folder)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        unfinished = Path(scratch) / "model"
-        unfinished.mkdir()
+    with complete_folder_or_not_at_all(out) as unfinished:
         processor.save_pretrained(unfinished)
         if (folder / "generation_config.json").is_file():
             shutil.copyfile(folder / "generation_config.json", unfinished / "generation_config.json")
@@ -90,9 +88,6 @@ def compress_llava(
         for file in tqdm(files, unit="file", desc="weights", disable=None if progress else True):
             _link_or_copy(file, unfinished / file.name, link)
         config.save_pretrained(unfinished)  # the code too
-        if out.is_dir():  # empty
-            out.rmdir()
-        unfinished.rename(out)
     return config
 
 
@@ -210,6 +205,7 @@ def _compressed_config(
     }
     try:
         stock = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        check_sizes("config", stock)
         if stock.get("model_type") == LlavaConfig.model_type:  # its weights have not seen merged tokens
             flags["vmtc_merge_weights"] = "normalized"
         config = VmtcCmaiLlavaConfig.from_pretrained(folder, **flags)

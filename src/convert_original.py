@@ -9,7 +9,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
-    AutoConfig,
     AutoImageProcessor,
     AutoModel,
     AutoTokenizer,
@@ -22,7 +21,7 @@ from .configuration_ta_llava import TaLlavaConfig
 from .error_messages import one_line
 from .modeling_ta_llava import TaLlavaForConditionalGeneration
 from .processing_ta_llava import TaLlavaProcessor
-from .safe_loading import read_safetensors
+from .safe_loading import check_sizes, load_config, read_safetensors
 
 
 _END_OF_TURN_ID = 107  # in Gemma's vocabulary
@@ -66,6 +65,7 @@ def convert_original(folder: str | Path, vision_tower: str | Path) -> TaLlavaFor
     needed = ("num_learnable_tokens", "mm_vision_select_layer", "mm_vision_select_feature", "mm_projector_type")
     if absent := [key for key in needed if key not in original]:
         raise ValueError(f"{folder / 'config.json'} has no {', '.join(absent)}.")
+    check_sizes("config", original)
     original_state = _load_weights(folder)
     # Their constructor counts the two adapters as layers and saves the sum: the keys tell the true depth.
     layers = {int(match[1]) for key in original_state if (match := re.match(r"model\.layers\.(\d+)\.", key))}
@@ -76,7 +76,7 @@ def convert_original(folder: str | Path, vision_tower: str | Path) -> TaLlavaFor
         **{key: value for key, value in original.items() if key in text_fields},
         **rope,
     )
-    vision_config = AutoConfig.from_pretrained(vision_tower)
+    vision_config = load_config(vision_tower)
     vision_config = getattr(vision_config, "vision_config", vision_config)
     config = TaLlavaConfig(
         vision_config=vision_config,
@@ -93,7 +93,9 @@ def convert_original(folder: str | Path, vision_tower: str | Path) -> TaLlavaFor
         pattern, name = next(((p, n) for p, n in _KEY_MAPPING if re.search(p, key)), ("^", ""))
         state[re.sub(pattern, name, key)] = value
     if not any(key.startswith("model.vision_tower.") for key in state):
-        tower = read_safetensors(AutoModel.from_pretrained, vision_tower, config=vision_config).state_dict()
+        tower = read_safetensors(
+            AutoModel.from_pretrained, vision_tower, config=vision_config, trust_remote_code=False
+        ).state_dict()
         state.update({f"model.vision_tower.{key}": value for key, value in tower.items()})
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"]
@@ -114,8 +116,8 @@ def convert_original(folder: str | Path, vision_tower: str | Path) -> TaLlavaFor
 
 def build_processor(folder: str | Path, vision_tower: str | Path, config: TaLlavaConfig) -> TaLlavaProcessor:
     """The processor of a converted checkpoint: its tokenizer, the image processor of the vision tower, Gemma's turns."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    image_processor = AutoImageProcessor.from_pretrained(vision_tower)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    image_processor = AutoImageProcessor.from_pretrained(vision_tower, trust_remote_code=False)
     # An unused token of Gemma's vocabulary serves as placeholder: no embedding has to be added.
     placeholder = tokenizer.convert_ids_to_tokens(config.image_token_id)
     tokenizer.add_special_tokens({"additional_special_tokens": [placeholder]}, replace_extra_special_tokens=False)

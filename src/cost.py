@@ -16,7 +16,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import (
-    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageTextToText,
     CLIPVisionConfig,
@@ -28,6 +27,7 @@ from transformers.initialization import no_init_weights
 
 from .configuration_ta_llava import TaLlavaConfig
 from .error_messages import one_line
+from .safe_loading import load_config
 from .vmtc_cmai_patch import VmtcCmaiLlavaConfig
 
 
@@ -123,7 +123,7 @@ def read_config(source: str | Path) -> tuple[Any, int]:
         config = full_size_config(str(source))
         return config, config.vision_config.image_size
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = load_config(source)
     except Exception as error:  # of the network, the Hub, or files that may be damaged in any way
         raise ValueError(
             f"No config could be loaded from {str(source)!r}, nor is it one of {', '.join(FULL_SIZE)}: {one_line(error)}"

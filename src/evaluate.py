@@ -23,13 +23,14 @@ from typing import Any
 import datasets
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoProcessor
 
 from . import pope
 from .complete_files import write_text
 from .easy_vqa_data import QUESTION_TYPES, load_easy_vqa, question_type, wording_prior
 from .error_messages import one_line
 from .inference import answer, load
+from .safe_loading import load_config
 from .training_data import IMAGE, SampleError, find_damaged_files, locate_image, open_image, read_sample
 
 
@@ -595,7 +596,7 @@ def _check_model(model: str | Path) -> str:
         `ValueError`: There is no config or no image processor.
     """
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        config = load_config(model)
         processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # files may be missing or damaged in any way
         raise ValueError(f"No model could be loaded from {str(model)!r}: {one_line(error)}") from error

@@ -1,15 +1,16 @@
 """Writes models as folders that load anywhere: weights, config, processor, the code that defines them, and a model card."""
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from .complete_files import complete_folder_or_not_at_all
 from .configuration_ta_llava import TaLlavaConfig
 from .error_messages import one_line
-from .model_card import CARD, find_card, write_model_card
+from .model_card import CARD, find_card, is_unedited, tells_same_training, write_model_card
+from .safe_loading import load_config
 from .vmtc_cmai_patch import VmtcCmaiLlavaConfig
 
 
@@ -31,11 +32,12 @@ def export_model(
         model (`str` or `Path`): Folder or Hub repo.
         folder (`str` or `Path`): New folder.
         results (`Sequence`): For the model card, see [`write_model_card`].
-        overwrite_card (`bool`): Write a model card also where `model` has a `README.md`, which is copied otherwise.
+        overwrite_card (`bool`): Write a model card also where `model` has a `README.md`. Otherwise that is copied or, if
+            it is as this package wrote it and there are `results`, written anew with them.
 
     Raises:
-        `ValueError`: `folder` is not new; `model` is neither of them, or lacks weights; its `README.md` has no place for
-            `results`, or these are none.
+        `ValueError`: `folder` is not new; `model` is neither of them, or lacks weights; there are `results`, but its
+            `README.md` was edited, or tells of training that a new one would not; or the `results` are none.
     """
     folder = Path(folder)
     check_new_folder(folder)
@@ -52,11 +54,21 @@ def check_export(
     """
     processor = _load_processor(model)
     card = None if overwrite_card else find_card(model)
-    if card is not None and results:
+    if card and results and not is_unedited(card):
         raise ValueError(
-            f"{model} has a {CARD}, into which the results would not go. With --overwrite-card a new one is written."
+            f"{model} has a {CARD} that was edited, into which the results would not go. With --overwrite-card a new one "
+            "is written."
         )
-    return processor, card or write_model_card(model, name, results)
+    if card and not results:
+        return processor, card
+    new_card = write_model_card(model, name, results)
+    if card and not tells_same_training(card, new_card):
+        raise ValueError(
+            f"{model} has a {CARD} that tells of its training, of which a new one with the results would not: that is "
+            "recorded only in the folder that was trained. Give --results with that folder; or --overwrite-card, to do "
+            "without."
+        )
+    return processor, new_card
 
 
 def write_export(model: str | Path, processor: Any, card: str, folder: Path) -> None:
@@ -71,15 +83,10 @@ def write_export(model: str | Path, processor: Any, card: str, folder: Path) -> 
     )
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{model} lacks {len(missing)} weights, such as {missing[0]!r}.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
-        unfinished = Path(scratch) / "model"
+    with complete_folder_or_not_at_all(folder) as unfinished:
         weights.save_pretrained(unfinished)
         processor.save_pretrained(unfinished)
-        (unfinished / CARD).write_text(card, encoding="utf-8")
-        if folder.is_dir():  # empty
-            folder.rmdir()
-        unfinished.rename(folder)
+        (unfinished / CARD).write_bytes(card.encode())  # with the line breaks that it has
 
 
 def _load_processor(model: str | Path) -> Any:
@@ -92,7 +99,7 @@ def _load_processor(model: str | Path) -> Any:
     if (Path(model) / "adapter_config.json").is_file():
         raise ValueError(f"{model} is a PEFT adapter. Merge it into its model first, with `ta-llava merge`.")
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        config = load_config(model)
     except Exception as error:  # of the network, the Hub, or files that may be damaged in any way
         raise ValueError(
             f"There is no model in {str(model)!r}, a folder here or a repo on the Hub: {one_line(error)}"

@@ -10,7 +10,6 @@ from tqdm.auto import tqdm
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
-    PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
@@ -18,7 +17,7 @@ from transformers import (
 from .compress import compressed_parts
 from .error_messages import one_line
 from .image_loading import load_rgb_image
-from .safe_loading import check_sizes, read_safetensors
+from .safe_loading import load_config, read_safetensors
 from .vmtc_cmai_patch import VmtcCmaiLlavaForConditionalGeneration
 
 
@@ -53,7 +52,7 @@ def load(
     try:
         # Loading the processor first finds a wrong name before any weights are downloaded.
         if not kwargs:
-            check_sizes("config", PreTrainedConfig.get_config_dict(model)[0])
+            load_config(model)
             processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
         dtype = "auto" if on_gpu else torch.float32
         loaded = read_safetensors(model_class.from_pretrained, model, dtype=dtype, trust_remote_code=False, **kwargs)

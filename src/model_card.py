@@ -15,7 +15,8 @@ from typing import Any
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
-from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+from transformers.utils import logging
 
 from .configuration_ta_llava import TaLlavaConfig
 from .cost import LANGUAGE_MODEL, Cost, count_cost, read_config
@@ -23,6 +24,8 @@ from .error_messages import one_line
 from .modeling_ta_llava import TaLlavaForConditionalGeneration
 from .vmtc_cmai_patch import VmtcCmaiLlavaForConditionalGeneration
 
+
+logger = logging.get_logger(__name__)
 
 CARD = "README.md"
 _TRAINING_SUMMARY, _RESULTS, _WEIGHTS = "training_summary.json", "results.json", "model.safetensors"
@@ -44,7 +47,7 @@ _NAMES = {
 }
 # Of weights that derive from these; all else is not known.
 _LICENCES = {
-    r"google/gemma-.*": "gemma",
+    r"google/gemma-((1\.1|2|3)-)?\d+[bm](-.*)?": "gemma",  # later ones have another
     r"meta-llama/Llama-2-.*|lmsys/vicuna-.*-v1\.5.*|llava-hf/llava-1\.5-.*": "llama2",
     r"meta-llama/Meta-Llama-3-.*": "llama3",
     r"meta-llama/(Meta-)?Llama-3\.1-.*": "llama3.1",
@@ -54,7 +57,7 @@ _LICENCES = {
 _DATASETS = {"easy-vqa": "easy-VQA", "if16": "IF16", "pope": "POPE"}
 
 # The line of the card's example that names what is loaded, and the last line, which tells whether the card was edited.
-_PIN = re.compile(r'^repo, revision = ".*", "(.*)"$', re.MULTILINE)
+_PIN = re.compile(r'^repo, revision = ".*", "(.*)"(?=\r?$)', re.MULTILINE)
 _SEAL = re.compile(r"\n<!-- ta-llava (\w+): `ta-llava push` writes this card anew unless it was edited -->\n$")
 
 
@@ -65,7 +68,8 @@ def write_model_card(model: str | Path, name: str, results: Sequence[str | Path]
     Args:
         model (`str` or `Path`): Folder or Hub repo.
         name (`str`): Of the folder or repo that gets the card.
-        results (`Sequence`): Folders that `ta-llava evaluate` has written, besides those inside `model`.
+        results (`Sequence`): Folders that `ta-llava evaluate` has written, besides those inside `model`. A
+            `results.json` inside `model` that is something else is left out, with a warning.
 
     Returns:
         `str`: Metadata in YAML, and Markdown.
@@ -75,7 +79,7 @@ def write_model_card(model: str | Path, name: str, results: Sequence[str | Path]
     """
     config, image_size = read_config(model)
     cost = count_cost(config, _TEXT_TOKENS, image_size=image_size)
-    evaluations = [_read_results(path) for path in _find_results(model, results)]
+    evaluations = _read_evaluations(Path(model), results)
     phases, start = _read_training(Path(model))
     parts = [part for part in (config.vision_config, config.text_config) if _is_repo(part._name_or_path)]
     origin = next(filter(_is_repo, (start, getattr(config, "base_model_name_or_path", None))), None)
@@ -132,26 +136,57 @@ def pin_revision(card: str, repo_id: str, revision: str) -> str:
 
 def pinned_revision(card: str, repo_id: str) -> str | None:
     """The commit of `repo_id` in the card's example, if it has one."""
-    match = _PIN.search(card)
-    is_pinned = match is not None and match[0] == _pin(repo_id, match[1]) and re.fullmatch("[0-9a-f]{40}", match[1])
-    return match[1] if match and is_pinned else None
+    for match in _PIN.finditer(card):
+        if match[0] == _pin(repo_id, match[1]) and re.fullmatch("[0-9a-f]{40}", match[1]):
+            return match[1]
+    return None
 
 
-def find_card(model: str | Path, revision: str | None = None) -> str | None:
-    """The `README.md` of a folder or Hub repo, if there is one."""
+def renew_pin(card: str, repo_id: str, revision: str) -> str:
+    """A card that somebody edited, with `revision` where its example names a commit of `repo_id`; else itself."""
+    earlier = pinned_revision(card, repo_id)
+    return card if earlier is None else card.replace(_pin(repo_id, earlier), _pin(repo_id, revision))
+
+
+def find_card(model: str | Path) -> str | None:
+    """
+    The `README.md` of a folder or Hub repo, if there is one. Of a repo that cannot be reached, and whose card was not
+    downloaded before, there is none; this is warned of.
+    """
     path = Path(model) / CARD
-    if not Path(model).is_dir():
-        try:
-            path = Path(hf_hub_download(str(model), CARD, revision=revision))
-        except RemoteEntryNotFoundError:
-            return None
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+    if Path(model).is_dir():
+        return _read_card(path) if path.is_file() else None
+    try:
+        return download_card(str(model))
+    except LocalEntryNotFoundError:
+        logger.warning(f"The {CARD} of {model} cannot be downloaded now, so a new one is written.")
+        return None
+
+
+def download_card(repo_id: str, revision: str | None = None) -> str | None:
+    """The `README.md` of a Hub repo, if there is one."""
+    try:
+        return _read_card(Path(hf_hub_download(repo_id, CARD, revision=revision)))
+    except RemoteEntryNotFoundError:
+        return None
 
 
 def is_unedited(card: str) -> bool:
-    """Whether a card is as [`write_model_card`] wrote it, but for [`pin_revision`]."""
+    """Whether a card is as [`write_model_card`] wrote it, but for [`pin_revision`] and the kind of its line breaks."""
+    card = card.replace("\r\n", "\n")
     match = _SEAL.search(card)
     return match is not None and match[1] == _digest(card[: match.start()])
+
+
+def tells_same_training(card: str, new_card: str) -> bool:
+    """Whether all that a card says of training is in another, which was written where less may be known of it."""
+    section = re.search(r"^## Training\n(.*?)^## ", card.replace("\r\n", "\n"), re.MULTILINE | re.DOTALL)
+    return section is None or set(section[1].splitlines()) <= set(new_card.splitlines())
+
+
+def _read_card(path: Path) -> str:
+    """The text, with the line breaks that it has."""
+    return path.read_bytes().decode()
 
 
 def _pin(repo_id: str, revision: str) -> str:
@@ -194,7 +229,9 @@ def _read_training(folder: Path) -> tuple[list[dict[str, Any]], str | None]:
     calls a model or data is only looked for from where it was run: elsewhere a folder could pass for a repo.
     """
     phases: list[dict[str, Any]] = []
-    while (folder / _TRAINING_SUMMARY).is_file():
+    seen: set[Path] = set()
+    while (folder / _TRAINING_SUMMARY).is_file() and folder.resolve() not in seen:
+        seen.add(folder.resolve())
         try:
             summary = json.loads((folder / _TRAINING_SUMMARY).read_text(encoding="utf-8"))
             recipe, log = summary["recipe"], summary["log"]
@@ -232,20 +269,29 @@ def _read_training(folder: Path) -> tuple[list[dict[str, Any]], str | None]:
     return phases, None
 
 
-def _find_results(model: str | Path, results: Sequence[str | Path]) -> list[Path]:
+def _read_evaluations(model: Path, results: Sequence[str | Path]) -> list[dict[str, Any]]:
     """
+    The evaluations inside a folder, then those of other folders.
+
     Raises:
-        `ValueError`: One of the folders has no results.
+        `ValueError`: One of the `results` has none.
     """
-    found = [*Path(model).glob(_RESULTS), *Path(model).glob(f"*/{_RESULTS}")] if Path(model).is_dir() else []
-    found = sorted(found)
+    named = {}
     for folder in results:
         path = Path(folder) / _RESULTS
         if not path.is_file():
             raise ValueError(f"There is no {_RESULTS} in {folder}. `ta-llava evaluate MODEL -o {folder}` writes it.")
-        if path.resolve() not in [other.resolve() for other in found]:
-            found.append(path)
-    return found
+        named[path.resolve()] = path
+    found = {path.resolve(): path for path in sorted([*model.glob(_RESULTS), *model.glob(f"*/{_RESULTS}")])}
+    evaluations = []
+    for key, path in {**found, **named}.items():
+        try:
+            evaluations.append(_read_results(path))
+        except ValueError as error:
+            if key in named:
+                raise
+            logger.warning(f"{error}. It is left out of the model card.")
+    return evaluations
 
 
 def _read_results(path: Path) -> dict[str, Any]:

@@ -9,9 +9,12 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, RepoFile
 from huggingface_hub.errors import (
+    FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -20,11 +23,27 @@ from huggingface_hub.utils import validate_repo_id
 
 from .error_messages import one_line
 from .export import check_export, write_export
-from .model_card import CARD, find_card, is_unedited, pin_revision, pinned_revision
+from .model_card import CARD, download_card, is_unedited, pin_revision, pinned_revision, renew_pin
 
 
-# Weights of an earlier model in the repo: left beside others, they could be what `from_pretrained` finds first.
-_STALE = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"]
+# Weights of an earlier model in the repo: left beside others they could be what `from_pretrained` finds first, and an
+# adapter would be put onto the others.
+_STALE = [
+    "adapter_config.json",
+    *(
+        pattern.format(*weights)
+        for weights in (
+            ("model", "safetensors"),
+            ("pytorch_model", "bin"),
+            ("adapter_model", "safetensors"),
+            ("adapter_model", "bin"),
+        )
+        for pattern in ("{}.{}", "{}-?????-of-?????.{}", "{}.{}.index.json")
+    ),
+]
+
+# What the client raises where the Hub does not answer; HTTPError is that of the HTTP library, which is not always the same.
+_NO_ANSWER = (HTTPError, ConnectionError, TimeoutError, LocalEntryNotFoundError, FileMetadataError)
 
 
 @dataclass
@@ -33,7 +52,7 @@ class Publication:
     Args:
         url (`str`): Of the commit.
         revision (`str`): Hash of the commit that has weights and code, to load just them.
-        kept_card (`bool`): Whether the repo's `README.md` was left as it is.
+        kept_card (`bool`): Whether the repo's `README.md` was left as it is, but for the commit that its example names.
     """
 
     url: str
@@ -54,7 +73,8 @@ def push_model(
     Uploads what [`export_model`] writes to a repo on the Hub, which is made if it is not there. Weights and code are one
     commit; the model card follows in a second one, and its example loads the first.
 
-    A card that somebody wrote or edited, in the repo or in the folder `model`, stays as it is.
+    A card that somebody wrote or edited, in the repo or in the folder `model`, stays as it is, but for the commit in its
+    example.
 
     Args:
         model (`str` or `Path`): Folder or Hub repo of a TA-LLaVA, or of a LLaVA with VMTC and CMAI.
@@ -66,7 +86,8 @@ def push_model(
 
     Raises:
         `ValueError`: Before anything is uploaded, if nobody is logged in, the repo has no possible name or may not be
-            written, `model` is no such model, or `private` is asked of a repo that is public.
+            written, `model` is no such model or lacks weights, or `private` is asked of a repo that is public. Later, if
+            the Hub does not answer or another push changes the repo meanwhile; the same call then does the rest.
     """
     try:
         validate_repo_id(repo_id)
@@ -83,22 +104,21 @@ def push_model(
     processor, new_card = check_export(model, name, results, overwrite_card)
 
     with _hub_errors(repo_id):
-        if private and api.repo_exists(repo_id) and not api.repo_info(repo_id).private:
-            raise ValueError(
-                f"{repo_id} is there already, and public. Make it private in its settings, or leave out `private`."
-            )
-        api.create_repo(repo_id, private=private or None, exist_ok=True)
-        api.auth_check(repo_id, write=True)
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        head = api.repo_info(repo_id, revision=revision).sha
-        old_card = find_card(repo_id, head)
-    keep_card = old_card is not None and not is_unedited(old_card) and not overwrite_card
+        if api.repo_exists(repo_id):
+            api.auth_check(repo_id, write=True)
+            if private and not api.repo_info(repo_id).private:
+                raise ValueError(
+                    f"{repo_id} is there already, and public. Make it private in its settings, or leave out `private`."
+                )
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / name
         write_export(model, processor, new_card, folder)
         with _hub_errors(repo_id):
+            api.create_repo(repo_id, private=private or None, exist_ok=True)
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            head = api.repo_info(repo_id, revision=revision).sha
             commit = api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
@@ -106,23 +126,28 @@ def push_model(
                 commit_message="Upload model",
                 ignore_patterns=[CARD],
                 delete_patterns=_STALE,
+                parent_commit=head,
             )
             pin = commit.oid
-            if (
-                commit.oid == head and old_card is not None
-            ):  # all was there, maybe since the revision that the card names
+            old_card = download_card(repo_id, pin)
+            if pin == head and old_card is not None:  # all was there, maybe since the revision that the card names
                 earlier = pinned_revision(old_card, repo_id)
                 if earlier is not None and _list_files(api, repo_id, earlier) == _list_files(api, repo_id, head):
                     pin = earlier
-            if not keep_card:
+            if old_card is None or is_unedited(old_card) or overwrite_card:
+                card, kept_card = pin_revision(new_card, repo_id, pin), False
+            else:
+                card, kept_card = renew_pin(old_card, repo_id, pin), True
+            if card != old_card:
                 api.upload_file(
                     repo_id=repo_id,
-                    path_or_fileobj=pin_revision(new_card, repo_id, pin).encode(),
+                    path_or_fileobj=card.encode(),
                     path_in_repo=CARD,
                     revision=revision,
                     commit_message="Upload model card",
+                    parent_commit=commit.oid,
                 )
-    return Publication(f"{api.endpoint}/{repo_id}/commit/{pin}", pin, keep_card)
+    return Publication(f"{api.endpoint}/{repo_id}/commit/{pin}", pin, kept_card)
 
 
 def _list_files(api: HfApi, repo_id: str, revision: str) -> set[tuple[str, str]] | None:
@@ -136,27 +161,36 @@ def _list_files(api: HfApi, repo_id: str, revision: str) -> set[tuple[str, str]]
 
 @contextmanager
 def _hub_errors(repo_id: str) -> Iterator[None]:
-    """The Hub's errors as `ValueError`s that say what to do."""
+    """The Hub's errors, and those of the network, as `ValueError`s that say what to do."""
     try:
         yield
-    except LocalTokenNotFoundError as error:
-        raise ValueError(
-            "You are not logged in to the Hub. Run `hf auth login`, with a token that may write, or set HF_TOKEN."
-        ) from error
-    except GatedRepoError as error:
-        raise ValueError(f"Access to {repo_id} is restricted: ask for it on its page on the Hub.") from error
-    except RepositoryNotFoundError as error:
-        raise ValueError(f"There is no repo {repo_id} on the Hub, or it is private and not yours.") from error
-    except HfHubHTTPError as error:
+    except Exception as error:
+        # What goes wrong in the upload of a large file comes wrapped.
+        cause = error.__cause__ if isinstance(error, RuntimeError) else error
+        message = _explain(cause, repo_id)
+        if message is None:
+            raise
+        raise ValueError(message) from error
+
+
+def _explain(error: BaseException | None, repo_id: str) -> str | None:
+    """What an error of the Hub or the network means; `None` for any other."""
+    if isinstance(error, LocalTokenNotFoundError):
+        return "You are not logged in to the Hub. Run `hf auth login`, with a token that may write, or set HF_TOKEN."
+    if isinstance(error, GatedRepoError):
+        return f"Access to {repo_id} is restricted: ask for it on its page on the Hub."
+    if isinstance(error, RepositoryNotFoundError):
+        return f"There is no repo {repo_id} on the Hub, or it is private and not yours."
+    if isinstance(error, HfHubHTTPError):
         status = getattr(error.response, "status_code", None)
         if status == 401:
-            raise ValueError(
-                f"The Hub does not accept your token: {one_line(error)} Run `hf auth login` with another, or set HF_TOKEN."
-            ) from error
+            reason = one_line(error)
+            return f"The Hub does not accept your token: {reason} Run `hf auth login` with another, or set HF_TOKEN."
         if status == 403:
-            raise ValueError(f"You may not write to {repo_id}: {one_line(error)}") from error
-        raise ValueError(f"The Hub did not take {repo_id}: {one_line(error)}") from error
-    except ValueError:
-        raise
-    except Exception as error:  # of the network
-        raise ValueError(f"The Hub cannot be reached: {one_line(error)}") from error
+            return f"You may not write to {repo_id}: {one_line(error)}"
+        if status == 412:
+            return f"{repo_id} was changed by another push meanwhile, so this one stopped. Push again."
+        return f"The Hub did not take {repo_id}: {one_line(error)}"
+    if isinstance(error, _NO_ANSWER):
+        return f"The Hub cannot be reached: {one_line(error)}"
+    return None

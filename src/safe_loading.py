@@ -18,25 +18,55 @@ are not its own, and ask for sizes that no model has, which fill the memory befo
 
 import json
 import os
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, has_file
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.utils import (
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+    find_adapter_config_file,
+    has_file,
+    is_peft_available,
+)
 
 
 # Several times those of the largest models there are. Names of other kinds of config are looked up by these.
 _LARGEST_SIZES = {
     "num_hidden_layers": 1_000,
+    "layer_types": 1_000,
     "hidden_size": 100_000,
     "intermediate_size": 1_000_000,
     "num_attention_heads": 10_000,
     "num_key_value_heads": 10_000,
     "head_dim": 100_000,
     "vocab_size": 10_000_000,
+    "max_position_embeddings": 100_000_000,
     "image_size": 100_000,
 }
+
+
+def load_config(source: str | Path, **kwargs: Any) -> Any:
+    """
+    The config of a folder or Hub repo, whose sizes are checked before it is made, and whose code is not run.
+
+    Args:
+        source (`str` or `Path`): Folder or Hub repo.
+        kwargs: As for `AutoConfig.from_pretrained`.
+
+    Raises:
+        `ValueError`: See [`check_sizes`]; else what `AutoConfig.from_pretrained` raises.
+    """
+    check_sizes("config", PreTrainedConfig.get_config_dict(source, **kwargs)[0])
+    kwargs["trust_remote_code"] = False
+    return AutoConfig.from_pretrained(source, **kwargs)
 
 
 def check_sizes(name: str, config: Any) -> None:
@@ -48,89 +78,166 @@ def check_sizes(name: str, config: Any) -> None:
         config (`dict`): Its fields, parts of the part included. What is no `dict` was made in Python, and passes.
 
     Raises:
-        `ValueError`: A size is larger than any model's.
+        `ValueError`: A size, or a list of them, is larger than any model's; or the config gives fields other names.
     """
+    if isinstance(config, (list, tuple)):
+        for value in config:
+            check_sizes(name, value)
     if not isinstance(config, dict):
         return
+    if "attribute_map" in config:
+        raise ValueError(
+            f"`{name}` has an `attribute_map`, but only code may give the fields of a config other names."
+        )
     model_type = config.get("model_type")
     other_names = CONFIG_MAPPING[model_type].attribute_map if model_type in CONFIG_MAPPING else {}
     for field, largest in _LARGEST_SIZES.items():
         for key in {field, other_names.get(field, field)}:
             value = config.get(key)
-            if isinstance(value, (int, float)) and value > largest:
-                raise ValueError(
-                    f"`{key}` of `{name}` is {value}, but no model has more than {largest}. Is the config damaged?"
-                )
+            sizes = [len(value), *value] if isinstance(value, (list, tuple)) else [value]
+            for size in sizes:
+                if isinstance(size, (int, float)) and size > largest:
+                    what = "is" if size is value else "has"
+                    raise ValueError(
+                        f"`{key}` of `{name}` {what} {size}, but no model has more than {largest}. Is the config damaged?"
+                    )
     for key, value in config.items():
         check_sizes(f"{name}.{key}", value)
 
 
 def read_safetensors(from_pretrained: Callable, source: Any, *args: Any, **kwargs: Any) -> Any:
     """
-    `from_pretrained(source, *args, **kwargs)` of a model, which reads safetensors in the folder of the checkpoint only.
+    `from_pretrained(source, *args, **kwargs)` of a model, which reads safetensors in the folder of the checkpoint only, also
+    of an adapter. What will be read is looked at before.
 
     Raises:
-        `ValueError`: The weights are pickles, or files outside of that folder; the message says how to convert them.
+        `ValueError`: The weights are pickles, and the message says how to convert them, or files outside of that folder;
+            see also [`check_sizes`].
     """
     if kwargs.pop("use_safetensors", None) is False:
         raise ValueError("`use_safetensors` is False, but only safetensors are read: pickles can run code.")
-    if source is not None:
-        _check_shards(Path(source, kwargs.get("subfolder") or ""))
+    if source is None:
+        return from_pretrained(source, *args, **kwargs)
+    location, variant = _location(kwargs), kwargs.get("variant")
+    base = _check_adapter(source, location)
+    is_gguf = kwargs.get("gguf_file") is not None
+    if not is_gguf:
+        _check_config(base, kwargs.get("config"), location)
+        _check_shards(base, variant, location)
     try:
         return from_pretrained(source, *args, use_safetensors=True, **kwargs)
     except OSError as error:
-        location = {
-            key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs
-        }
-        pickles = _find_pickles(source, **location)
+        pickles = None if is_gguf else _find_pickles(base, variant, location)
         if pickles is None:
             raise
         raise ValueError(
-            f"The weights of {source} are pickles ({pickles}), which can run code when they are read. Only safetensors are "
-            "read; convert each file once: `safetensors.torch.save_file({key: value.clone() for key, value in "
-            f"torch.load({WEIGHTS_NAME!r}, weights_only=True).items()}}, {SAFE_WEIGHTS_NAME!r}, {{'format': 'pt'}})`."
+            f"The weights of {base} are pickles ({pickles}), which can run code when they are read. Only safetensors are "
+            f"read; {_how_to_convert('pytorch_model*.bin', SAFE_WEIGHTS_NAME)}"
         ) from error
 
 
 class SafetensorsMixin:
-    """For models, before `PreTrainedModel` among the bases: `from_pretrained` by [`read_safetensors`]."""
+    """For models, before `PreTrainedModel` among the bases: their weights and adapters are read from safetensors only."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As that of [`~transformers.PreTrainedModel`], with the errors of [`read_safetensors`]."""
         return read_safetensors(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
 
-    @staticmethod
-    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:
-        # Here come the files that an index of a Hub repo names, and those of adapters.
-        for file in checkpoint_files or ():
-            _check_ending(file)
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+    def load_adapter(self, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As that of [`~transformers.PreTrainedModel`]; raises `ValueError` where the weights are pickles."""
+        if peft_model_id is not None:
+            given = getattr(kwargs.get("load_config"), "download_kwargs", None) or {}
+            _check_adapter(peft_model_id, _location({**given, **(kwargs.get("adapter_kwargs") or {})}))
+        return super().load_adapter(peft_model_id, *args, **kwargs)  # type: ignore[misc]
 
 
-def _find_pickles(source: Any, **location: Any) -> str | None:
-    """Name of the file of weights that are pickles, if a folder or Hub repo has one."""
-    for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
-        try:
-            if has_file(source, name, **location):
-                return name
-        except (OSError, ValueError):  # no such repo, or no access to it
-            return None
-    return None
+# --- what will be read ---------------------------------------------------------------------------------------------
 
 
-def _check_shards(folder: Path) -> None:
-    """Raises unless the indices of weights in a local folder name safetensors inside of it."""
-    for index in folder.glob(f"{SAFE_WEIGHTS_NAME}.index*.json"):
-        try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is not an index of weights.") from error
-        for shard in shards:
-            _check_ending(shard)
-            # Not resolved: the files of a folder may be links to where they are stored.
-            if os.path.relpath(folder / shard, folder).startswith(os.pardir):
-                raise ValueError(f"{index} names {shard!r}, which is outside of its folder.")
+def _location(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that say from where in a folder or Hub repo files are read."""
+    names = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "proxies")
+    return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+
+
+def _first_of(source: Any, names: Sequence[str], variant: str | None, location: dict[str, Any]) -> str | None:
+    """The first of some files that a folder or Hub repo has, as it is called there."""
+    elsewhere = dict(location)
+    folder = PurePosixPath(elsewhere.pop("subfolder", ""))
+    paths = [str(folder / _with_variant(name, variant)) for name in names]
+    return next((path for path in paths if has_file(str(source), path, **elsewhere)), None)
+
+
+def _check_adapter(source: Any, location: dict[str, Any]) -> Any:
+    """
+    Checks that the adapter in a folder or Hub repo, if there is one, has safetensors.
+
+    Returns:
+        The folder or repo of the model itself: `source`, or that which its adapter is for.
+    """
+    if not is_peft_available() or os.path.isfile(source):
+        return source
+    settings = find_adapter_config_file(str(source), **location)
+    if settings is None:
+        return source
+    if _first_of(source, [ADAPTER_SAFE_WEIGHTS_NAME], None, location) is None:
+        raise ValueError(
+            f"The adapter {source} has no {ADAPTER_SAFE_WEIGHTS_NAME}. Only safetensors are read, for pickles can run code; "
+            f"{_how_to_convert(ADAPTER_WEIGHTS_NAME, ADAPTER_SAFE_WEIGHTS_NAME)}"
+        )
+    if Path(source, CONFIG_NAME).exists():
+        return source
+    return json.loads(Path(settings).read_text(encoding="utf-8")).get("base_model_name_or_path") or source
+
+
+def _check_config(source: Any, config: Any, location: dict[str, Any]) -> None:
+    """Checks the config that the model will have; `config` is that which `from_pretrained` was given."""
+    if isinstance(config, PreTrainedConfig):
+        config = config.to_dict()
+    else:
+        config, _ = PreTrainedConfig.get_config_dict(config or source, **location)
+        if not config:  # the library would take the sizes of some model
+            raise ValueError(f"{source} has no {CONFIG_NAME}, so it is no checkpoint.")
+    check_sizes("config", config)
+    _check_named_weights("config", config)
+
+
+def _check_named_weights(name: str, config: Any) -> None:
+    """Checks that a config, or that of a part, does not name the file of the weights, which may be pickles."""
+    if not isinstance(config, dict):
+        return
+    if config.get("transformers_weights") is not None:
+        raise ValueError(
+            f"`transformers_weights` of `{name}` names {config['transformers_weights']!r}, but only {SAFE_WEIGHTS_NAME} and "
+            "the files of its index are read. Rename the file, and remove the field."
+        )
+    for key, value in config.items():
+        _check_named_weights(f"{name}.{key}", value)
+
+
+def _check_shards(source: Any, variant: str | None, location: dict[str, Any]) -> None:
+    """Checks that the index of the weights, if they have one, names safetensors in its own folder."""
+    if os.path.isfile(source):
+        _check_ending(source)
+        return
+    if _first_of(source, [SAFE_WEIGHTS_NAME], variant, location):
+        return
+    name = _with_variant(SAFE_WEIGHTS_INDEX_NAME, variant)
+    found = cached_file(str(source), name, _raise_exceptions_for_missing_entries=False, **location)
+    if found is None:
+        return
+    index = Path(found)
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        # Not resolved: the files of a folder may be links to where they are stored.
+        paths = {shard: Path(os.path.relpath(index.parent / shard, index.parent)) for shard in shards}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not an index of weights.") from error
+    for shard, path in paths.items():
+        _check_ending(shard)
+        if path.parts[0] == os.pardir:
+            raise ValueError(f"{index} names {shard!r}, which is outside of its folder.")
 
 
 def _check_ending(file: Any) -> None:
@@ -140,4 +247,28 @@ def _check_ending(file: Any) -> None:
         )
 
 
-__all__ = ["SafetensorsMixin", "check_sizes", "read_safetensors"]
+def _find_pickles(source: Any, variant: str | None, location: dict[str, Any]) -> str | None:
+    """Name of the file of weights that are pickles, if a folder or Hub repo has that and no safetensors."""
+    try:
+        if _first_of(source, [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME], variant, location):
+            return None
+        return _first_of(source, [WEIGHTS_NAME, WEIGHTS_INDEX_NAME], variant, location)
+    except (OSError, ValueError):  # no such repo, or no access to it
+        return None
+
+
+def _with_variant(name: str, variant: str | None) -> str:
+    """As the library has it: `model.fp16.safetensors`."""
+    stem, _, ending = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{ending}"
+
+
+def _how_to_convert(pickles: str, safetensors: str) -> str:
+    return (
+        "convert them once, in a copy of the folder: `safetensors.torch.save_file({key: value.clone().contiguous() "
+        f"for file in glob.glob({pickles!r}) for key, value in torch.load(file, weights_only=True).items()}}, "
+        f"{safetensors!r}, {{'format': 'pt'}})`."
+    )
+
+
+__all__ = ["SafetensorsMixin", "check_sizes", "load_config", "read_safetensors"]

@@ -1,11 +1,13 @@
 """
 Four images of easy-VQA in one, two by two, with questions about one of them or all: which needs more of an image than
-easy-VQA itself, where one shape stands alone. The images come from the official splits, so those of the test are new.
+easy-VQA itself, where one shape stands alone; or one image, with the same questions where they make sense. The images come
+from the official splits, so those of the test are new.
 
     grids = build_grids("test", 500, seed=0)
     image, questions = grids[0].draw(), ask(grids[0], random.Random(0))
 """
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,22 +29,28 @@ CAPTION_PROMPT = "Describe this image in detail."
 class Grid:
     """
     Args:
-        cells (`list[Scene]`): In the order of `POSITIONS`; colour and shape of each are known.
+        cells (`list[Scene]`): Four in the order of `POSITIONS`, or one; colour and shape of each are known.
     """
 
     cells: list[Scene]
 
     def draw(self) -> Image.Image:
-        """The image, RGB, 128 x 128 pixels."""
-        image = Image.new("RGB", (2 * CELL, 2 * CELL))
+        """The image, RGB, 128 x 128 pixels; of one cell 64 x 64."""
+        side = math.isqrt(len(self.cells))
+        image = Image.new("RGB", (side * CELL, side * CELL))
         for index, cell in enumerate(self.cells):
             with Image.open(cell.path) as part:
-                image.paste(part.convert("RGB"), (index % 2 * CELL, index // 2 * CELL))
+                image.paste(part.convert("RGB"), (index % side * CELL, index // side * CELL))
         return image
 
     @property
     def caption(self) -> str:
-        return " ".join(f"The {place} shape is a {cell.caption[2:]}." for place, cell in zip(POSITIONS, self.cells))
+        return " ".join(f"The {name} is a {cell.caption[2:]}." for name, cell in zip(self.names, self.cells))
+
+    @property
+    def names(self) -> list[str]:
+        """What the shapes are called."""
+        return ["shape"] if len(self.cells) == 1 else [f"{place} shape" for place in POSITIONS]
 
 
 @dataclass
@@ -61,41 +69,44 @@ class GridQuestion:
     sentence: str
 
 
-def build_grids(split: str, count: int, seed: int = 0) -> list[Grid]:
+def build_grids(split: str, count: int, seed: int = 0, num_shapes: int = 4) -> list[Grid]:
     """
     So many grids of scenes of a split of easy-VQA, `"train"` or `"test"`, drawn with replacement. The first grids do not
     change with their number.
+
+    Raises:
+        `ValueError`: `num_shapes` is neither 1 nor 4.
     """
+    if num_shapes not in (1, 4):
+        raise ValueError(f"A grid has 1 or 4 shapes, not {num_shapes}.")
     scenes = [scene for scene in load_easy_vqa(split) if scene.color and scene.shape]
     generator = random.Random(f"{split} {seed}")
-    return [Grid([generator.choice(scenes) for _ in POSITIONS]) for _ in range(count)]
+    return [Grid([generator.choice(scenes) for _ in range(num_shapes)]) for _ in range(count)]
 
 
 def ask(grid: Grid, generator: random.Random) -> list[GridQuestion]:
-    """A question of each type, in the order of `QUESTION_TYPES`."""
-    return [
-        _which_color(grid, generator),
-        _which_shape(grid, generator),
-        _where(grid, generator),
-        _how_many(grid, generator),
-    ]
+    """A question of each type, in the order of `QUESTION_TYPES`; about one shape only of the first two."""
+    questions = [_which_color(grid, generator), _which_shape(grid, generator)]
+    if len(grid.cells) > 1:
+        questions += [_where(grid, generator), _how_many(grid, generator)]
+    return questions
 
 
 def _draw_cell(grid: Grid, generator: random.Random) -> tuple[str, Scene]:
-    index = generator.randrange(len(POSITIONS))
-    return POSITIONS[index], grid.cells[index]
+    index = generator.randrange(len(grid.cells))
+    return grid.names[index], grid.cells[index]
 
 
 def _which_color(grid: Grid, generator: random.Random) -> GridQuestion:
-    place, cell = _draw_cell(grid, generator)
-    sentence = f"The {place} shape is {cell.color}"
-    return GridQuestion(f"What color is the {place} shape?", str(cell.color), "which colour", sentence)
+    name, cell = _draw_cell(grid, generator)
+    sentence = f"The {name} is {cell.color}"
+    return GridQuestion(f"What color is the {name}?", str(cell.color), "which colour", sentence)
 
 
 def _which_shape(grid: Grid, generator: random.Random) -> GridQuestion:
-    place, cell = _draw_cell(grid, generator)
-    sentence = f"The {place} shape is a {cell.shape}"
-    return GridQuestion(f"What is the {place} shape?", str(cell.shape), "which shape", sentence)
+    name, cell = _draw_cell(grid, generator)
+    sentence = f"The {name} is a {cell.shape}"
+    return GridQuestion(f"What is the {name}?", str(cell.shape), "which shape", sentence)
 
 
 def _where(grid: Grid, generator: random.Random) -> GridQuestion:

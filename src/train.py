@@ -26,7 +26,6 @@ import yaml
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
@@ -38,10 +37,10 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import has_file, is_bitsandbytes_available
 
-from .complete_files import temporary_name, write_text
+from .complete_files import complete_folder_or_not_at_all, temporary_name, write_text
 from .configuration_ta_llava import TaLlavaConfig
 from .error_messages import one_line
-from .safe_loading import read_safetensors
+from .safe_loading import load_config, read_safetensors
 from .training_data import Collator, iterate_images, prepare_dataset
 from .vision_feature_cache import VisionFeatureCache
 from .vmtc import blocks_of
@@ -515,7 +514,7 @@ def _model_type(model: str) -> str:
     ):
         raise ValueError(f"There is no folder {model!r} (`model`). Run the phase before it first, or give --model.")
     try:
-        return AutoConfig.from_pretrained(model, trust_remote_code=False).model_type
+        return load_config(model).model_type
     except Exception as error:  # of the network, the Hub, or files that may be damaged in any way
         raise ValueError(
             f"There is no model in {model!r}, a folder here or a repo on the Hub: {one_line(error)}"
@@ -727,5 +726,6 @@ def merge_adapter(adapter: str | Path, out: str | Path, model: str | None = None
     base = read_safetensors(AutoModelForImageTextToText.from_pretrained, source, dtype="auto", trust_remote_code=False)
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
     merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
-    merged.save_pretrained(out)
-    processor.save_pretrained(out)
+    with complete_folder_or_not_at_all(out) as unfinished:
+        merged.save_pretrained(unfinished)
+        processor.save_pretrained(unfinished)

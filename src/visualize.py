@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoImageProcessor, AutoModel
 
 from .cmai import Inhibition
 from .compress import DEFAULT_CMAI_MAX_RATIO
@@ -27,7 +27,7 @@ from .error_messages import one_line
 from .image_loading import load_rgb_image
 from .inference import DEFAULT_LLAVA, DEFAULT_MODEL, load
 from .modeling_ta_llava import apply_rotary, eager_attention_forward
-from .safe_loading import read_safetensors
+from .safe_loading import load_config, read_safetensors
 from .vmtc import VmtcStage, compression_of_call, count_visual_tokens, make_compressible, patch_grid
 from .vmtc_cmai_patch import VmtcCmaiLlavaConfig
 
@@ -274,7 +274,7 @@ def _stage_views(vmtc: Any) -> list[StageView]:
 def _load_settings(model: str | Path) -> tuple[Any, Any]:
     """The config of a model with VMTC on, and the image processor; a model that has no such config gets one."""
     try:
-        settings = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        settings = load_config(model)
         image_processor = AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # files may be missing or damaged in any way
         raise _cannot_load(model, error) from error
@@ -300,6 +300,7 @@ def _load_tower(model: str | Path, settings: Any) -> Any:
             key_mapping={r"^(model\.)?vision_tower\.": ""},
             output_loading_info=True,
             dtype=torch.float32,
+            trust_remote_code=False,
         )
     except Exception as error:
         raise _cannot_load(model, error) from error
@@ -397,7 +398,8 @@ def draw_prefix(image: Image.Image, views: Sequence[PrefixView], patch_size: int
             maps.append(("mean", view.attention.mean(dim=0)))
         panels = [(title, _draw_heat(large, values / highest, side)) for title, values in maps]
         sections.append((f"{view.question}  ->  {view.answer}", [("the image", large), *panels]))
-    return _compose(sections, ("share of the prefix's attention:  0", f"{highest:.0%} on one patch"))
+    percent = float(f"{100 * highest:.2g}")  # two digits, for of many patches none gets 1%
+    return _compose(sections, ("share of the prefix's attention:  0", f"{percent:g}% on one patch"))
 
 
 def visualize_prefix(
@@ -644,7 +646,7 @@ def _check_questions(questions: Sequence[str]) -> None:
 
 def _read_config(model: str | Path) -> Any:
     try:
-        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+        return load_config(model)
     except Exception as error:  # files may be missing or damaged in any way
         raise ValueError(f"No model could be loaded from {str(model)!r}: {one_line(error)}") from error
 

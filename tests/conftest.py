@@ -1,5 +1,7 @@
 """What the tests share: small models of both backbones with lively weights, and prompts for them."""
 
+import os
+import subprocess
 import venv
 from pathlib import Path
 
@@ -162,6 +164,17 @@ def python_without_the_package(tmp_path_factory) -> Path:
     site_packages = next(folder.glob("lib/python*/site-packages"))
     (site_packages / "libraries.pth").write_text(str(Path(torch.__file__).parents[1]))
     return folder / "bin" / "python"
+
+
+def run_without_the_package(python: Path, folder: Path, script: str, *arguments: str, **variables: str) -> list[str]:
+    """The lines that a script prints, run in a folder by `python_without_the_package`."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    environment.pop("PYTHONPATH", None)
+    process = subprocess.run(
+        [python, "-c", script, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    return process.stdout.splitlines()
 
 
 # --- LLaVA ---------------------------------------------------------------------------------------------------------

@@ -3,13 +3,11 @@
 import json
 import os
 import shutil
-import subprocess
-import venv
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXAMPLE_IMAGE, make_lively
+from conftest import EXAMPLE_IMAGE, make_lively, run_without_the_package
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -348,24 +346,13 @@ print(json.dumps(results))
 """
 
 
-def test_a_compressed_folder_answers_without_the_package(stock, tmp_path):
+def test_a_compressed_folder_answers_without_the_package(stock, python_without_the_package, tmp_path):
     folder = tmp_path / "compressed"
     compress_llava(stock, folder, 9, 0.6)
-    venv.create(tmp_path / "environment", with_pip=False)
-    site_packages = next((tmp_path / "environment").glob("lib/python*/site-packages"))
-    (site_packages / "libraries.pth").write_text(str(Path(torch.__file__).parents[1]))
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    environment.pop("PYTHONPATH", None)
-    process = subprocess.run(
-        [tmp_path / "environment" / "bin" / "python", "-c", SCRIPT, str(folder), str(EXAMPLE_IMAGE)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    results = json.loads(process.stdout.splitlines()[-1])
+    arguments = [str(folder), str(EXAMPLE_IMAGE)]
+    offline = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    lines = run_without_the_package(python_without_the_package, tmp_path, SCRIPT, *arguments, **offline)
+    results = json.loads(lines[-1])
     model, processor = load(folder)
     prompt = "USER: <image> what color is the shape ? ASSISTANT:"
     inputs = processor(images=EXAMPLE_IMAGE, text=prompt, return_tensors="pt")

@@ -1,18 +1,20 @@
 """Exported folders load where this package is not installed: each test script runs in an environment without it."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXAMPLE_IMAGE, SHIPPED_MODEL
+from conftest import EXAMPLE_IMAGE, SHIPPED_MODEL, run_without_the_package
+from hub_server import HubServer
+from huggingface_hub import constants
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ta_llava.export import export_model
 from ta_llava.inference import answer, load
+from ta_llava.model_card import is_unedited, write_model_card
 
 
 QUESTIONS = ["what color is the shape?", "is there a circle in the image?"]
@@ -84,19 +86,10 @@ def test_an_exported_folder_loads_without_the_package(python_without_the_package
     assert {"AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor"} <= set(config["auto_map"])
     assert config["text_config"]["model_type"] == "gemma2"  # all of it: building needs no other repo
 
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    environment.pop("PYTHONPATH", None)
     arguments = [str(folder), str(EXAMPLE_IMAGE), str(tmp_path / "logits.pt"), json.dumps(QUESTIONS)]
-    process = subprocess.run(
-        [python_without_the_package, "-c", SCRIPT, *arguments],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    results = json.loads(process.stdout.splitlines()[-1])
+    offline = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    lines = run_without_the_package(python_without_the_package, tmp_path, SCRIPT, *arguments, **offline)
+    results = json.loads(lines[-1])
     model, processor = load(SHIPPED_MODEL)
     expected = list(answer(model, processor, [([str(EXAMPLE_IMAGE)], question) for question in QUESTIONS]))
     assert results == {
@@ -141,30 +134,103 @@ def test_what_is_no_such_model_is_refused(tmp_path):
         export_model(tmp_path / "model", tmp_path / "out")
 
 
-def test_a_model_that_lacks_weights_is_refused(tmp_path):
-    """Loading would fill them with random ones."""
+def copy_without_a_weight(folder: Path) -> str:
+    """A copy of the shipped model that lacks a weight; returns its name."""
     from safetensors.torch import load_file, save_file
 
-    shutil.copytree(SHIPPED_MODEL, tmp_path / "model", ignore=shutil.ignore_patterns("*.py"))
+    shutil.copytree(SHIPPED_MODEL, folder, ignore=shutil.ignore_patterns("*.py"))
     weights = load_file(SHIPPED_MODEL / "model.safetensors")
     name = next(name for name in weights if "prefix" in name)
     del weights[name]
-    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
-    (tmp_path / "model" / "README.md").write_text("mine")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (folder / "README.md").write_text("mine")
+    return name
+
+
+def test_a_model_that_lacks_weights_is_refused(tmp_path):
+    """Loading would fill them with random ones."""
+    name = copy_without_a_weight(tmp_path / "model")
     with pytest.raises(ValueError, match=f"lacks 1 weights, such as '{name}'"):
         export_model(tmp_path / "model", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_card_that_is_there_goes_along(tmp_path):
-    shutil.copytree(SHIPPED_MODEL, tmp_path / "model", ignore=shutil.ignore_patterns("*.py"))
-    (tmp_path / "model" / "README.md").write_text("mine")
-    export_model(tmp_path / "model", tmp_path / "out")
-    assert (tmp_path / "out" / "README.md").read_text() == "mine"
-    with pytest.raises(ValueError, match=r"has a README\.md.*--overwrite-card"):
-        export_model(tmp_path / "model", tmp_path / "other", results=[tmp_path])
-    export_model(tmp_path / "model", tmp_path / "other", overwrite_card=True)
+@pytest.fixture
+def copied(tmp_path):
+    """The shipped model, to which a card can be added."""
+    return Path(shutil.copytree(SHIPPED_MODEL, tmp_path / "model", ignore=shutil.ignore_patterns("*.py")))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Of an evaluation."""
+    folder = tmp_path_factory.mktemp("results")
+    content = {
+        "task": "easy-vqa",
+        "scores": {"all": {"questions": 2, "accuracy": 0.5}},
+        "note": "Exact match.",
+        "settings": {"data": None, "num_questions": 2},
+    }
+    (folder / "results.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_a_card_that_is_there_goes_along(copied, results, tmp_path):
+    (copied / "README.md").write_bytes(b"mine\r\n")
+    export_model(copied, tmp_path / "out")
+    assert (tmp_path / "out" / "README.md").read_bytes() == b"mine\r\n"
+    with pytest.raises(ValueError, match=r"has a README\.md that was edited.*--overwrite-card"):
+        export_model(copied, tmp_path / "other", results=[results])
+    export_model(copied, tmp_path / "other", overwrite_card=True)
     assert (tmp_path / "other" / "README.md").read_text().startswith("---\nlibrary_name: transformers\n")
+
+
+def test_results_are_added_to_a_card_that_nobody_edited(copied, results, tmp_path):
+    card = write_model_card(copied, "model")
+    (copied / "README.md").write_bytes(card.replace("\n", "\r\n").encode())
+    export_model(copied, tmp_path / "out", results=[results])
+    written = (tmp_path / "out" / "README.md").read_text()
+    assert "| all | 2 | 50.00% |" in written and is_unedited(written)
+
+
+def test_a_card_is_not_written_anew_where_that_loses_its_training(copied, results, tmp_path):
+    summary = {
+        "recipe": {
+            "model": "me/start",
+            "output_dir": str(copied),
+            "train": ["projector"],
+            "data": {"path": "captions.json"},
+            "global_batch_size": 8,
+            "training_arguments": {},
+        },
+        "data": {"kept": 10},
+        "log": [{"step": 2, "train_loss": 0.5}],
+    }
+    (copied / "training_summary.json").write_text(json.dumps(summary))
+    export_model(copied, tmp_path / "exported")
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "| model | projector | captions.json | 10 |" in card
+    with pytest.raises(ValueError, match=r"tells of its training, of which a new one with the results would not"):
+        export_model(tmp_path / "exported", tmp_path / "out", results=[results])
+    export_model(copied, tmp_path / "out", results=[results])
+    written = (tmp_path / "out" / "README.md").read_text()
+    assert "| model | projector | captions.json | 10 |" in written and "| all | 2 | 50.00% |" in written
+
+
+def test_a_repo_in_the_cache_needs_no_hub(tmp_path, monkeypatch, caplog):
+    with HubServer() as hub:
+        hub.connect(monkeypatch, tmp_path / "home")
+        files = {path.name: path.read_bytes() for path in SHIPPED_MODEL.iterdir()}
+        hub.add("alice/model", {**files, "README.md": "mine"})
+        AutoModelForImageTextToText.from_pretrained("alice/model")
+        AutoProcessor.from_pretrained("alice/model")
+        number = len(hub.requests)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        export_model("alice/model", tmp_path / "out")
+        assert len(hub.requests) == number
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert is_unedited((tmp_path / "out" / "README.md").read_text())
+    assert "The README.md of alice/model cannot be downloaded now, so a new one is written." in caplog.text
 
 
 TA_LLAVA_FILES = {

@@ -6,6 +6,7 @@ attention, and by `transformers serve`; in environments without this package. Th
 import base64
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -20,11 +21,29 @@ from hub_server import HubServer
 
 from ta_llava.compress import compress_llava
 from ta_llava.export import export_model
+from ta_llava.inference import answer, load
 
 
 REPOS = ["alice/ta-llava", "alice/llava"]
 QUESTIONS = ["what color is the shape?", "what shape is in the image?"]
 ANSWERS = ["teal", "triangle"]
+
+# Of the vision tower and of the language model, where one was asked for.
+ATTENTION = {
+    "alice/ta-llava": {"sdpa": ["sdpa", "eager"], "eager": ["eager", "eager"]},
+    "alice/llava": {"sdpa": ["sdpa", "cmai_sdpa"], "eager": ["eager", "cmai_eager"]},
+}
+REFUSED = {
+    "alice/ta-llava": {
+        "flash_attention_2": "FlashAttention2",
+        "flex_attention": "does not support an attention implementation through torch's flex_attention",
+        "no_such_attention": '`attn_implementation="no_such_attention"` is not supported',
+    },
+    "alice/llava": {
+        name: f'CMAI does not work with `attn_implementation="{name}"`'
+        for name in ("flash_attention_2", "flex_attention", "no_such_attention")
+    },
+}
 
 USE = """
 import importlib.util, io, json, sys, threading
@@ -180,9 +199,9 @@ def test_in_every_way_of_the_library(hub, python_without_the_package, tmp_path):
             found_dtype, attention, distance = results[name]
             assert found_dtype == f"torch.{dtype}" and distance < tolerance, (repo, name, distance)
             if name in ("sdpa", "eager"):
-                assert (attention[0] == name and name in attention[1]) or "ta-llava" in repo
-        for name in ("flash_attention_2", "flex_attention", "no_such_attention"):
-            assert name.split("_")[0] in results[name].lower(), (repo, name)
+                assert attention == ATTENTION[repo][name]
+        for name, message in REFUSED[repo].items():
+            assert message in results[name]
         assert results["saved"] == 0
         assert results["effect"] > 0.1 and max(results["lora"]) < 1e-4, (repo, results["effect"], results["lora"])
     assert set(hub.files("alice/ta-llava-lora")) >= {"adapter_config.json", "adapter_model.safetensors"}
@@ -217,10 +236,17 @@ def served(hub, python_without_the_package, tmp_path_factory):
         server.wait()
 
 
+@pytest.fixture(scope="module")
+def without_image() -> dict[str, str]:
+    """What the models answer to the first question alone."""
+    models = [load(SHIPPED_MODEL), load(SHIPPED_LLAVA, 16, 0.6)]
+    return {repo: next(answer(*model, [([], QUESTIONS[0])])) for repo, model in zip(REPOS, models)}
+
+
 TRANSFORMERS = ("-c", "from transformers.cli.transformers import main; main()")
 
 
-def test_transformers_serve(served):
+def test_transformers_serve(served, without_image):
     """By the client of OpenAI: an image in the request, a whole answer and a stream of its parts, and a question alone."""
     import openai
 
@@ -235,11 +261,11 @@ def test_transformers_serve(served):
             chunks = client.chat.completions.create(**request, stream=True)
             assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
         alone = {**request, "messages": [{"role": "user", "content": QUESTIONS[0]}]}
-        assert client.chat.completions.create(**alone).choices[0].message.content
+        assert client.chat.completions.create(**alone).choices[0].message.content == without_image[repo]
     assert {model.id for model in client.models.list()} == set(REPOS)  # those that are in the cache and can be served
 
 
-def test_transformers_chat(served, python_without_the_package, tmp_path):
+def test_transformers_chat(served, without_image, python_without_the_package, tmp_path):
     url, variables = served
     flags = ["max_new_tokens=8", "do_sample=False"]
     process = subprocess.run(
@@ -252,7 +278,8 @@ def test_transformers_chat(served, python_without_the_package, tmp_path):
         check=False,
     )
     assert process.returncode == 0, process.stderr[-3000:]
-    assert "2 tokens in" in process.stdout  # the answer, here of a model that sees no image, and the end of turn
+    reply = re.search(rf"<{REPOS[0]}>:\s*(.*?)\s*\d+ tokens in", process.stdout, re.DOTALL)
+    assert reply and reply[1] == without_image[REPOS[0]]
 
 
 def test_the_linter_of_transformers(hub, tmp_path):

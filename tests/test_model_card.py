@@ -4,7 +4,7 @@ from dataclasses import asdict
 import pytest
 from conftest import EXAMPLE_IMAGE, SHIPPED_LLAVA, SHIPPED_MODEL, build_config, build_llava_config
 from hub_server import HubServer
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, close_session
 
 from ta_llava import model_card
 from ta_llava.compress import compress_llava
@@ -98,6 +98,15 @@ def test_nothing_is_invented_of_a_model_that_records_nothing(config, counted, tm
     [
         ("openai/clip-vit", "google/gemma-2-2b-it", None, ["openai/clip-vit", "google/gemma-2-2b-it"], "gemma"),
         ("", "lmsys/vicuna-7b-v1.5", "llava-hf/llava-1.5-7b-hf", ["llava-hf/llava-1.5-7b-hf"], "llama2"),
+        ("", "google/gemma-7b", None, ["google/gemma-7b"], "gemma"),
+        ("", "google/gemma-3-270m-it", None, ["google/gemma-3-270m-it"], "gemma"),
+        (
+            "",
+            "google/gemma-4-E2B-it",
+            None,
+            ["google/gemma-4-E2B-it"],
+            None,
+        ),  # Apache-2.0, so this pattern is not for it
         ("", "meta-llama/Llama-3.1-8B", None, ["meta-llama/Llama-3.1-8B"], "llama3.1"),
         ("", "lmsys/vicuna-7b-v1.1", None, ["lmsys/vicuna-7b-v1.1"], None),
         ("here/tower", "/home/me/gemma", "./google/gemma-2-2b-it", None, None),  # folders of this machine
@@ -146,7 +155,17 @@ def test_all_phases_of_training(counted, tmp_path, monkeypatch):
         write_model_card(tmp_path / "other", "my-model")
 
 
-def test_results_of_evaluations(counted, tmp_path):
+@pytest.mark.parametrize("names", [["a"], ["a", "b"]])
+def test_training_that_leads_back_to_itself_ends(names, counted, tmp_path):
+    for name, start in zip(names, [*names[1:], names[0]]):
+        save_training(tmp_path / name, tmp_path / start, data=DataSettings(path="questions.json"))
+    save_config(tmp_path / "a" / "config", build_config())
+    (tmp_path / "a" / "config" / "config.json").rename(tmp_path / "a" / "config.json")
+    training = section(write_model_card(tmp_path / "a", "my-model"), "Training")
+    assert [line[2] for line in training.splitlines() if line[4:].startswith("| projector")] == names[::-1]
+
+
+def test_results_of_evaluations(counted, tmp_path, caplog):
     samples = [
         {
             "id": str(index),
@@ -185,9 +204,14 @@ def test_results_of_evaluations(counted, tmp_path):
 
     with pytest.raises(ValueError, match=r"no results\.json in .*nowhere"):
         write_model_card(tmp_path / "model", "my-model", [tmp_path / "nowhere"])
-    inside.write_text('{"task": "pope"}')
+    inside.write_text('{"task": "pope"}')  # by something else, perhaps
     with pytest.raises(ValueError, match=r"results\.json is not as `ta-llava evaluate` writes it"):
-        write_model_card(tmp_path / "model", "my-model")
+        write_model_card(tmp_path / "model", "my-model", [inside.parent])
+    card = write_model_card(tmp_path / "model", "my-model", [tmp_path / "shapes"])
+    assert section(card, "Results").count("\n**") == 1
+    assert (
+        f"{inside} is not as `ta-llava evaluate` writes it: 'scores'. It is left out of the model card." in caplog.text
+    )
 
 
 def test_a_card_knows_whether_it_was_edited(counted, tmp_path):
@@ -198,6 +222,7 @@ def test_a_card_knows_whether_it_was_edited(counted, tmp_path):
     assert is_unedited(card) and is_unedited(pinned) and is_unedited(str(ModelCard(pinned)))
     assert pinned_revision(pinned, "me/my-model") == "0" * 40
     assert pinned_revision(pinned, "me/another") is None and pinned_revision(card, "my-model") is None
+    assert is_unedited(pinned.replace("\n", "\r\n"))
     for edited in (
         card.replace("## Limits", "## Limitations"),
         card.replace("transformers", "diffusers", 1),
@@ -207,3 +232,16 @@ def test_a_card_knows_whether_it_was_edited(counted, tmp_path):
         assert not is_unedited(edited)
     (tmp_path / "model" / "README.md").write_text(card)
     assert find_card(tmp_path / "model") == card and find_card(tmp_path) is None
+
+
+def test_a_hub_that_does_not_answer_has_no_card(tmp_path, monkeypatch, caplog):
+    with HubServer() as hub:
+        hub.connect(monkeypatch, tmp_path)
+        hub.add("alice/model", {"README.md": "mine"})
+        hub.add("alice/other", {"README.md": "mine"})
+        hub.add("alice/blank", {})
+        assert find_card("alice/model") == "mine" and find_card("alice/blank") is None and not caplog.text
+    close_session()  # whose connection is open still
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # before it tries again
+    assert find_card("alice/model") == "mine"  # it was downloaded before
+    assert find_card("alice/other") is None and "The README.md of alice/other cannot be downloaded now" in caplog.text

@@ -4,20 +4,20 @@ this package.
 """
 
 import json
-import os
 import shutil
-import subprocess
 
 import pytest
 import torch
-from conftest import EXAMPLE_IMAGE, SHIPPED_LLAVA, SHIPPED_MODEL
+from conftest import EXAMPLE_IMAGE, SHIPPED_LLAVA, SHIPPED_MODEL, run_without_the_package
 from hub_server import HubServer
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub.errors import HTTPError
 from test_assemble import save_language_model, save_tower
+from test_export import copy_without_a_weight
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
-from ta_llava import model_card
+from ta_llava import model_card, publish
 from ta_llava.assemble import assemble_ta_llava
 from ta_llava.cli import app
 from ta_llava.compress import compress_llava
@@ -169,18 +169,11 @@ def test_what_was_pushed_loads_without_the_package(hub, compressed, python_witho
     hub.add("alice/gated", {"config.json": "{}"}, gated=True)
     wrong = [(repo, "no-such-branch"), ("alice/no-such-repo", "main"), ("alice/gated", "main")]
     shutil.copy(EXAMPLE_IMAGE, tmp_path / "image.png")
-    environment = {**os.environ, **hub.environment(tmp_path / "elsewhere"), "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTHONPATH", None)
-    process = subprocess.run(
-        [python_without_the_package, "-c", LOAD, json.dumps([QUESTION, loads, repo, wrong])],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
+    arguments = json.dumps([QUESTION, loads, repo, wrong])
+    environment = hub.environment(tmp_path / "elsewhere")
+    report, answer, *messages = run_without_the_package(
+        python_without_the_package, tmp_path, LOAD, arguments, **environment
     )
-    assert process.returncode == 0, process.stderr[-3000:]
-    report, answer, *messages = process.stdout.splitlines()
     ta_llava = ["TaLlavaConfig", "TaLlavaModel", "TaLlavaForConditionalGeneration", "TaLlavaProcessor", [], []]
     vmtc_cmai = [f"VmtcCmaiLlava{name}" for name in ("Config", "Model", "ForConditionalGeneration", "Processor")] + [
         [],
@@ -237,19 +230,111 @@ def test_a_card_that_names_other_weights_is_not_believed(hub, compressed):
 
 
 def test_a_card_that_somebody_wrote_is_kept(hub, compressed):
-    hub.add(
-        "alice/kept",
-        {"README.md": "---\nlicense: mit\n---\nmine", "model-00001-of-00002.safetensors": b"old", "a.txt": ""},
-    )
+    hub.add("alice/kept", {"README.md": "---\nlicense: mit\n---\nmine"})
     code, _, error = push(compressed, "alice/kept")
-    assert code == 0 and "was kept; --overwrite-card replaces it" in error
-    files = hub.files("alice/kept")
-    assert files["README.md"] == b"---\nlicense: mit\n---\nmine"
-    # Weights of an earlier model are gone, all else is there.
-    assert {name for name in files if name.endswith((".safetensors", ".txt"))} == {"model.safetensors", "a.txt"}
+    assert code == 0 and "was kept" in error and "--overwrite-card replaces it" in error
+    assert hub.files("alice/kept")["README.md"] == b"---\nlicense: mit\n---\nmine"
     code, _, error = push(compressed, "alice/kept", "--overwrite-card")
     assert code == 0 and "kept" not in error
     assert f'"alice/kept", "{hub.history("alice/kept")[1].oid}"' in hub.files("alice/kept")["README.md"].decode()
+
+
+def test_the_example_of_an_edited_card_loads_what_was_pushed(hub, compressed, tmp_path):
+    assert push(compressed, "alice/edited")[0] == 0
+    first = hub.history("alice/edited")[1].oid
+    card = hub.files("alice/edited")["README.md"].decode().replace("## Limits\n", "## Mine\n").replace("\n", "\r\n")
+    card += f'\r\nrepo, revision = "alice/edited", "{"0" * 40}"\r\nrepo, revision = "bob/other", "{first}"\r\n'
+    hub.add("alice/edited", {"README.md": card})
+    compress_llava(SHIPPED_LLAVA, tmp_path / "other", 9, 0.5)
+    code, out, error = push(tmp_path / "other", "alice/edited")
+    assert code == 0 and "was kept" in error
+    second = hub.history("alice/edited")[1].oid
+    assert f"The revision to pin is {second}." in out
+    assert json.loads(hub.files("alice/edited", second)["config.json"])["vmtc_num_visual_tokens"] == 9
+    pin = 'repo, revision = "alice/edited", "{}"\r\n'
+    assert card.count(pin.format(first)) == 1
+    assert hub.files("alice/edited")["README.md"].decode() == card.replace(pin.format(first), pin.format(second))
+    history = hub.history("alice/edited")
+    assert push(tmp_path / "other", "alice/edited")[0] == 0 and hub.history("alice/edited") == history
+
+
+def test_a_local_folder_of_that_name_is_not_the_repo(hub, compressed, tmp_path, monkeypatch):
+    hub.add("alice/here", {"README.md": "of the repo"})
+    (tmp_path / "alice" / "here").mkdir(parents=True)
+    (tmp_path / "alice" / "here" / "README.md").write_text(model_card.write_model_card(compressed, "here"))
+    monkeypatch.chdir(tmp_path)
+    assert push(compressed, "alice/here")[0] == 0
+    assert hub.files("alice/here")["README.md"] == b"of the repo"
+
+
+def test_weights_of_an_earlier_model_are_removed(hub, compressed):
+    names = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
+    stale = {"adapter_config.json", *names, *(f"{name}.index.json" for name in names)}
+    stale |= {"{}-00002-of-00003.{}".format(*name.split(".")) for name in names}
+    others = {"notes.txt", "model-notes.safetensors", "lora/adapter_config.json", "lora/adapter_model.safetensors"}
+    hub.add("alice/stale", dict.fromkeys(stale | others, "old"))
+    assert push(compressed, "alice/stale")[0] == 0
+    files = hub.files("alice/stale", hub.history("alice/stale")[1].oid)  # that with the weights
+    assert files["model.safetensors"] == (compressed / "model.safetensors").read_bytes()
+    assert files.keys() & (stale | others) == {"model.safetensors"} | others
+
+
+def test_a_push_in_between_is_not_mixed_with_this_one(hub, compressed, monkeypatch):
+    def interrupt(method: str, files: dict) -> tuple[int, str, str]:
+        upload = getattr(HfApi, method)
+
+        def after_another(*args, **kwargs):
+            hub.add("alice/between", files)
+            return upload(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(HfApi, method, after_another)
+            return push(compressed, "alice/between")
+
+    code, out, error = interrupt("upload_folder", {"config.json": "{}"})
+    assert code == 1 and out == ""
+    assert "alice/between was changed by another push meanwhile, so this one stopped. Push again." in error
+    assert hub.files("alice/between").keys() == {".gitattributes", "config.json"}
+    code, _, error = interrupt("upload_file", {"README.md": "mine"})  # the weights are there already
+    assert code == 1 and "was changed by another push meanwhile" in error
+    code, _, error = push(compressed, "alice/between")
+    assert code == 0 and "was kept" in error and hub.files("alice/between")["README.md"] == b"mine"
+
+
+def test_a_model_that_cannot_be_written_leaves_no_repo(hub, tmp_path):
+    copy_without_a_weight(tmp_path / "model")
+    code, _, error = push(tmp_path / "model", "alice/incomplete")
+    assert code == 1 and "lacks 1 weights" in error
+    assert ("model", "alice/incomplete") not in hub.repos
+
+
+def test_a_hub_that_does_not_answer(hub, compressed, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        code, _, error = push(compressed, "alice/offline")
+    assert code == 1 and "The Hub cannot be reached: " in error and "offline mode is enabled" in error
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+        code, _, error = push(compressed, "alice/offline")
+    assert code == 1 and "The Hub cannot be reached: [Errno 111]" in error
+
+    def break_off(*_, **__):
+        raise HTTPError("The connection was lost.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub._commit_api.lfs_upload", break_off)
+        patch.setattr(hub, "large_files", {})  # so that there is something to upload
+        code, _, error = push(compressed, "alice/offline")
+    assert code == 1 and "The Hub cannot be reached: The connection was lost." in error
+
+
+def test_a_bug_is_not_taken_for_the_network(hub, compressed, monkeypatch):
+    def fail(*_):
+        raise KeyError("bug")
+
+    monkeypatch.setattr(publish, "download_card", fail)
+    result = CliRunner().invoke(app, ["push", str(compressed), "alice/bug"])
+    assert isinstance(result.exception, KeyError)
 
 
 def test_a_private_repo(hub, compressed):
@@ -283,7 +368,8 @@ def test_what_cannot_be_pushed(hub, compressed, monkeypatch, token, arguments, m
     monkeypatch.setenv("HF_TOKEN", token or "")
     repos, number = set(hub.repos), len(hub.requests)
     code, out, error = push(compressed, *arguments)
-    assert code == 1 and out == "" and error.startswith("error: ") and error.count("\n") == 1
+    *progress, error = error.splitlines()  # of loading weights
+    assert code == 1 and out == "" and error.startswith("error: ") and not any("error" in line for line in progress)
     assert message in error
     assert set(hub.repos) == repos
     assert not [request for request in hub.requests[number:] if "/commit/" in request.path]

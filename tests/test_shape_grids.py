@@ -48,6 +48,23 @@ def test_answers_are_true(grids):
             assert question.answer in question.sentence
 
 
+def test_a_grid_of_one_shape_is_that_image():
+    grid = build_grids("test", 1, num_shapes=1)[0]
+    (scene,) = grid.cells
+    assert np.array_equal(np.asarray(grid.draw()), load_pixels(scene))
+    assert grid.caption == f"The shape is {scene.caption}."
+    questions = ask(grid, random.Random(0))
+    assert [(question.text, question.answer) for question in questions] == [
+        ("What color is the shape?", scene.color),
+        ("What is the shape?", scene.shape),
+    ]
+
+
+def test_a_grid_is_square():
+    with pytest.raises(ValueError, match="A grid has 1 or 4 shapes, not 2"):
+        build_grids("test", 1, num_shapes=2)
+
+
 def test_where_is_asked_of_a_shape_that_comes_once(grids):
     a, b, *_ = {cell.caption: cell for cell in grids[0].cells}.values()
     for seed in range(10):

@@ -56,7 +56,7 @@ def test_rows_of_the_larger_models_are_rows_of_the_smaller():
         yaml.safe_load((tables.CONFIG.parent / name).read_text()) for name in ("tables.yaml", "tables_smollm2.yaml")
     )
     assert large["variants"].items() <= small["variants"].items()
-    assert large.keys() == small.keys()
+    assert small.keys() <= large.keys()
 
 
 def test_every_row_and_claim_has_a_variant():

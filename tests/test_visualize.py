@@ -452,6 +452,17 @@ def test_the_picture_of_the_prefix():
             assert np.abs(panel - heat(pixels, values / 4, 160)).max() <= 1.5  # one scale for all
 
 
+@pytest.mark.parametrize(
+    ("highest", "percent"), [(1 / 576, "0.17%"), (0.0149, "1.5%"), (0.123, "12%"), (0.996, "100%"), (1.0, "100%")]
+)
+def test_the_legend_has_two_digits(monkeypatch, highest, percent):
+    texts = []
+    monkeypatch.setattr("PIL.ImageDraw.ImageDraw.text", lambda self, place, text, **kwargs: texts.append(text))
+    view = PrefixView("what?", "yes", [1], torch.tensor([[[0.0, highest]]]))
+    draw_prefix(Image.new("RGB", (20, 10)), [view], 10)
+    assert texts[-1] == f"{percent} on one patch"
+
+
 def test_the_picture_of_cmai():
     pixels = np.random.default_rng(0).integers(0, 256, (322, 480, 3)).astype(np.uint8)
     inhibited = torch.tensor([[[0.0, 0.25, torch.nan], [0.5, 0.0, 0.0]], [[0.0] * 3, [0.25] * 3]])

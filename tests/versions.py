@@ -1,6 +1,7 @@
 """
 Runs the tests with several versions of transformers and torch, each pair in an environment of its own, which is made,
-used and removed before the next: `make test-versions`. Started again, it goes on with the pairs that are missing.
+used and removed before the next: `make test-versions`. Started again, it goes on with the pairs that are missing for the
+commit at hand.
 """
 
 import argparse
@@ -44,18 +45,22 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run_once(folder: Path, transformers: str, torch: str, pytest: list[str]) -> dict:
     """
-    The result for one pair of versions, from the file of an earlier run or from a run now.
+    The result for one pair of versions, from the file of an earlier run of the same commit or from a run now.
 
     Raises:
         `ValueError`: The earlier run was one of other tests.
+        `RuntimeError`: pytest was interrupted.
         `subprocess.CalledProcessError`: The packages cannot be installed together; pip has said why.
     """
     file = folder / "result.json"
+    command = ["git", "rev-parse", "HEAD"]
+    commit = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
     if file.is_file():
         result = json.loads(file.read_text(encoding="utf-8"))
         if result["pytest"] != pytest:
             raise ValueError(f"{folder} is of `pytest {' '.join(result['pytest'])}`. Choose another --output-dir.")
-        return result
+        if result["commit"] == commit:
+            return result
     folder.mkdir(exist_ok=True)
     pinned = {"transformers": transformers, "torch": torch}
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
@@ -70,8 +75,10 @@ def run_once(folder: Path, transformers: str, torch: str, pytest: list[str]) -> 
         report = folder / "report.xml"
         with (folder / "log.txt").open("w") as log:
             command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *pytest]
-            subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, check=False)
-    result = {**pinned, "python": sys.version.split()[0], "pytest": pytest, **read_report(report)}
+            status = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, check=False).returncode
+    if status not in (0, 1):  # all passed, some failed
+        raise RuntimeError(f"pytest ended with {status}, see {folder / 'log.txt'}.")
+    result = {**pinned, "python": sys.version.split()[0], "commit": commit, "pytest": pytest, **read_report(report)}
     file.write_text(json.dumps(result, indent=1), encoding="utf-8")
     return result
 

@@ -1,0 +1,155 @@
+"""What is read of a checkpoint, and of which size it may be. By which ways of users, is in `test_trust.py`."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import text_config
+from safetensors.torch import load_file, save_file
+from test_trust import CLIP_LARGE, LLAMA_405B
+from transformers import LlamaForCausalLM
+
+from ta_llava import safe_loading
+from ta_llava.safe_loading import check_sizes, load_config, read_safetensors
+
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    LlamaForCausalLM(text_config("llama", num_hidden_layers=1)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path) -> Path:
+    """A checkpoint, to be changed."""
+    return shutil.copytree(saved, tmp_path / "model")
+
+
+def read(source, **kwargs):
+    return read_safetensors(LlamaForCausalLM.from_pretrained, source, **kwargs)
+
+
+def put_into_shard(folder: Path, name: str, index: str = INDEX) -> None:
+    weights = folder / "model.safetensors"
+    weight_map = dict.fromkeys(load_file(weights), name)
+    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / name).parent.mkdir(exist_ok=True)
+    weights.rename(folder / name)
+
+
+@pytest.mark.parametrize("name", ["..weights.safetensors", "...safetensors", "parts/../weights.safetensors"])
+def test_names_that_only_look_as_if_they_led_outside(saved, folder, name):
+    (folder / "parts").mkdir()
+    put_into_shard(folder, name)
+    assert torch.equal(read(folder).lm_head.weight, read(saved).lm_head.weight)
+
+
+@pytest.mark.parametrize("name", ["../weights.safetensors", "parts/../../weights.safetensors"])
+def test_names_that_lead_outside(folder, name):
+    (folder / "parts").mkdir()
+    put_into_shard(folder, name)
+    with pytest.raises(ValueError, match=r"outside of its folder"):
+        read(folder)
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"subfolder": "part"}, {"variant": "fp16"}, {"subfolder": "part", "variant": "fp16"}]
+)
+def test_subfolders_and_variants(saved, tmp_path, kwargs):
+    """Their weights are read, and refused, as those of the folder itself."""
+    root = tmp_path / "model"
+    folder = shutil.copytree(saved, root / kwargs.get("subfolder", ""))
+    ending = f".{kwargs['variant']}" if "variant" in kwargs else ""
+    weights = folder / f"model{ending}.safetensors"
+    (folder / "model.safetensors").rename(weights)
+    assert torch.equal(read(root, **kwargs).lm_head.weight, read(saved).lm_head.weight)
+
+    state = load_file(weights)
+    weights.unlink()
+    torch.save(state, folder / f"pytorch_model{ending}.bin")
+    with pytest.raises(ValueError, match=rf"are pickles \(.*pytorch_model{ending}\.bin\)"):
+        read(root, **kwargs)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(state, f"pytorch_model{ending}.bin")}
+    (folder / f"model.safetensors.index{ending}.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="are no safetensors"):
+        read(root, **kwargs)
+
+
+def test_pickles_beside_are_not_blamed_for_what_is_missing(folder):
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    put_into_shard(folder, "model-00001-of-00001.safetensors")
+    (folder / "model-00001-of-00001.safetensors").unlink()
+    with pytest.raises(OSError, match="00001-of-00001") as error:
+        read(folder)
+    assert "are pickles" not in str(error.value)
+
+
+def test_without_a_config_there_is_no_model(folder):
+    """The library would make one of the sizes of Llama-7B."""
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"has no config\.json, so it is no checkpoint"):
+        read_safetensors(pytest.fail, folder)
+
+
+def test_a_file_in_place_of_a_folder(folder, monkeypatch):
+    """The library reads one where PEFT is not installed."""
+    monkeypatch.setattr(safe_loading, "is_peft_available", lambda: False)
+    config = load_config(folder)
+    save_file(load_file(folder / "model.safetensors"), folder / "weights.bin")
+    with pytest.raises(ValueError, match=r"weights\.bin' are no safetensors"):
+        read_safetensors(pytest.fail, folder / "weights.bin", config=config)
+
+
+def test_the_config_that_is_passed_is_the_one_that_counts(folder):
+    """Not that in the folder, which names weights here."""
+    config = load_config(folder)
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, "transformers_weights": "adapter_model.bin"}))
+    assert read(folder, config=config).config.num_hidden_layers == 1
+    with pytest.raises(ValueError, match="`transformers_weights` of `config` names 'adapter_model.bin'"):
+        read(folder)
+    with pytest.raises(ValueError, match="`transformers_weights` of `config` names 'adapter_model.bin'"):
+        read(folder, config=load_config(folder))
+
+
+def test_code_of_a_config_is_not_asked_about(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", pytest.fail)
+    config = {"model_type": "unheard-of", "auto_map": {"AutoConfig": "code.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"layer_types": ["full_attention"] * 2000},
+            "`layer_types` of `config` has 2000, but no model has more than 1000",
+        ),
+        ({"max_position_embeddings": 10**9}, "`max_position_embeddings` of `config` is 1000000000, but no model"),
+        ({"image_size": [224, 10**9]}, "`image_size` of `config` has 1000000000, but no model has more than 100000"),
+        ({"model_type": "gpt2", "n_positions": 10**9}, "`n_positions` of `config` is 1000000000"),
+        ({"parts": [{"hidden_size": 10**9}]}, "`hidden_size` of `config.parts` is 1000000000"),
+        (
+            {"text_config": {"attribute_map": {"num_hidden_layers": "n"}, "n": 10**9}},
+            "`config.text_config` has an `attr",
+        ),
+    ],
+)
+def test_sizes_are_found_before_a_config_is_made(tmp_path, monkeypatch, fields, message):
+    monkeypatch.setattr(safe_loading.AutoConfig, "from_pretrained", pytest.fail)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **fields}))
+    with pytest.raises(ValueError, match=message):
+        load_config(tmp_path)
+
+
+def test_lists_and_positions_that_models_have():
+    many = {"max_position_embeddings": 10_485_760, "layer_types": ["full_attention"] * 126, "image_size": [336, 336]}
+    check_sizes("config", {**LLAMA_405B.to_dict(), **many, "vision_config": CLIP_LARGE.to_dict()})
