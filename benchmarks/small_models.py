@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -456,7 +456,7 @@ def measure_llava(
         return
     parts, run_folder = Parts.load(folder, config), folder / f"llava-{seed}"
     model = parts.build(VmtcCmaiLlavaForConditionalGeneration, parts.llava_config(fields))
-    model.load_state_dict(torch.load(run_folder / "finetune" / "finished.pt", weights_only=True)["model"])
+    load_model(model, run_folder / "finetune" / "finished.safetensors")
     if trained:
         _train_llava(model, parts, folder, config, seed, features, run_folder / name, ("continue",))
     held = load_file(folder / "features" / f"{features}.safetensors")["test"]

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_model, save_model
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import nn
@@ -309,15 +310,14 @@ def run_stage(
     matrices are multiplied in bfloat16.
     """
     folder = output_dir / name
-    finished = folder / "finished.pt"
+    finished = folder / "finished.safetensors"
     settings = {"seed": seed, "steps": steps, "batch_size": batch_size}
     if finished.exists():
-        saved = torch.load(finished, weights_only=True)
-        if saved["settings"] != settings:
-            raise ValueError(
-                f"{folder} was trained with {saved['settings']}, not {settings}. Choose another --output-dir."
-            )
-        model.load_state_dict(saved["model"])
+        with safe_open(finished, framework="pt") as file:
+            trained_with = json.loads(file.metadata()["settings"])
+        if trained_with != settings:
+            raise ValueError(f"{folder} was trained with {trained_with}, not {settings}. Choose another --output-dir.")
+        load_model(model, finished)
         print(f"{name}: finished before, loaded from {finished}")
         return
     set_seed(seed)
@@ -349,7 +349,7 @@ def run_stage(
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # with `bf16` it would stay so after training
     (folder / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
     with complete_or_not_at_all(finished) as unfinished:
-        torch.save({"settings": settings, "model": model.state_dict()}, unfinished)
+        save_model(model, str(unfinished), metadata={"settings": json.dumps(settings)})
     for folder_of_state in folder.glob("checkpoint-*"):  # with the optimizer, three times as large
         shutil.rmtree(folder_of_state)
 
