@@ -32,7 +32,7 @@ from .vmtc import count_visual_tokens
 from .vmtc_cmai_patch import VmtcCmaiLlavaConfig, VmtcCmaiLlavaForConditionalGeneration, VmtcCmaiLlavaProcessor
 
 
-IMAGE_TOKEN = "<image>"
+IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
 # Tokens that vocabularies keep free, in Gemma and Llama-3.
 UNUSED_TOKENS = ("<unused0>", "<|reserved_special_token_0|>")
 
@@ -118,7 +118,7 @@ def assemble_ta_llava(
         parts.tokenizer,
         num_prefix_tokens=num_prefix_tokens,
         image_token_id=parts.image_token_id,
-        chat_template=parts.chat_template_for(IMAGE_TOKEN),
+        chat_template=parts.chat_template_for(IMAGE_TOKEN, VIDEO_TOKEN),
     )
     marker = parts.turns.opening.strip()
     marker_ids = find_response_marker(processor, marker)
@@ -261,8 +261,8 @@ class _Parts:
     image_token_id: int
     notes: list[str]
 
-    def chat_template_for(self, image_token: str) -> str:
-        return add_images(self.own_template, self.turns, image_token, self.tokenizer.special_tokens_map)
+    def chat_template_for(self, image_token: str, video_token: str | None = None) -> str:
+        return add_images(self.own_template, self.turns, image_token, self.tokenizer.special_tokens_map, video_token)
 
 
 def _read_parts(

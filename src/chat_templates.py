@@ -8,15 +8,15 @@ from typing import Any
 from transformers.utils.chat_template_utils import render_jinja_template
 
 
-# Gemma's own turns. `<image>` stands where an image is; the processor moves all images of a prompt into the prefix.
+# Gemma's own turns. `<image>` and `<video>` stand where one is; the processor moves all of a prompt into the prefix.
 # What the assistant says is marked, for `apply_chat_template(..., return_assistant_tokens_mask=True)`.
 GEMMA_CHAT_TEMPLATE = (
     "{%- macro render(content) -%}"
     "{%- if content is string -%}{{ content }}"
     "{%- else -%}{%- for item in content -%}"
-    "{%- if item['type'] == 'image' -%}{{ '<image>' }}"
+    "{%- if item['type'] in ('image', 'video') -%}{{ '<' + item['type'] + '>' }}"
     "{%- elif item['type'] == 'text' -%}{{ item['text'] }}"
-    "{%- else -%}{{ raise_exception('A message holds images and text, not ' + item['type'] + '.') }}{%- endif -%}"
+    "{%- else -%}{{ raise_exception('A message holds images, videos and text, not ' + item['type'] + '.') }}{%- endif -%}"
     "{%- endfor -%}{%- endif -%}"
     "{%- endmacro -%}"
     "{{ bos_token }}"
@@ -116,12 +116,14 @@ def recognise_turns(chat_template: str, special_tokens: dict[str, str]) -> Turns
     )
 
 
-def add_images(chat_template: str, turns: Turns, image_token: str, special_tokens: dict[str, str]) -> str:
+def add_images(
+    chat_template: str, turns: Turns, image_token: str, special_tokens: dict[str, str], video_token: str | None = None
+) -> str:
     """
-    A chat template that takes images. Conversations of text are rendered by the given template, and so exactly as it does,
-    errors included.
+    A chat template that takes images, and videos if there is a `video_token`. Conversations of text are rendered by the
+    given template, and so exactly as it does, errors included.
 
-    Before it runs, the content of each message is made a string: an image becomes `image_token` and a line break. What
+    Before it runs, the content of each message is made a string: an image becomes its token and a line break. What
     it has written is then taken apart at `turns`, so that each answer, with its end-of-turn token, is marked for
     `apply_chat_template(..., return_assistant_tokens_mask=True)`.
 
@@ -130,10 +132,16 @@ def add_images(chat_template: str, turns: Turns, image_token: str, special_token
         turns ([`Turns`]): Its family, as `recognise_turns` gives it.
         image_token (`str`): What the processor takes for an image.
         special_tokens (`dict[str, str]`): As for `recognise_turns`.
+        video_token (`str`, *optional*): What it takes for a video.
 
     Raises:
         `ValueError`: The template cannot be taken apart.
     """
+    contents = {"image": json.dumps(image_token + "\n")}
+    if video_token is not None:
+        contents["video"] = json.dumps(video_token + "\n")
+    contents["text"] = "item['text']"
+    kinds = "images and text" if video_token is None else "images, videos and text"
     opening, end_of_turn = json.dumps(turns.opening), json.dumps(turns.end_of_turn)
     # Marks of its own would count from the wrong place.
     own = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", chat_template)
@@ -144,11 +152,14 @@ def add_images(chat_template: str, turns: Turns, image_token: str, special_token
         "{%- if message['content'] is defined and message['content'] is sequence and message['content'] is not string -%}"
         "{%- set chat.content = '' -%}"
         "{%- for item in message['content'] -%}"
-        "{%- if item['type'] == 'image' -%}{%- set chat.content = chat.content + "
-        + json.dumps(image_token + "\n")
-        + " -%}"
-        "{%- elif item['type'] == 'text' -%}{%- set chat.content = chat.content + item['text'] -%}"
-        "{%- else -%}{{ raise_exception('A message holds images and text, not ' + item['type'] + '.') }}{%- endif -%}"
+        "{%- if "
+        + "{%- elif ".join(
+            f"item['type'] == '{kind}' -%}}{{%- set chat.content = chat.content + {content} -%}}"
+            for kind, content in contents.items()
+        )
+        + "{%- else -%}{{ raise_exception('A message holds "
+        + kinds
+        + ", not ' + item['type'] + '.') }}{%- endif -%}"
         "{%- endfor -%}"
         "{%- set chat.messages = chat.messages + [dict(message, content=chat.content)] -%}"
         "{%- else -%}{%- set chat.messages = chat.messages + [message] -%}{%- endif -%}"

@@ -19,11 +19,15 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_utils import load_image
+from transformers.utils import is_av_available, is_torchcodec_available
+from transformers.video_utils import VideoMetadata, default_sample_indices_fn, load_video
 
 
 # Wider or taller than this, the middle of an image is cut out before it is resized by its shortest edge: what a centre
 # crop would discard is not blown up to gigapixels first.
 _MAX_ASPECT_RATIO = 4
+
+_VIDEO_DECODERS = {"pyav": is_av_available, "torchcodec": is_torchcodec_available}
 
 
 def open_images(images: Any) -> Any:
@@ -76,6 +80,46 @@ def load_rgb_image(image: Any) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def sample_frames(video: Any, num_frames: int | None = None) -> list:
+    """
+    Frames of a video, at equal distances from the first one on.
+
+    Args:
+        video (`str`, path, array, tensor or list): A file or URL, `(frames, H, W, C)` or `(frames, C, H, W)`, or the
+            frames.
+        num_frames (`int`, *optional*): At most so many; by default all.
+
+    Raises:
+        `ValueError`: The video cannot be read, or has no frames.
+        `ImportError`: It is a file or URL, and nothing is installed that decodes it.
+    """
+
+    def choose(total: int) -> np.ndarray:
+        if total < 1:
+            raise ValueError("it has no frames, or does not say how many")
+        chosen = total if num_frames is None else min(num_frames, total)
+        return default_sample_indices_fn(VideoMetadata(total_num_frames=total), num_frames=chosen)
+
+    if isinstance(video, (str, os.PathLike)):
+        backend = next((name for name, is_available in _VIDEO_DECODERS.items() if is_available()), None)
+        if backend is None:
+            raise ImportError(
+                f"Nothing is installed that decodes the video {str(video)!r}: `pip install av`, or pass its frames."
+            )
+        try:
+            frames, _ = load_video(
+                os.fspath(video),
+                backend=backend,
+                sample_indices_fn=lambda metadata, **kwargs: choose(metadata.total_num_frames),
+            )
+        except Exception as error:  # of the network, and whatever a decoder raises
+            raise ValueError(f"The video {str(video)!r} could not be read: {error}") from error
+        return list(frames)
+    if len(video) == 0:
+        raise ValueError("A video has no frames.")
+    return [video[index] for index in choose(len(video))]
 
 
 def _open_image(source: str) -> Image.Image:

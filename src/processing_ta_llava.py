@@ -26,17 +26,17 @@ from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpa
 from transformers.tokenization_utils_base import LARGE_INTEGER, TextInput
 from transformers.video_utils import VideoInput
 
-from .image_loading import cut_to_aspect_ratio, load_rgb_image
+from .image_loading import cut_to_aspect_ratio, load_rgb_image, sample_frames
 
 
 class TaLlavaProcessor(ProcessorMixin):  # trf-ignore: TRF057
     r"""
     Turns images and text into the inputs of [`TaLlavaForConditionalGeneration`].
 
-    In the text, `image_token` (`"<image>"`) stands for an image, anywhere; the chat template writes it. A row with images,
-    however many, gets `num_prefix_tokens` placeholder ids before all its text, and the BOS token after them; the
-    `<image>`s themselves, each with the line break that follows it, are taken out. A row without images is what the
-    tokenizer makes of it.
+    In the text, `image_token` (`"<image>"`) stands for an image and `video_token` (`"<video>"`) for a video, anywhere; the
+    chat template writes them. A row with images, however many, gets `num_prefix_tokens` placeholder ids before all its
+    text, and the BOS token after them; the `<image>`s and `<video>`s themselves, each with the line break that follows
+    it, are taken out. A row without images is what the tokenizer makes of it. To the model, a video is its frames.
 
     Args:
         image_processor (`BaseImageProcessor`):
@@ -50,6 +50,10 @@ class TaLlavaProcessor(ProcessorMixin):  # trf-ignore: TRF057
         image_token_id (`int`, *optional*):
             Id of the placeholder; must be that of the model's config. Defaults to the id of `image_token`, which must then
             be a token of the tokenizer.
+        video_token (`str`, *optional*, defaults to `"<video>"`):
+            What stands for a video in the text.
+        num_video_frames (`int`, *optional*, defaults to 8):
+            At most so many frames of a video are read, at equal distances.
         chat_template (`str`, *optional*):
             Jinja template for [`~ProcessorMixin.apply_chat_template`]. Defaults to that of the tokenizer.
     """
@@ -61,6 +65,8 @@ class TaLlavaProcessor(ProcessorMixin):  # trf-ignore: TRF057
         num_prefix_tokens: int = 32,
         image_token: str = "<image>",
         image_token_id: int | None = None,
+        video_token: str = "<video>",
+        num_video_frames: int = 8,
         chat_template: str | None = None,
         **kwargs,
     ):
@@ -74,6 +80,8 @@ class TaLlavaProcessor(ProcessorMixin):  # trf-ignore: TRF057
         self.num_prefix_tokens = num_prefix_tokens
         self.image_token = image_token
         self.image_token_id = image_token_id
+        self.video_token = video_token
+        self.num_video_frames = num_video_frames
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
 
     def __call__(  # trf-ignore: TRF057
@@ -89,25 +97,34 @@ class TaLlavaProcessor(ProcessorMixin):  # trf-ignore: TRF057
                 Path, URL, base64 string, PIL image, array or tensor each. A flat list is dealt out to the rows by the
                 `<image>`s in their text; a nested one has one list per row, which may be empty.
             text (`str` or `list[str]`, *optional*):
-                The prompts, with one `<image>` per image.
+                The prompts, with one `<image>` per image and one `<video>` per video.
+            videos (video, or lists of videos, *optional*):
+                A file or URL (decoded by `av` or `torchcodec`, whichever is installed), an array or tensor
+                `(frames, H, W, C)` or `(frames, C, H, W)`, or a list of frames each, which are PIL images, arrays or
+                tensors. They are dealt out to the rows by the `<video>`s in their text.
+            num_frames (`int`, *optional*):
+                Instead of `num_video_frames`.
 
         Returns:
             [`BatchFeature`] with `input_ids` and `attention_mask` `(B, S)`, with images also `pixel_values`
-            `(B, I, 3, H, W)` and `image_mask` `(B, I)`, 1 for real images, 0 for filler; with
+            `(B, I, 3, H, W)` and `image_mask` `(B, I)`, 1 for real images, 0 for filler, where each frame of a video counts
+            as an image, at the place of the video among the images of its row; with
             `return_mm_token_type_ids=True` also `mm_token_type_ids` `(B, S)`, 1 on the placeholders.
 
         Raises:
-            `ValueError`: An unreadable image, numbers of images and of `<image>`s that differ, an empty prompt, or one
-                longer than the tokenizer's `model_max_length`.
+            `ValueError`: An unreadable image or video, numbers of images and of `<image>`s, or of videos and of
+                `<video>`s, that differ, an empty prompt, or one longer than the tokenizer's `model_max_length`.
+            `ImportError`: A video is a file or URL, and nothing is installed that decodes it.
         """
-        if videos is not None or kwargs.pop("audio", None) is not None:
-            raise ValueError("TA-LLaVA reads images and text; pass the frames of a video as `images`.")
-        if text is None and images is None:
-            raise ValueError("Give `text`, `images`, or both.")
+        if kwargs.pop("audio", None) is not None:
+            raise ValueError("TA-LLaVA reads images, videos and text, no sound.")
+        if text is None and images is None and videos is None:
+            raise ValueError("Give `text`, `images`, `videos`, or several of them.")
         merged = self._merge_kwargs(ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
         return_tensors = text_kwargs.pop("return_tensors", None)
         images_kwargs.pop("return_tensors", None)
+        frames = self._frames_of_videos(videos, **merged["videos_kwargs"])
 
         data: dict[str, Any] = {}
         if text is not None:
@@ -118,10 +135,11 @@ class TaLlavaProcessor(ProcessorMixin):  # trf-ignore: TRF057
                 or not texts
             ):
                 raise ValueError("`text` must be a string or a list of strings, with at least one in it.")
-            rows = self._images_of_rows(images, texts)
+            rows = self._with_frames(self._images_of_rows(images, texts), frames, texts)
             data.update(self._tokenize(list(texts), [len(row) > 0 for row in rows], **text_kwargs))
         else:
-            rows = [[image] for image in _flatten_images(images)]
+            rows = [[image] for image in _flatten_images(images)] if images is not None else []
+            rows += frames
         if any(rows):
             data.update(self._stack_images(rows, **images_kwargs))
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["text_replacement_offsets"])
@@ -145,6 +163,48 @@ class TaLlavaProcessor(ProcessorMixin):  # trf-ignore: TRF057
             )
         remaining = iter(flat)
         return [[next(remaining) for _ in range(count)] for count in expected]
+
+    def _frames_of_videos(
+        self,
+        videos: Any,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        do_sample_frames: bool = True,
+        **kwargs,
+    ) -> list[list]:
+        """The frames of each video that are read; they are processed as images."""
+        if videos is None:
+            return []
+        if fps is not None:
+            raise ValueError(
+                "Frames are taken at equal distances, by their number: pass `num_frames` instead of `fps`."
+            )
+        num_frames = self.num_video_frames if num_frames is None else num_frames
+        if num_frames < 1:
+            raise ValueError(f"`num_frames` must be at least 1, got {num_frames}.")
+        return [sample_frames(video, num_frames if do_sample_frames else None) for video in _flatten_videos(videos)]
+
+    def _with_frames(self, rows: list[list], frames: list[list], texts: Sequence[str]) -> list[list]:
+        """The images of each row and the frames of its videos, in the order of the text."""
+        expected = sum(sample.count(self.video_token) for sample in texts)
+        if len(frames) != expected:
+            raise ValueError(
+                f"The prompts have {expected} {self.video_token}, but got {len(frames)} videos. Write one "
+                f"{self.video_token} per video into the text, or use `apply_chat_template`."
+            )
+        if not frames:
+            return rows
+        remaining, merged = iter(frames), []
+        for row, sample in zip(rows, texts):
+            images, everything = iter(row), []
+            for token in re.findall(self._visual_token_pattern, sample):
+                everything += next(remaining) if token == self.video_token else [next(images)]
+            merged.append(everything)
+        return merged
+
+    @property
+    def _visual_token_pattern(self) -> str:
+        return f"{re.escape(self.image_token)}|{re.escape(self.video_token)}"
 
     def _tokenize(
         self,
@@ -223,13 +283,14 @@ class TaLlavaProcessor(ProcessorMixin):  # trf-ignore: TRF057
         return data
 
     def _take_out_image_tokens(self, sample: str) -> tuple[str, list[dict[str, tuple[int, int]]]]:
-        """The text without its `<image>`s, and where each was (`span`) and is now (`new_span`, of length 0)."""
+        """The text without its `<image>`s and `<video>`s, and where each was (`span`) and is (`new_span`, of length 0)."""
+        pattern = rf"(?:{self._visual_token_pattern})\n?"
         offsets, removed = [], 0
-        for match in re.finditer(re.escape(self.image_token) + r"\n?", sample):
+        for match in re.finditer(pattern, sample):
             start, end = match.span()
             offsets.append({"span": (start, end), "new_span": (start - removed, start - removed)})
             removed += end - start
-        return re.sub(re.escape(self.image_token) + r"\n?", "", sample), offsets
+        return re.sub(pattern, "", sample), offsets
 
     def _stack_images(self, rows: list[list], **kwargs) -> dict[str, np.ndarray]:
         """`pixel_values` `(B, I, 3, H, W)` and `image_mask` `(B, I)` of rows with up to I images each."""
@@ -274,6 +335,22 @@ def _flatten_images(images: Any) -> list:
     if not isinstance(images, (str, os.PathLike, Image.Image)) and getattr(images, "ndim", 0) == 4:
         return list(images)
     return [images]
+
+
+def _flatten_videos(videos: Any, depth: int = 0) -> list:
+    """One video, or videos in lists in any way, as a flat list. Three lists deep, names are those of frames."""
+    if isinstance(videos, (str, os.PathLike)) or getattr(videos, "ndim", 0) == 4:
+        return [videos]
+    if getattr(videos, "ndim", 0) == 5:
+        return list(videos)
+    if not isinstance(videos, (list, tuple)):
+        raise ValueError(
+            f"A video is a file, a URL, an array of 4 dimensions or a list of frames, not {type(videos)}."
+        )
+    named = depth == 2 and all(isinstance(frame, (str, os.PathLike)) for frame in videos)
+    if named or any(isinstance(frame, Image.Image) or getattr(frame, "ndim", 0) == 3 for frame in videos):
+        return [videos]
+    return [video for part in videos if part is not None for video in _flatten_videos(part, depth + 1)]
 
 
 __all__ = ["TaLlavaProcessor"]

@@ -143,9 +143,17 @@ def test_images_stand_where_they_are():
     )
 
 
+def test_videos_stand_where_they_are():
+    content = [{"type": "video"}, {"type": "text", "text": "a"}]
+    assert render([{"role": "user", "content": content}]) == "<bos><start_of_turn>user\n<video>a<end_of_turn>\n"
+    turns = recognise_turns(SMOLLM2, SPECIAL_TOKENS)
+    template = add_images(SMOLLM2, turns, "<image>", SPECIAL_TOKENS, video_token="<video>")
+    assert "user\n<video>\na<|im_end|>" in render_with(template, [{"role": "user", "content": content}])[0]
+
+
 def test_other_content_is_refused():
-    with pytest.raises(Exception, match="images and text, not video"):
-        render([{"role": "user", "content": [{"type": "video"}]}])
+    with pytest.raises(Exception, match="images, videos and text, not audio"):
+        render([{"role": "user", "content": [{"type": "audio"}]}])
 
 
 # --- templates of language models, with images added ---------------------------------------------------------------

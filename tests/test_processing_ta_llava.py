@@ -11,8 +11,8 @@ from conftest import EXAMPLE_IMAGE
 from PIL import Image
 from transformers import AutoProcessor
 
-from ta_llava import TaLlavaProcessor
-from ta_llava.image_loading import load_rgb_image
+from ta_llava import TaLlavaProcessor, image_loading
+from ta_llava.image_loading import load_rgb_image, sample_frames
 
 
 QUESTION = "what color is the shape?"
@@ -27,9 +27,13 @@ def picture(mode: str = "RGB", size: tuple[int, int] = (20, 12)) -> Image.Image:
 
 
 def user(*content) -> list[dict]:
-    """A conversation of one turn of the user: texts and images."""
+    """A conversation of one turn of the user: texts, images, and whatever is an item already."""
     items = [
-        {"type": "text", "text": item} if isinstance(item, str) else {"type": "image", "image": item}
+        item
+        if isinstance(item, dict)
+        else {"type": "text", "text": item}
+        if isinstance(item, str)
+        else {"type": "image", "image": item}
         for item in content
     ]
     return [{"role": "user", "content": items}]
@@ -411,7 +415,7 @@ def test_text_must_be_text(processor):
     for text in ([1, 2], [], 3):
         with pytest.raises(ValueError, match="string or a list of strings"):
             processor(text=text)
-    with pytest.raises(ValueError, match="`text`, `images`, or both"):
+    with pytest.raises(ValueError, match="Give `text`, `images`, `videos`"):
         processor()
 
 
@@ -422,9 +426,111 @@ def test_a_prompt_longer_than_the_context(processor):
         processor(images=picture(), text="<image>" + "shape " * 600)
 
 
-def test_videos_and_sound_are_refused(processor):
-    with pytest.raises(ValueError, match="frames of a video as `images`"):
-        processor(text="what?", videos=[np.zeros((2, 8, 8, 3))])
+# --- videos --------------------------------------------------------------------------------------------------------
+
+
+def film(num_frames: int = 10, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (num_frames, 12, 20, 3), dtype=np.uint8)
+
+
+def assert_same(inputs, expected):
+    assert inputs.keys() == expected.keys()
+    assert all(np.array_equal(inputs[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize(
+    "num_frames, chosen", [(None, [0, 1, 2, 3, 5, 6, 7, 8]), (4, [0, 2, 5, 7]), (1, [0]), (20, range(10))]
+)
+def test_a_video_is_frames_at_equal_distances(processor, num_frames, chosen):
+    video = film()
+    inputs = processor(text=f"<video>\n{QUESTION}", videos=video, num_frames=num_frames)
+    images = [video[index] for index in chosen]
+    assert_same(inputs, processor(text="<image>" * len(images) + QUESTION, images=images))
+
+
+def test_every_form_of_a_video_gives_the_same(processor):
+    video = film(3)
+    frames = [Image.fromarray(frame) for frame in video]
+    expected = processor(text="<video>a", videos=video)
+    forms = [frames, list(video), [video], video[None], [[video]], [frames], torch.tensor(video)]
+    for form in [*forms, torch.tensor(video).permute(0, 3, 1, 2)]:
+        assert_same(processor(text="<video>a", videos=form), expected)
+
+
+def test_rows_have_images_and_videos_in_the_order_of_their_text(processor):
+    first, second = film(2), film(1, seed=1)
+    inputs = processor(
+        text=["a<video>b<image>", "c", "<image><video>d"],
+        images=[[picture()], [], [picture("L")]],
+        videos=[first, second],
+        padding=True,
+    )
+    expected = processor(
+        text=["a<image><image>b<image>", "c", "<image><image>d"],
+        images=[[*first, picture()], [], [picture("L"), *second]],
+        padding=True,
+    )
+    assert_same(inputs, expected)
+    assert inputs["image_mask"].tolist() == [[1, 1, 1], [0, 0, 0], [1, 1, 0]]
+
+
+def test_a_video_of_a_conversation(processor, tmp_path):
+    frames = film(3)
+    paths = [str(tmp_path / f"{index}.png") for index in range(3)]
+    for path, frame in zip(paths, frames):
+        Image.fromarray(frame).save(path)
+    expected = chat(processor, user(*map(Image.fromarray, frames[:2]), QUESTION))
+    for video in (frames, paths):
+        conversation = [user({"type": "video", "video": video}, QUESTION)]
+        assert_same(chat(processor, conversation, processor_kwargs={"num_frames": 2}), expected)
+
+
+def test_a_video_file(processor, tmp_path):
+    av = pytest.importorskip("av")
+    path = tmp_path / "grey.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=5, options={"qp": "0"})
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv444p"
+        for index in range(10):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 20 * index, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    frames = sample_frames(path, 5)
+    assert np.allclose([frame.mean() for frame in frames], [0, 40, 80, 120, 160], atol=2)
+    assert_same(
+        processor(text="<video>a", videos=path, num_frames=5), processor(text="<image>" * 5 + "a", images=frames)
+    )
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"text": "a", "videos": film()}, "The prompts have 0 <video>, but got 1 videos"),
+        ({"text": ["<video>a", "b<video>"], "videos": film()}, "The prompts have 2 <video>, but got 1 videos"),
+        ({"text": "<video>a"}, "The prompts have 1 <video>, but got 0 videos"),
+        ({"text": "<video>a", "videos": film(), "num_frames": 0}, "`num_frames` must be at least 1, got 0"),
+        ({"text": "<video>a", "videos": film(), "fps": 2}, "pass `num_frames` instead of `fps`"),
+        ({"text": "<video>a", "videos": film(0)}, "A video has no frames"),
+        ({"text": "<video>a", "videos": 3}, "not <class 'int'>"),
+        ({"text": "<video>a", "videos": "nowhere.mp4"}, "The video 'nowhere.mp4' could not be read"),
+        ({"text": "<video>a", "videos": __file__}, "could not be read"),
+    ],
+)
+def test_videos_that_cannot_be_read(processor, kwargs, message):
+    pytest.importorskip("av")
+    with pytest.raises(ValueError, match=message):
+        processor(**kwargs)
+
+
+def test_a_video_file_without_a_decoder(processor, monkeypatch):
+    monkeypatch.setattr(image_loading, "_VIDEO_DECODERS", {"pyav": lambda: False})
+    with pytest.raises(ImportError, match="Nothing is installed that decodes the video 'a.mp4': `pip install av`"):
+        processor(text="<video>a", videos="a.mp4")
+
+
+def test_sound_is_refused(processor):
+    with pytest.raises(ValueError, match="no sound"):
+        processor(text="what?", audio=np.zeros(8))
 
 
 def test_the_example_image_is_readable():
