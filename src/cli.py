@@ -181,7 +181,7 @@ def push(
     if pushed.kept_card:
         typer.echo(
             "The repo has a README.md that is not as this command writes it, so it was kept, but for the revision in its "
-            "example; --overwrite-card replaces it.",
+            "example. --overwrite-card replaces it by a new one, `hf upload REPO FOLDER/README.md README.md` by yours.",
             err=True,
         )
 

@@ -23,6 +23,7 @@ def complete_or_not_at_all(path: Path) -> Iterator[Path]:
 @contextmanager
 def complete_folder_or_not_at_all(path: Path) -> Iterator[Path]:
     """An empty folder to write to, which then gets its own name: a new one, or that of an empty folder."""
+    path = path.resolve()  # a link stays, and leads to the folder
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
         unfinished = Path(scratch) / "unfinished"  # inside, for the outer one is closed to other users

@@ -211,7 +211,7 @@ def _compressed_config(
         config = VmtcCmaiLlavaConfig.from_pretrained(folder, **flags)
     except StrictDataclassError as error:
         raise ValueError(f"{source}: {one_line(error.__cause__ or error)}") from error
-    except (ValueError, AttributeError) as error:
+    except Exception as error:  # it may be damaged in any way
         raise ValueError(f"The config.json of {source} cannot be used for VMTC and CMAI: {one_line(error)}") from error
     config.architectures = [VmtcCmaiLlavaForConditionalGeneration.__name__]
     config.auto_map = dict(AUTO_MAP)
@@ -241,7 +241,7 @@ def _compressed_processor(
                 f"{source} has a {processor_class}; VMTC and CMAI work with images of one size, as a LlavaProcessor makes."
             )
     try:
-        processor = VmtcCmaiLlavaProcessor.from_pretrained(folder)
+        processor = VmtcCmaiLlavaProcessor.from_pretrained(folder, trust_remote_code=False)
         black = Image.new("RGB", (64, 64))
         pixel_values = torch.as_tensor(processor.image_processor(black, return_tensors="pt")["pixel_values"])
     except Exception as error:  # files may be missing or damaged in any way
@@ -272,7 +272,7 @@ def _count_features(source: str | Path, config: VmtcCmaiLlavaConfig, pixel_value
         with torch.device("meta"), torch.no_grad():
             model = VmtcCmaiLlavaModel(deepcopy(config)).eval()
             return len(model.get_image_features(pixel_values.to("meta"), return_dict=True).pooler_output[0])
-    except (ValueError, StrictDataclassError) as error:
+    except Exception as error:  # its config may be damaged in any way
         raise ValueError(
             f"{source} does not work with these settings: {one_line(error.__cause__ or error)}"
         ) from error

@@ -61,7 +61,7 @@ class TaLlavaConfig(VmtcConfig):  # trf-ignore: TRF057
         vision_feature_layer (`int`, *optional*, defaults to -2):
             Index into the hidden states of the vision tower that gives the visual tokens.
         vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`):
-            `"default"` drops the class token of the vision tower, `"full"` keeps it.
+            `"default"` drops the class token of the vision tower, if it has one (SigLIP does not), `"full"` keeps it.
         projector_type (`str`, *optional*, defaults to `"linear"`):
             `"linear"` (one linear layer, the paper) or `"mlp"` (two linear layers with a GELU between).
         image_token_id (`int`, *optional*, defaults to 7):

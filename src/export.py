@@ -4,11 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+from huggingface_hub import ModelCard
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import has_file
 
 from .complete_files import complete_folder_or_not_at_all
 from .configuration_ta_llava import TaLlavaConfig
-from .error_messages import one_line
+from .error_messages import one_line, why_not_loaded
 from .model_card import CARD, find_card, is_unedited, tells_same_training, write_model_card
 from .safe_loading import load_config
 from .vmtc_cmai_patch import VmtcCmaiLlavaConfig
@@ -16,6 +19,8 @@ from .vmtc_cmai_patch import VmtcCmaiLlavaConfig
 
 def check_new_folder(folder: Path) -> None:
     """Raises `ValueError` rather than writing among files that are there already."""
+    if folder.resolve() == Path.cwd():
+        raise ValueError(f"{folder} is the current folder. Name a new one.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists already and is not an empty folder.")
 
@@ -59,6 +64,11 @@ def check_export(
             f"{model} has a {CARD} that was edited, into which the results would not go. With --overwrite-card a new one "
             "is written."
         )
+    if card:
+        try:
+            ModelCard(card)
+        except (yaml.YAMLError, ValueError) as error:
+            raise ValueError(f"The metadata in the {CARD} of {model} is not YAML: {one_line(error)}") from error
     if card and not results:
         return processor, card
     new_card = write_model_card(model, name, results)
@@ -76,11 +86,14 @@ def write_export(model: str | Path, processor: Any, card: str, folder: Path) -> 
     Writes `folder`, when all is there.
 
     Raises:
-        `ValueError`: The model lacks weights.
+        `ValueError`: The model lacks weights, or they cannot be loaded.
     """
-    weights, info = AutoModelForImageTextToText.from_pretrained(
-        model, dtype="auto", trust_remote_code=False, output_loading_info=True
-    )
+    try:
+        weights, info = AutoModelForImageTextToText.from_pretrained(
+            model, dtype="auto", trust_remote_code=False, output_loading_info=True
+        )
+    except Exception as error:  # files may be missing or damaged in any way
+        raise ValueError(f"No model could be loaded from {str(model)!r}: {why_not_loaded(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{model} lacks {len(missing)} weights, such as {missing[0]!r}.")
     with complete_folder_or_not_at_all(folder) as unfinished:
@@ -109,4 +122,25 @@ def _load_processor(model: str | Path) -> Any:
             f"{model} is a {config.model_type!r} model, not a {TaLlavaConfig.model_type!r} or "
             f"{VmtcCmaiLlavaConfig.model_type!r}. Of a LLaVA `ta-llava compress` makes one."
         )
-    return AutoProcessor.from_pretrained(model, trust_remote_code=False)
+    if has_file(str(model), "adapter_config.json"):  # it would be loaded too, and then be all that is saved
+        raise ValueError(f"{model} has a PEFT adapter. Merge it into its model first, with `ta-llava merge`.")
+    processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
+    check_processor(processor, model)
+    return processor
+
+
+def check_processor(processor: Any, model: str | Path) -> None:
+    """
+    Checks that a conversation with an image can be prepared.
+
+    Raises:
+        `ValueError`: The processor of `model` has no chat template or padding token, or the template fails.
+    """
+    for what, value in (("chat template", processor.chat_template), ("padding token", processor.tokenizer.pad_token)):
+        if value is None:
+            raise ValueError(f"The processor in {str(model)!r} has no {what}; is a file of it missing?")
+    content = [{"type": "image"}, {"type": "text", "text": "?"}]
+    try:
+        processor.apply_chat_template([{"role": "user", "content": content}])
+    except Exception as error:  # a template is a program
+        raise ValueError(f"The chat template in {str(model)!r} cannot be used: {one_line(error)}") from error

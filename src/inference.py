@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForImageTextToText,
@@ -15,7 +14,8 @@ from transformers import (
 )
 
 from .compress import compressed_parts
-from .error_messages import one_line
+from .error_messages import why_not_loaded
+from .export import check_processor
 from .image_loading import load_rgb_image
 from .safe_loading import load_config, read_safetensors
 from .vmtc_cmai_patch import VmtcCmaiLlavaForConditionalGeneration
@@ -57,17 +57,8 @@ def load(
         dtype = "auto" if on_gpu else torch.float32
         loaded = read_safetensors(model_class.from_pretrained, model, dtype=dtype, trust_remote_code=False, **kwargs)
     except Exception as error:  # files may be missing or damaged in any way
-        reason = one_line(error)
-        if isinstance(error, SafetensorError):
-            reason = f"its weights are damaged or cut off ({reason}). Get their files again."
-        raise ValueError(f"No model could be loaded from {str(model)!r}: {reason}") from error
-    for what, value in (("chat template", processor.chat_template), ("padding token", processor.tokenizer.pad_token)):
-        if value is None:
-            raise ValueError(f"The processor in {str(model)!r} has no {what}; is a file of it missing?")
-    try:
-        processor.apply_chat_template(_conversation([None], "?"))
-    except Exception as error:  # a template is a program
-        raise ValueError(f"The chat template in {str(model)!r} cannot be used: {one_line(error)}") from error
+        raise ValueError(f"No model could be loaded from {str(model)!r}: {why_not_loaded(error)}") from error
+    check_processor(processor, model)
     return loaded.to("cuda" if on_gpu else "cpu").eval(), processor
 
 

@@ -185,8 +185,11 @@ def tells_same_training(card: str, new_card: str) -> bool:
 
 
 def _read_card(path: Path) -> str:
-    """The text, with the line breaks that it has."""
-    return path.read_bytes().decode()
+    """The text, with the line breaks that it has. Raises `ValueError` if it is not UTF-8."""
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8. Save it as UTF-8.") from error
 
 
 def _pin(repo_id: str, revision: str) -> str:

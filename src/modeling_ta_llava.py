@@ -37,7 +37,7 @@ from transformers.utils import can_return_tuple, is_tracing, logging
 
 from .configuration_ta_llava import TaLlavaConfig
 from .safe_loading import SafetensorsMixin
-from .vmtc import VisualBudgetMixin, compression_of_call, make_compressible, pass_as_parent
+from .vmtc import VisualBudgetMixin, compression_of_call, has_class_token, make_compressible, pass_as_parent
 
 
 logger = logging.get_logger(__name__)
@@ -535,7 +535,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
         outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
         features = outputs.hidden_states[self.config.vision_feature_layer]
         # CODEPATH: a tower with a class token, such as CLIP, drops it here; SigLIP has none.
-        if self.config.vision_feature_select_strategy == "default":
+        if self.config.vision_feature_select_strategy == "default" and has_class_token(self.vision_tower):
             features = features[:, 1:]
         return outputs, features
 

@@ -26,10 +26,14 @@ from .export import check_export, write_export
 from .model_card import CARD, download_card, is_unedited, pin_revision, pinned_revision, renew_pin
 
 
-# Weights of an earlier model in the repo: left beside others they could be what `from_pretrained` finds first, and an
-# adapter would be put onto the others.
+# What an earlier model in the repo may have left, and `from_pretrained` would find first or add to ours: adapters, templates
+# and tokens, weights.
 _STALE = [
     "adapter_config.json",
+    "added_tokens.json",
+    "additional_chat_templates/*",
+    "chat_template.json",
+    "special_tokens_map.json",
     *(
         pattern.format(*weights)
         for weights in (
@@ -119,6 +123,7 @@ def push_model(
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             head = api.repo_info(repo_id, revision=revision).sha
+            old_card = download_card(repo_id, head)
             commit = api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
@@ -129,7 +134,6 @@ def push_model(
                 parent_commit=head,
             )
             pin = commit.oid
-            old_card = download_card(repo_id, pin)
             if pin == head and old_card is not None:  # all was there, maybe since the revision that the card names
                 earlier = pinned_revision(old_card, repo_id)
                 if earlier is not None and _list_files(api, repo_id, earlier) == _list_files(api, repo_id, head):

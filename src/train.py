@@ -39,7 +39,7 @@ from transformers.utils import has_file, is_bitsandbytes_available
 
 from .complete_files import complete_folder_or_not_at_all, temporary_name, write_text
 from .configuration_ta_llava import TaLlavaConfig
-from .error_messages import one_line
+from .error_messages import one_line, why_not_loaded
 from .safe_loading import load_config, read_safetensors
 from .training_data import Collator, iterate_images, prepare_dataset
 from .vision_feature_cache import VisionFeatureCache
@@ -703,10 +703,11 @@ def merge_adapter(adapter: str | Path, out: str | Path, model: str | None = None
         model (`str`, *optional*): The model it was trained on; by default the one that the adapter names.
 
     Raises:
-        `ValueError`: `out` is not new, `adapter` is none, or its model is not there.
+        `ValueError`: `out` is not new; `adapter` is none of LoRA, is damaged, or does not fit its model; or that is not
+            there.
     """
-    from peft import PeftConfig, PeftModel
-    from peft.utils import SAFETENSORS_WEIGHTS_NAME
+    from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 
     from .export import check_new_folder
 
@@ -716,6 +717,8 @@ def merge_adapter(adapter: str | Path, out: str | Path, model: str | None = None
         config = PeftConfig.from_pretrained(str(adapter))
     except (ValueError, OSError) as error:
         raise ValueError(f"{adapter} is no PEFT adapter: {one_line(error)}") from error
+    if config.peft_type != PeftType.LORA:  # others name further files, which may be pickles
+        raise ValueError(f"{adapter} is an adapter of kind {config.peft_type}; only LoRA is merged.")
     source = model or config.base_model_name_or_path
     if not source:
         raise ValueError(f"{adapter} does not name its model. Give it with --model.")
@@ -725,7 +728,16 @@ def merge_adapter(adapter: str | Path, out: str | Path, model: str | None = None
         )
     base = read_safetensors(AutoModelForImageTextToText.from_pretrained, source, dtype="auto", trust_remote_code=False)
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
-    merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    try:
+        adapted = PeftModel.from_pretrained(base, str(adapter))
+        saved = load_peft_weights(str(adapter), device="cpu").keys()
+    except (SafetensorError, RuntimeError, ValueError) as error:  # other sizes, other modules
+        raise ValueError(f"{adapter} does not fit {source}: {why_not_loaded(error)}") from error
+    if odd := sorted(get_peft_model_state_dict(adapted).keys() ^ saved):
+        raise ValueError(
+            f"{adapter} does not fit {source}: {len(odd)} weights are missing or left over, such as {odd[0]!r}."
+        )
+    merged = adapted.merge_and_unload()
     with complete_folder_or_not_at_all(out) as unfinished:
         merged.save_pretrained(unfinished)
         processor.save_pretrained(unfinished)

@@ -565,8 +565,13 @@ def compression_of_call(
         return None
     if tower.config._attn_implementation == "sdpa":  # in each call, as it may be set at any time
         tower.config._attn_implementation = "vmtc_sdpa"
-    has_class_token = any(hasattr(tower.embeddings, name) for name in ("class_embedding", "cls_token"))
-    return TowerCompression(stages, config.vmtc_merge_weights, has_class_token)
+    return TowerCompression(stages, config.vmtc_merge_weights, has_class_token(tower))
+
+
+def has_class_token(tower: Any) -> bool:
+    """Whether the first token of a vision tower stands for the whole image, as in CLIP and DINOv2; SigLIP has none."""
+    embeddings = getattr(tower, "embeddings", None)
+    return any(hasattr(embeddings, name) for name in ("class_embedding", "cls_token"))
 
 
 def patch_grid(config: Any, pixel_values: torch.Tensor) -> tuple[int, int]:

@@ -122,6 +122,57 @@ def test_a_folder_is_not_overwritten(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.txt"]
 
 
+def test_the_current_folder_is_no_new_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="is the current folder"):
+        export_model(SHIPPED_MODEL, ".")
+
+
+def test_a_link_leads_to_the_new_folder(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    export_model(SHIPPED_MODEL, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "elsewhere" / "model.safetensors").is_file()
+
+
+def copy_of_the_model(folder: Path) -> Path:
+    return shutil.copytree(SHIPPED_MODEL, folder, ignore=shutil.ignore_patterns("*.py"))
+
+
+def test_a_model_with_an_adapter_is_not_exported_as_one(tmp_path, monkeypatch):
+    """Of a repo the library would load both, and save the adapter alone."""
+    files = {path.name: path.read_bytes() for path in copy_of_the_model(tmp_path / "model").iterdir()}
+    with HubServer() as hub:
+        hub.connect(monkeypatch, tmp_path / "hub")
+        hub.add("alice/both", {**files, "adapter_config.json": "{}"})
+        with pytest.raises(ValueError, match="alice/both has a PEFT adapter"):
+            export_model("alice/both", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda folder: (folder / "chat_template.jinja").unlink(), "has no chat template"),
+        (
+            lambda folder: (folder / "chat_template.jinja").write_text("{{ 1 / 0 }}"),
+            "chat template in .* cannot be used",
+        ),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 9), "weights are damaged or cut off"),
+        (
+            lambda folder: (folder / "README.md").write_text("---\na: [\n---\n"),
+            "metadata in the README.md of .* not YAML",
+        ),
+        (lambda folder: (folder / "README.md").write_bytes(b"caf\xe9"), "README.md is not UTF-8"),
+    ],
+    ids=["no template", "bad template", "damaged weights", "metadata", "encoding"],
+)
+def test_damaged_files_are_named(tmp_path, spoil, message):
+    folder = copy_of_the_model(tmp_path / "model")
+    spoil(folder)
+    with pytest.raises(ValueError, match=message):
+        export_model(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_no_such_model_is_refused(tmp_path):
     (tmp_path / "model").mkdir()
     with pytest.raises(ValueError, match=f"no model in '{tmp_path / 'model'}'"):

@@ -17,7 +17,7 @@ import yaml
 from conftest import ROOT
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, Gemma2ForCausalLM, Trainer
 from typer.testing import CliRunner
 
@@ -473,6 +473,28 @@ def test_lora_gives_an_adapter_that_can_be_merged(recipe, tmp_path):
     assert difference < 0.05  # the merged weights are in the model's half precision
     assert any("prefix_embedding" in name for name in changed) and any("q_proj" in name for name in changed)
     assert not any("vision_tower" in name or "embed_tokens" in name for name in changed)
+
+
+def test_an_adapter_that_does_not_fit_is_not_merged(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    base = AutoModelForImageTextToText.from_pretrained(MODEL)
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=r".*language_model.*q_proj"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    path, settings = tmp_path / "adapter" / "adapter_model.safetensors", tmp_path / "adapter" / "adapter_config.json"
+    saved, config = load_file(path), json.loads(settings.read_text())
+    settings.write_text(json.dumps({**config, "base_model_name_or_path": str(MODEL)}))
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    save_file({f"other.{name}": value for name, value in saved.items()}, path)
+    with pytest.raises(ValueError, match=f"does not fit .*: {2 * len(saved)} weights are missing or left over"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "out")
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="damaged or cut off"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "out")
+    settings.write_text(json.dumps({"peft_type": "IA3", "base_model_name_or_path": str(MODEL)}))
+    with pytest.raises(ValueError, match="only LoRA is merged"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_lora_on_a_language_model_in_4_bits(recipe, tmp_path):

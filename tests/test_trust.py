@@ -484,7 +484,7 @@ def name_code(folder: Path, name: str, **fields) -> None:
     path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **fields}))
 
 
-@pytest.mark.parametrize("place", ["config", "image processor", "tower of a LLaVA"])
+@pytest.mark.parametrize("place", ["config", "image processor", "tower of a LLaVA", "compress", "ask"])
 def test_no_command_asks_whether_to_run_code(tmp_path, monkeypatch, processor, place):
     monkeypatch.setattr("builtins.input", lambda *arguments: pytest.fail("asked"))
     original = shutil.copytree(ORIGINAL, tmp_path / "original")
@@ -495,6 +495,12 @@ def test_no_command_asks_whether_to_run_code(tmp_path, monkeypatch, processor, p
         name_code(tower, "config.json", model_type="unheard-of")
     elif place == "image processor":
         name_code(tower, "preprocessor_config.json", image_processor_type="UnheardOf")
+    elif place in ("compress", "ask"):
+        llava = shutil.copytree(SHIPPED_LLAVA, tmp_path / "llava")
+        image_processor = {"auto_map": {"AutoImageProcessor": "code.Class"}, "image_processor_type": "UnheardOf"}
+        change_json(llava / "processor_config.json", lambda config: config.update(image_processor=image_processor))
+        arguments = {"compress": [llava, tmp_path / "out"], "ask": [EXAMPLE_IMAGE, "?", "--model", llava]}
+        command = [place, *arguments[place], "--visual-tokens", 16]
     else:  # a config that the library knows, of a tower that it does not have alone
         llava = shutil.copytree(SHIPPED_LLAVA, tmp_path / "llava")
         fields = {"model_type": "blip_2_vision_model", "auto_map": {"AutoModel": "code.Class"}}

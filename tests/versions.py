@@ -53,13 +53,13 @@ def run_once(folder: Path, transformers: str, torch: str, pytest: list[str]) -> 
         `subprocess.CalledProcessError`: The packages cannot be installed together; pip has said why.
     """
     file = folder / "result.json"
-    command = ["git", "rev-parse", "HEAD"]
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
     commit = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
     if file.is_file():
         result = json.loads(file.read_text(encoding="utf-8"))
         if result["pytest"] != pytest:
             raise ValueError(f"{folder} is of `pytest {' '.join(result['pytest'])}`. Choose another --output-dir.")
-        if result["commit"] == commit:
+        if result["commit"] == commit and not commit.endswith("-dirty"):
             return result
     folder.mkdir(exist_ok=True)
     pinned = {"transformers": transformers, "torch": torch}
