@@ -40,7 +40,7 @@ from ta_llava import (
     VmtcCmaiLlavaConfig,
     VmtcCmaiLlavaForConditionalGeneration,
 )
-from ta_llava.complete_files import complete_or_not_at_all, write_text
+from ta_llava.complete_files import complete_folder_or_not_at_all, complete_or_not_at_all, write_text
 from ta_llava.cost import CPU_ATTENTION, build_without_data, run
 from ta_llava.instruction_following import (
     TASKS,
@@ -243,10 +243,9 @@ def make_language_model(folder: Path, config: dict[str, Any]) -> None:
         model.load_state_dict(quantized.state_dict())
     else:
         tokenizer, model = train_language_model(folder, config)
-    unfinished = out.with_suffix(".tmp")
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    unfinished.rename(out)
+    with complete_folder_or_not_at_all(out) as unfinished:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
 
 
 def train_language_model(folder: Path, config: dict[str, Any]) -> tuple[PreTrainedTokenizerFast, LlamaForCausalLM]:
@@ -326,9 +325,8 @@ def compute_features(folder: Path, config: dict[str, Any], name: str, fields: di
 def write_tower(folder: Path, config: dict[str, Any]) -> None:
     """The vision tower in `folder/tower`."""
     if not (folder / "tower").is_dir():
-        unfinished = folder / "tower.tmp"
-        write_dinov2(unfinished, config["image_size"])
-        unfinished.rename(folder / "tower")
+        with complete_folder_or_not_at_all(folder / "tower") as unfinished:
+            write_dinov2(unfinished, config["image_size"])
 
 
 # --- models --------------------------------------------------------------------------------------------------------

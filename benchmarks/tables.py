@@ -467,9 +467,8 @@ def write_results(folder: Path, config: dict[str, Any], out: Path, name: str) ->
         "operations": operations,
         "scores": scores,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    (out / f"{name}.md").write_text(format_tables(results, operations), encoding="utf-8")
+    write_text(out / f"{name}.json", json.dumps(record, indent=1) + "\n")
+    write_text(out / f"{name}.md", format_tables(results, operations))
     draw_prefix(results, operations, out / f"{name}_prefix.png")
     draw_scores(results, out / f"{name}_vmtc_cmai.png")
 

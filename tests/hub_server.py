@@ -252,6 +252,8 @@ class _Handler(BaseHTTPRequestHandler):
             if error.code is not None:
                 headers["X-Error-Code"] = error.code
             response = Response({"error": str(error)}, headers, error.status)
+        except Exception as error:  # a bug of this server, which must not look like a Hub that is away
+            response = Response({"error": repr(error)}, {"X-Error-Message": repr(error)}, 500)
         self.hub.requests.append(LoggedRequest(self.command, self.path, response.status, token))
         self._send(response)
 
@@ -325,7 +327,8 @@ class _Handler(BaseHTTPRequestHandler):
     def info(self, kind: str, repo: str, revision: str = "") -> Response:
         found = self.hub.find(kind, repo, self.user)
         commit = found.at(revision or "main")
-        card = _front_matter(commit.files["README.md"].content.decode()) if "README.md" in commit.files else {}
+        readme = commit.files.get("README.md")
+        card = _front_matter(readme.content.decode(errors="replace")) if readme else {}
         siblings = []
         for path, file in sorted(commit.files.items()):
             described = file.describe(path)
