@@ -109,21 +109,19 @@ def _load_processor(model: str | Path) -> Any:
     Raises:
         `ValueError`: There is none, or it is another model.
     """
-    if (Path(model) / "adapter_config.json").is_file():
-        raise ValueError(f"{model} is a PEFT adapter. Merge it into its model first, with `ta-llava merge`.")
     try:
-        config = load_config(model)
+        config = None if has_file(str(model), "adapter_config.json") else load_config(model)
     except Exception as error:  # of the network, the Hub, or files that may be damaged in any way
         raise ValueError(
             f"There is no model in {str(model)!r}, a folder here or a repo on the Hub: {one_line(error)}"
         ) from error
+    if config is None:  # the adapter would be loaded too, and then be all that is saved
+        raise ValueError(f"{model} has a PEFT adapter. Merge it into its model first, with `ta-llava merge`.")
     if config.model_type not in (TaLlavaConfig.model_type, VmtcCmaiLlavaConfig.model_type):
         raise ValueError(
             f"{model} is a {config.model_type!r} model, not a {TaLlavaConfig.model_type!r} or "
             f"{VmtcCmaiLlavaConfig.model_type!r}. Of a LLaVA `ta-llava compress` makes one."
         )
-    if has_file(str(model), "adapter_config.json"):  # it would be loaded too, and then be all that is saved
-        raise ValueError(f"{model} has a PEFT adapter. Merge it into its model first, with `ta-llava merge`.")
     processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
     check_processor(processor, model)
     return processor

@@ -339,7 +339,7 @@ def run_stage(
         seed=seed,
         use_cpu=not torch.cuda.is_available(),
     )
-    optimizer = torch.optim.Adam(parameter_groups, lr=learning_rate, fused=True)
+    optimizer = torch.optim.Adam(parameter_groups, lr=learning_rate)
     trainer = StageTrainer(
         model, arguments, data_collator=dataset.collate, train_dataset=dataset, optimizers=(optimizer, None)
     )

@@ -181,7 +181,7 @@ def test_what_is_no_such_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="'llava' model, not a 'ta_llava'"):
         export_model(tmp_path / "model", tmp_path / "out")
     (tmp_path / "model" / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="is a PEFT adapter.*`ta-llava merge`"):
+    with pytest.raises(ValueError, match="has a PEFT adapter.*`ta-llava merge`"):
         export_model(tmp_path / "model", tmp_path / "out")
 
 

@@ -448,6 +448,12 @@ def test_a_video_is_frames_at_equal_distances(processor, num_frames, chosen):
     assert_same(inputs, processor(text="<image>" * len(images) + QUESTION, images=images))
 
 
+def test_a_video_without_text(processor):
+    video = film(2)
+    inputs, expected = processor(videos=video), processor(text="<video>a", videos=video)
+    assert_same(inputs, {key: expected[key] for key in ("pixel_values", "image_mask")})
+
+
 def test_every_form_of_a_video_gives_the_same(processor):
     video = film(3)
     frames = [Image.fromarray(frame) for frame in video]

@@ -5,9 +5,10 @@ import math
 import sys
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT
-from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
+from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalLM
 
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -49,6 +50,23 @@ def test_interval_is_that_of_students_t():
 )
 def test_verdict_compares_seed_by_seed(first, second, expected):
     assert tables.verdict(first, second) == expected
+
+
+def test_the_loss_of_a_batch_is_that_of_all_answers():
+    """Though logits are taken of the last columns only."""
+    rows = [{"input_ids": [5, 6, 7, 8, 9], "labels": [8, 9], "image": None}]
+    rows.append({"input_ids": [3, 4, 5], "labels": [4, 5], "image": None})
+    rows.append({"input_ids": [3, 9, 9, 9, 9, 9, 4], "labels": [9, 9, 4], "image": None})
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=12, **sizes)).eval()
+    losses = []
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        logits = model(ids).logits[0, -len(row["labels"]) - 1 : -1]
+        losses += torch.nn.functional.cross_entropy(logits, torch.tensor(row["labels"]), reduction="none").tolist()
+    batch = small_models.Samples.collate(None, rows)
+    assert model(**batch).loss.item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
 def test_rows_of_the_larger_models_are_rows_of_the_smaller():

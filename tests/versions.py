@@ -59,7 +59,7 @@ def run_once(folder: Path, transformers: str, torch: str, pytest: list[str]) -> 
         result = json.loads(file.read_text(encoding="utf-8"))
         if result["pytest"] != pytest:
             raise ValueError(f"{folder} is of `pytest {' '.join(result['pytest'])}`. Choose another --output-dir.")
-        if result["commit"] == commit and not commit.endswith("-dirty"):
+        if result.get("commit") == commit and not commit.endswith("-dirty"):
             return result
     folder.mkdir(exist_ok=True)
     pinned = {"transformers": transformers, "torch": torch}
