@@ -61,7 +61,7 @@ evaluate-tiny: $(VENV)/installed-dev  ## the shipped models on all 9,673 test qu
 	$(BIN)/ta-llava evaluate checkpoints/llava-tiny --cmai 0.6 --batch-size 128 -o runs/evaluate-tiny/cmai
 	$(BIN)/ta-llava evaluate checkpoints/llava-tiny --visual-tokens 16 --cmai 0.6 --batch-size 128 -o runs/evaluate-tiny/both
 
-tables: $(VENV)/installed-real-parts  ## repeat the papers' tables with small models (the first half 4 hours on 2 cores; resumes)
+tables: $(VENV)/installed-real-parts  ## repeat the papers' tables with small models (4 hours on 2 cores, then a half that wants a GPU; resumes)
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/tables.py --config benchmarks/tables_smollm2.yaml --output-dir runs/tables-smollm2
 

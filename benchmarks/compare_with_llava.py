@@ -1,16 +1,21 @@
 """
-Measures prefill, decode and cache of TA-LLaVA against `transformers.LlavaForConditionalGeneration` with the same
-vision tower and language model: random weights, one machine, one run, the two models by turns.
+Measures prefill, decode, cache and memory of TA-LLaVA against `transformers.LlavaForConditionalGeneration` and against
+InstructBLIP's Q-Former with the same vision tower and language model: random weights, which all share, one machine, one
+run, the systems by turns.
 
     make bench
+    python benchmarks/compare_with_llava.py --configs gemma-2-2b vicuna-7b --images 1 4 --device cuda
 """
 
 import argparse
+import json
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,7 +24,15 @@ import torch
 import transformers
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import DynamicCache, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
+from transformers import (
+    AutoModelForImageTextToText,
+    DynamicCache,
+    InstructBlipQFormerConfig,
+    InstructBlipQFormerModel,
+    LlavaConfig,
+    PreTrainedModel,
+)
+from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ta_llava import TaLlavaConfig, TaLlavaForConditionalGeneration
@@ -27,28 +40,35 @@ from ta_llava import TaLlavaConfig, TaLlavaForConditionalGeneration
 
 NUM_TEXT_TOKENS = 40
 NUM_DECODE_TOKENS = 16
+NUM_QUERIES = 32  # of the Q-Former, for each image
 
-# Which ids these are makes no difference to the time, so both configurations have the same.
+# Which ids these are makes no difference to the time, so all configurations have the same.
 RESPONSE_MARKER_IDS = [4, 5]
 IMAGE_TOKEN_ID = 6
 FIRST_WORD_ID = 7
 
-LLAVA, TA_LLAVA = "LLaVA", "TA-LLaVA"
+LLAVA, Q_FORMER, TA_LLAVA = "LLaVA", "Q-Former", "TA-LLaVA"
+SECOND_QUESTION = "TA-LLaVA, second question"
 TOWER, PREFILL, FIRST_TOKEN, DECODE = "vision tower", "prefill", "time to first token", "decode, per token"
-TEXT_ONLY = "language model alone"
+TEXT_ONLY, KERNELS = "language model alone", "kernels of the prefill"
 
 
 @dataclass(frozen=True)
 class Setup:
     """
-    The backbones that both models share, and the prefix of TA-LLaVA.
+    The backbones that all systems share, and the prefix of TA-LLaVA.
 
     Args:
         description (`str`): The backbones in words.
         vision_config, text_config (`dict`): Of the backbones, `model_type` included.
         vision_feature_layer (`int`): Index into the hidden states of the tower that gives the visual tokens.
         num_prefix_tokens (`int`): What replaces the visual tokens.
+        qformer_config (`dict`): Of the Q-Former, where it is not InstructBLIP's own.
+        dtype (`str`): Unless another is asked for.
+        cpu_layers (`int`, *optional*): Layers of the language model on the CPU, where all would take too long or too
+            much memory; what they take is multiplied. All by default.
         rounds_per_repeat (`int`): Measured rounds for each of `--repeats`; more where a round takes milliseconds.
+        reference (`str`, *optional*): A configuration whose LLaVA is another row of the tables, if it is measured too.
     """
 
     description: str
@@ -56,18 +76,41 @@ class Setup:
     text_config: dict[str, Any]
     vision_feature_layer: int
     num_prefix_tokens: int
+    qformer_config: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
+    cpu_layers: int | None = None
     rounds_per_repeat: int = 1
+    reference: str | None = None
 
     @property
     def num_visual_tokens(self) -> int:
         """Visual tokens of one image."""
         return (self.vision_config["image_size"] // self.vision_config["patch_size"]) ** 2
 
-    @property
-    def num_placeholders(self) -> dict[str, int]:
-        """Tokens that the image of a row takes in the sequence of each model."""
-        return {LLAVA: self.num_visual_tokens, TA_LLAVA: self.num_prefix_tokens}
+    def num_placeholders(self, num_images: int) -> dict[str, int]:
+        """Tokens that the images of a row take in the sequence of each system."""
+        return {
+            LLAVA: num_images * self.num_visual_tokens,
+            Q_FORMER: num_images * NUM_QUERIES,
+            TA_LLAVA: self.num_prefix_tokens,
+        }
 
+    def num_layers(self, device: torch.device) -> int:
+        """Layers of the language model that are measured on a device."""
+        full = self.text_config["num_hidden_layers"]
+        return full if device.type != "cpu" or self.cpu_layers is None else self.cpu_layers
+
+
+CLIP_LARGE = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
 
 SETUPS = {
     # The architecture of checkpoints/ta-llava-tiny.
@@ -98,6 +141,13 @@ SETUPS = {
         },
         vision_feature_layer=-1,
         num_prefix_tokens=4,
+        qformer_config={
+            "vocab_size": 75,
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+        },
         rounds_per_repeat=10,
     ),
     # SmolLM2-135M-Instruct behind a tower of the paper's patches and image size, but of 22M parameters: CLIP ViT-L/14
@@ -129,45 +179,149 @@ SETUPS = {
         vision_feature_layer=-2,
         num_prefix_tokens=32,
     ),
+    # The paper's model.
+    "gemma-2-2b": Setup(
+        description="CLIP ViT-L/14 at 336 pixels and Gemma-2-2B",
+        vision_config=CLIP_LARGE,
+        text_config={
+            "model_type": "gemma2",
+            "vocab_size": 256000,
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "max_position_embeddings": 8192,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        vision_feature_layer=-2,
+        num_prefix_tokens=32,
+        dtype="bfloat16",
+        reference="vicuna-7b",
+    ),
+    # On the CPU four layers are enough: they have an eighth of the adapters, as they are an eighth of the layers.
+    "vicuna-7b": Setup(
+        description="LLaVA-1.5-7B's shapes: CLIP ViT-L/14 at 336 pixels and Vicuna-7B",
+        vision_config=CLIP_LARGE,
+        text_config={
+            "model_type": "llama",
+            "vocab_size": 32064,
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+        },
+        vision_feature_layer=-2,
+        num_prefix_tokens=32,
+        dtype="bfloat16",
+        cpu_layers=4,
+    ),
 }
+DEFAULT_SETUPS = ["tiny", "135M"]
 
 
 @dataclass(frozen=True)
 class Inputs:
     """
-    One batch for both models.
+    One batch for all systems: B rows of I images each.
 
     Args:
-        pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): One image a row.
-        input_ids (`dict`): Token ids `(B, placeholders + 40)` for each model.
+        pixel_values (`torch.FloatTensor` of shape `(B * I, 3, H, W)`): The images, row by row.
+        input_ids (`dict`): Token ids `(B, placeholders + 40)` for each system.
         text_ids (`torch.LongTensor`): As many token ids as TA-LLaVA has, without placeholders.
+        instruction_ids (`torch.LongTensor` of shape `(B * I, 38)`): What the Q-Former reads beside each image, in its own
+            vocabulary: the text without the response marker.
     """
 
     pixel_values: torch.Tensor
     input_ids: dict[str, torch.Tensor]
     text_ids: torch.Tensor
+    instruction_ids: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Medians in seconds by quantity and model, cache in bytes by model."""
+    """
+    One batch size and number of images.
 
+    Args:
+        num_rounds (`int`): Rounds that the medians are over.
+        seconds (`dict`): Medians by quantity and system.
+        cache_bytes (`dict`): Bytes of the cache after the prefill, by system.
+        peak_bytes (`dict`): By system, what was allocated at most from the pixels to the first token beyond the weights;
+            empty on the CPU, where torch does not count it and what the process takes is of all systems.
+    """
+
+    num_rounds: int
     seconds: dict[tuple[str, str], float]
     cache_bytes: dict[str, int]
+    peak_bytes: dict[str, int]
 
 
 # --- models and inputs ---------------------------------------------------------------------------------------------
 
 
-def build_models(setup: Setup, dtype: torch.dtype) -> dict[str, PreTrainedModel]:
+class QFormer(nn.Module):
     """
-    Both models with random weights. Each keeps its own kind of projector: LLaVA two layers, TA-LLaVA one. With a
-    Gemma-2 language model a stock LLaVA leaves out `final_logit_softcapping`, which is immaterial here: it would be
-    one `tanh` over the logits of one column.
+    What InstructBLIP has in place of LLaVA's projector, for the visual tokens of a tower of any width: queries that read
+    the instruction and an image in a Q-Former, and a projection of them to the width of the language model.
+    """
+
+    def __init__(self, config: InstructBlipQFormerConfig, width: int):
+        super().__init__()
+        self.query_tokens = nn.Parameter(torch.empty(1, NUM_QUERIES, config.hidden_size))
+        self.qformer = InstructBlipQFormerModel(config)
+        self.language_projection = nn.Linear(config.hidden_size, width)
+
+    def forward(self, instruction_ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """Visual tokens `(N, 32, d)` of the `features` `(N, M, vision width)` of N images, with an instruction each."""
+        queries = self.query_tokens.expand(len(features), -1, -1)
+        outputs = self.qformer(
+            input_ids=instruction_ids,
+            attention_mask=instruction_ids.new_ones(len(features), NUM_QUERIES + instruction_ids.shape[1]),
+            query_embeds=queries,
+            encoder_hidden_states=features,
+            encoder_attention_mask=instruction_ids.new_ones(features.shape[:2]),
+        )
+        return self.language_projection(outputs.last_hidden_state[:, :NUM_QUERIES])
+
+
+@dataclass(frozen=True)
+class Systems:
+    """All that is compared; the Q-Former works in the LLaVA model, in place of its projector."""
+
+    llava: PreTrainedModel
+    qformer: QFormer
+    ta_llava: PreTrainedModel
+
+    @property
+    def models(self) -> dict[str, PreTrainedModel]:
+        """The model that each system runs in."""
+        return {LLAVA: self.llava, Q_FORMER: self.llava, TA_LLAVA: self.ta_llava}
+
+    def weight_bytes(self) -> dict[str, int]:
+        """Bytes of the parameters of each system."""
+        llava = count_bytes(self.llava)
+        qformer = llava - count_bytes(self.llava.model.multi_modal_projector) + count_bytes(self.qformer)
+        return {LLAVA: llava, Q_FORMER: qformer, TA_LLAVA: count_bytes(self.ta_llava)}
+
+
+def build_systems(setup: Setup, dtype: torch.dtype, device: torch.device) -> Systems:
+    """
+    All systems with random weights. The backbones are one set of tensors; each system keeps its own kind of projector:
+    LLaVA two layers, TA-LLaVA one. With a Gemma-2 language model a stock LLaVA leaves out `final_logit_softcapping`, in
+    TA-LLaVA's disfavour: it is one `tanh` over the logits of one column.
     """
     parts = {
         "vision_config": setup.vision_config,
-        "text_config": setup.text_config,
+        "text_config": {**setup.text_config, "num_hidden_layers": setup.num_layers(device)},
         "vision_feature_layer": setup.vision_feature_layer,
     }
     llava_config = LlavaConfig(**parts, image_token_index=IMAGE_TOKEN_ID, image_seq_length=setup.num_visual_tokens)
@@ -177,86 +331,100 @@ def build_models(setup: Setup, dtype: torch.dtype) -> dict[str, PreTrainedModel]
         image_token_id=IMAGE_TOKEN_ID,
         response_marker_ids=RESPONSE_MARKER_IDS,
     )
-    models = {
-        LLAVA: LlavaForConditionalGeneration(llava_config),
-        TA_LLAVA: TaLlavaForConditionalGeneration(ta_llava_config),
-    }
-    return {name: model.to(dtype).eval() for name, model in models.items()}
+    vision_width = setup.vision_config["hidden_size"]
+    qformer_config = InstructBlipQFormerConfig(**setup.qformer_config, encoder_hidden_size=vision_width)
+    with torch.device(device), no_init_weights():  # filling is faster than the initialisation, and enough here
+        llava, ta_llava = (
+            AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
+            for config in (llava_config, ta_llava_config)
+        )
+        qformer = QFormer(qformer_config, setup.text_config["hidden_size"]).to(dtype).eval()
+    # Before 5.23 the library lets Gemma-2 use SDPA, which cannot soft-cap; TA-LLaVA does not.
+    llava.model.language_model.set_attn_implementation(ta_llava.model.language_model.config._attn_implementation)
+    llava.tie_weights()
+    share_parameters(llava.model.vision_tower, ta_llava.model.vision_tower)
+    share_parameters(llava.model.language_model, ta_llava.model.language_model)
+    share_parameters(llava.lm_head, ta_llava.lm_head)
+    with torch.no_grad():
+        # Not zeros: processors multiply them faster.
+        for parameter in {*llava.parameters(), *ta_llava.parameters(), *qformer.parameters()}:
+            parameter.normal_(std=0.02)
+    return Systems(llava, qformer, ta_llava)
 
 
-def make_inputs(setup: Setup, batch_size: int, dtype: torch.dtype) -> Inputs:
+def share_parameters(source: nn.Module, target: nn.Module) -> None:
+    """Gives `target` the parameters of a module of the same build, not copies of them."""
+    for name, parameter in source.named_parameters():
+        parent, _, leaf = name.rpartition(".")
+        setattr(target.get_submodule(parent), leaf, parameter)
+
+
+def make_inputs(
+    setup: Setup, batch_size: int, num_images: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Inputs:
     """Random images and text. The text ends with the response marker: all before it is instruction, as in a chat."""
     image_size, vocab_size = setup.vision_config["image_size"], setup.text_config["vocab_size"]
     marker = torch.tensor(RESPONSE_MARKER_IDS).expand(batch_size, -1)
     words = torch.randint(FIRST_WORD_ID, vocab_size, (batch_size, NUM_TEXT_TOKENS - marker.shape[1]))
     text = torch.cat([words, marker], dim=1)
     input_ids = {
-        name: torch.cat([torch.full((batch_size, count), IMAGE_TOKEN_ID), text], dim=1)
-        for name, count in setup.num_placeholders.items()
+        name: torch.cat([torch.full((batch_size, count), IMAGE_TOKEN_ID), text], dim=1).to(device)
+        for name, count in setup.num_placeholders(num_images).items()
     }
+    qformer_vocab_size = InstructBlipQFormerConfig(**setup.qformer_config).vocab_size
+    instruction_ids = torch.randint(FIRST_WORD_ID, qformer_vocab_size, words.shape)
     return Inputs(
-        pixel_values=torch.randn(batch_size, 3, image_size, image_size, dtype=dtype),
+        pixel_values=torch.randn(batch_size * num_images, 3, image_size, image_size, dtype=dtype, device=device),
         input_ids=input_ids,
-        text_ids=torch.randint(FIRST_WORD_ID, vocab_size, input_ids[TA_LLAVA].shape),
+        text_ids=torch.randint(FIRST_WORD_ID, vocab_size, input_ids[TA_LLAVA].shape, device=device),
+        instruction_ids=instruction_ids.repeat_interleave(num_images, dim=0).to(device),
     )
 
 
-def count_parameters(*modules: nn.Module) -> int:
-    """Parameters of all `modules` together, those they share (tied embeddings) once."""
-    parameters = {parameter for module in modules for parameter in module.parameters()}
-    return sum(parameter.numel() for parameter in parameters)
+def count_bytes(module: nn.Module) -> int:
+    """Bytes of the parameters of a module, those it shares (tied embeddings) once."""
+    return sum(parameter.nbytes for parameter in module.parameters())
 
 
-def check_equal(what: str, llava: Any, ta_llava: Any) -> None:
-    """Raises unless both models have the same of something."""
-    if llava != ta_llava:
-        raise RuntimeError(f"The comparison is not fair: {what} is {llava} in LLaVA but {ta_llava} in TA-LLaVA.")
-
-
-def check_backbones(models: dict[str, PreTrainedModel]) -> None:
-    """Raises unless the backbones have the same size, attention implementation and dtype in both models."""
-    llava, ta_llava = models[LLAVA], models[TA_LLAVA]
-    check_equal(
-        "the parameter count of the language model and its head",
-        count_parameters(llava.model.language_model, llava.lm_head),
-        count_parameters(ta_llava.model.language_model, ta_llava.lm_head),
-    )
-    for part in ("vision_tower", "language_model"):
-        theirs, ours = getattr(llava.model, part), getattr(ta_llava.model, part)
-        check_equal(f"the parameter count of {part}", count_parameters(theirs), count_parameters(ours))
-        check_equal(f"the dtype of {part}", theirs.dtype, ours.dtype)
-        check_equal(
-            f"the attention implementation of {part}",
-            theirs.config._attn_implementation,
-            ours.config._attn_implementation,
+def check_backbones(systems: Systems) -> None:
+    """Raises unless the backbones are the same tensors in both models and run by the same attention implementation."""
+    llava, ta_llava = systems.llava, systems.ta_llava
+    for part, theirs, ours in (
+        ("vision tower", llava.model.vision_tower, ta_llava.model.vision_tower),
+        ("language model", llava.model.language_model, ta_llava.model.language_model),
+        ("head", llava.lm_head, ta_llava.lm_head),
+    ):
+        addresses, our_addresses = (
+            {name: parameter.data_ptr() for name, parameter in module.named_parameters()} for module in (theirs, ours)
         )
+        if addresses != our_addresses:
+            raise RuntimeError(f"The comparison is not fair: the weights of the {part} are not the same tensors.")
+    implementations = attention_implementations(systems)
+    for part in ("vision tower", "language model"):
+        if len({implementation for name, implementation in implementations.items() if part in name}) > 1:
+            raise RuntimeError(f"The comparison is not fair: the attention implementations are {implementations}.")
 
 
-def check_lengths(setup: Setup, models: dict[str, PreTrainedModel], inputs: Inputs) -> None:
-    """Raises unless the caches hold as many columns as expected, after the prefill and after the decoding."""
-    for name, model in models.items():
-        features = run_tower(model, inputs.pixel_values)
-        if features.shape[1] != setup.num_visual_tokens:
-            raise RuntimeError(f"{name} has {features.shape[1]} visual tokens, expected {setup.num_visual_tokens}.")
-        expected = setup.num_placeholders[name] + NUM_TEXT_TOKENS
-        for images in ({"pixel_values": inputs.pixel_values}, {"features": features}):
-            token, cache = run_prefill(model, inputs.input_ids[name], **images)
-            if cache.get_seq_length() != expected:
-                raise RuntimeError(
-                    f"{name}'s prefill has cached {cache.get_seq_length()} columns, expected {expected}."
-                )
-        run_decode(model, token, cache)
-        if cache.get_seq_length() != expected + NUM_DECODE_TOKENS:
-            raise RuntimeError(
-                f"{name} has decoded {cache.get_seq_length() - expected} tokens, not {NUM_DECODE_TOKENS}."
-            )
+def attention_implementations(systems: Systems) -> dict[str, str]:
+    """How attention is computed in all parts."""
+    modules = {"Q-Former": systems.qformer.qformer}
+    for name, model in ((LLAVA, systems.llava), (TA_LLAVA, systems.ta_llava)):
+        modules[f"{name}'s vision tower"] = model.model.vision_tower
+        modules[f"{name}'s language model"] = model.model.language_model
+    return {name: module.config._attn_implementation for name, module in modules.items()}
+
+
+def check_length(name: str, what: str, found: int, expected: int) -> None:
+    """Raises unless something is as long as expected."""
+    if found != expected:
+        raise RuntimeError(f"{name}: {what} is {found}, expected {expected}.")
 
 
 # --- what is timed -------------------------------------------------------------------------------------------------
 
 
 def run_tower(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Features of one image a row before the projector, `(B, M, vision width)`: the same calls in both models."""
+    """Features of N images before the projector, `(N, M, vision width)`: the same calls in both models."""
     outputs = model.model.vision_tower(pixel_values, output_hidden_states=True, return_dict=True)
     return outputs.hidden_states[model.config.vision_feature_layer][:, 1:]
 
@@ -266,18 +434,24 @@ def run_prefill(
     input_ids: torch.Tensor,
     pixel_values: torch.Tensor | None = None,
     features: torch.Tensor | None = None,
+    project: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, DynamicCache]:
     """
-    First token `(B, 1)` and the cache, from images, tower included, or from the `features` of `run_tower`: what is
-    left are the projector, the language model and in TA-LLaVA the adapters.
+    First token `(B, 1)` and the cache, from images `(N, 3, H, W)`, tower included, or from the `features` of
+    `run_tower`: what is left are the projector, the language model and in TA-LLaVA the adapters. With `project` it makes
+    the visual tokens of a LLaVA in place of its projector.
     """
     cache = DynamicCache(config=model.config.text_config)
-    if features is None:
+    rows = (len(input_ids), -1)
+    if features is None and project is not None:
+        features = run_tower(model, pixel_values)
+    if isinstance(model, TaLlavaForConditionalGeneration):
+        name, values = ("pixel_values", pixel_values) if features is None else ("vision_features", features)
+        images = {name: values.unflatten(0, rows)}
+    elif features is None:
         images = {"pixel_values": pixel_values}
-    elif isinstance(model, TaLlavaForConditionalGeneration):
-        images = {"vision_features": features[:, None]}
     else:
-        visual_tokens = model.model.multi_modal_projector(features)
+        visual_tokens = (project or model.model.multi_modal_projector)(features)
         images = {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=list(visual_tokens))}}
     logits = model(input_ids=input_ids, past_key_values=cache, logits_to_keep=1, **images).logits
     return logits.argmax(dim=-1), cache
@@ -304,107 +478,269 @@ def count_cache_bytes(cache: DynamicCache) -> int:
 # --- measuring -----------------------------------------------------------------------------------------------------
 
 
+def synchronize() -> None:
+    """Waits for what a GPU still has to do."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def timed(function: Callable, *args, **kwargs) -> tuple[Any, float]:
     """Result of a call, and its seconds."""
+    synchronize()
     start = time.perf_counter()
     result = function(*args, **kwargs)
+    synchronize()
     return result, time.perf_counter() - start
 
 
+@contextmanager
+def layers_timer(model: PreTrainedModel) -> Iterator[list[float]]:
+    """While it is open, the list is given the seconds that each pass takes in the layers of the language model (CPU)."""
+    layers = model.model.language_model.layers
+    starts: list[float] = []
+    seconds: list[float] = []
+    handles = [
+        layers[0].register_forward_pre_hook(lambda *_: starts.append(time.perf_counter())),
+        layers[-1].register_forward_hook(lambda *_: seconds.append(time.perf_counter() - starts.pop())),
+    ]
+    try:
+        yield seconds
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def timed_at_depth(depth: float, model: PreTrainedModel, function: Callable, *args, **kwargs) -> tuple[Any, float]:
+    """As [`timed`], for `depth` times as many layers in the language model of `model` as it has."""
+    if depth == 1:
+        return timed(function, model, *args, **kwargs)
+    with layers_timer(model) as of_layers:
+        result, seconds = timed(function, model, *args, **kwargs)
+    return result, seconds + (depth - 1) * sum(of_layers)
+
+
+def kernel_seconds(function: Callable, *args, **kwargs) -> float:
+    """Seconds that a GPU computes in a call; the rest of its time it waits for the next thing to do."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        function(*args, **kwargs)
+        synchronize()
+    events = [event for event in profiler.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(event.self_device_time_total for event in events if event.key != "Activity Buffer Request") / 1e6
+
+
 def measure_round(
-    turns: list[tuple[str, PreTrainedModel]], inputs: Inputs
-) -> tuple[dict[tuple[str, str], float], dict[str, int]]:
+    setup: Setup, systems: Systems, turns: list[str], inputs: Inputs
+) -> tuple[dict[tuple[str, str], float], dict[str, int], dict[str, int]]:
     """
-    Every quantity once, in seconds, and the bytes of the caches. Within each quantity the models take turns in the
-    given order.
+    Every quantity once, in seconds, the bytes of the caches and the peaks of memory, as in [`Measurement`]. Within each
+    quantity the systems take turns in the given order.
+
+    Raises:
+        `RuntimeError`: The visual tokens or the caches are not as many as expected.
     """
-    seconds, features, prefilled = {}, {}, {}
-    for name, model in turns:
-        features[name], seconds[TOWER, name] = timed(run_tower, model, inputs.pixel_values)
-    for name, model in turns:
-        prefilled[name], seconds[PREFILL, name] = timed(
-            run_prefill, model, inputs.input_ids[name], features=features[name]
+    models, device = systems.models, inputs.pixel_values.device
+    depth = setup.text_config["num_hidden_layers"] / setup.num_layers(device)
+    project = dict.fromkeys(turns) | {Q_FORMER: partial(systems.qformer, inputs.instruction_ids)}
+    seconds, features, prefilled, cache_bytes, peak_bytes = {}, {}, {}, {}, {}
+    for name in turns:
+        if name != Q_FORMER:  # has LLaVA's own tower
+            features[name], seconds[TOWER, name] = timed(run_tower, models[name], inputs.pixel_values)
+            check_length(name, "the number of visual tokens", features[name].shape[1], setup.num_visual_tokens)
+    features[Q_FORMER], seconds[TOWER, Q_FORMER] = features[LLAVA], seconds[TOWER, LLAVA]
+    for name in turns:
+        prefilled[name], seconds[PREFILL, name] = timed_at_depth(
+            depth, models[name], run_prefill, inputs.input_ids[name], features=features[name], project=project[name]
         )
-    _, seconds[TEXT_ONLY, TA_LLAVA] = timed(run_text_only, dict(turns)[TA_LLAVA], inputs.text_ids)
-    cache_bytes = {name: count_cache_bytes(cache) for name, (_, cache) in prefilled.items()}
-    for name, model in turns:
-        _, total = timed(run_decode, model, *prefilled.pop(name))
+        cache = prefilled[name][1]
+        check_length(name, "the cache after the prefill", cache.get_seq_length(), inputs.input_ids[name].shape[1])
+        cache_bytes[name] = round(depth * count_cache_bytes(cache))
+    _, seconds[TEXT_ONLY, TA_LLAVA] = timed_at_depth(depth, models[TA_LLAVA], run_text_only, inputs.text_ids)
+    del features, cache
+    for name in turns:
+        token, cache = prefilled.pop(name)
+        _, total = timed_at_depth(depth, models[name], run_decode, token, cache)
         seconds[DECODE, name] = total / NUM_DECODE_TOKENS
-    for name, model in turns:
-        _, seconds[FIRST_TOKEN, name] = timed(
-            run_prefill, model, inputs.input_ids[name], pixel_values=inputs.pixel_values
+        num_columns = inputs.input_ids[name].shape[1] + NUM_DECODE_TOKENS
+        check_length(name, "the cache after the decoding", cache.get_seq_length(), num_columns)
+    del cache
+    for name in turns:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        _, seconds[FIRST_TOKEN, name] = timed_at_depth(
+            depth,
+            models[name],
+            run_prefill,
+            inputs.input_ids[name],
+            pixel_values=inputs.pixel_values,
+            project=project[name],
         )
-    return seconds, cache_bytes
+        if device.type == "cuda":
+            peak_bytes[name] = torch.cuda.max_memory_allocated() - before
+    return seconds, cache_bytes, peak_bytes
+
+
+def measure_kernels(systems: Systems, inputs: Inputs) -> dict[tuple[str, str], float]:
+    """Seconds that the GPU computes in the prefill after the tower, by system."""
+    seconds = {}
+    for name, model in systems.models.items():
+        project = partial(systems.qformer, inputs.instruction_ids) if name == Q_FORMER else None
+        features = run_tower(model, inputs.pixel_values)
+        seconds[KERNELS, name] = kernel_seconds(
+            run_prefill, model, inputs.input_ids[name], features=features, project=project
+        )
+    return seconds
 
 
 @torch.inference_mode()
 def measure(
-    setup: Setup, name: str, batch_sizes: list[int], repeats: int, dtype: torch.dtype
-) -> dict[int, Measurement]:
-    """Medians of all rounds, for each batch size."""
-    with torch.inference_mode(False):  # parameters born in inference mode take slower paths
-        models = build_models(setup, dtype)
-    check_backbones(models)
-    measurements = {}
-    for batch_size in batch_sizes:
-        inputs = make_inputs(setup, batch_size, dtype)
-        check_lengths(setup, models, inputs)  # runs what is timed, and so warms up
-        turns = list(models.items())
-        samples = defaultdict(list)
-        for _ in tqdm(range(repeats * setup.rounds_per_repeat), desc=f"{name}, batch {batch_size}", unit="round"):
-            # Who comes second finds the inputs and the code in the processor's caches: each does so every other round.
-            turns.reverse()
-            seconds, cache_bytes = measure_round(turns, inputs)
-            for key, value in seconds.items():
-                samples[key].append(value)
-        measurements[batch_size] = Measurement({key: median(values) for key, values in samples.items()}, cache_bytes)
-    return measurements
+    setup: Setup,
+    systems: Systems,
+    batch_size: int,
+    num_images: int,
+    repeats: int,
+    kernels: bool = False,
+    progress: str | None = None,
+) -> Measurement:
+    """Medians of all rounds, of which the first of several warms up and does not count."""
+    parameter = next(systems.llava.parameters())
+    inputs = make_inputs(setup, batch_size, num_images, parameter.dtype, parameter.device)
+    num_rounds = repeats * setup.rounds_per_repeat
+    num_warmup_rounds = int(num_rounds > 1)
+    turns = list(systems.models)
+    samples = defaultdict(list)
+    peak_bytes: dict[str, int] = {}
+    for index in tqdm(range(num_warmup_rounds + num_rounds), desc=progress, unit="round"):
+        # Who comes later finds the inputs and the code in the processor's caches: the order changes every round.
+        turns.reverse()
+        seconds, cache_bytes, peaks = measure_round(setup, systems, turns, inputs)
+        if index < num_warmup_rounds:
+            continue
+        for key, value in seconds.items():
+            samples[key].append(value)
+        peak_bytes = {name: max(peak, peak_bytes.get(name, 0)) for name, peak in peaks.items()}
+    medians = {key: median(values) for key, values in samples.items()}
+    if kernels:
+        medians |= measure_kernels(systems, inputs)
+    return Measurement(num_rounds, medians, cache_bytes, peak_bytes)
 
 
 # --- report --------------------------------------------------------------------------------------------------------
 
 
-def format_row(quantity: str, batch_size: int, values: dict[str, float], unit: str, digits: int) -> str:
-    """A row of the table: what both models have of a quantity, and how many times as much LLaVA has."""
-    llava, ta_llava = values[LLAVA], values[TA_LLAVA]
-    ratio = f"{llava / ta_llava:.2f}x" if llava < 10 * ta_llava else f"{llava / ta_llava:.1f}x"
-    return f"| {quantity} | {batch_size} | {llava:,.{digits}f} {unit} | {ta_llava:,.{digits}f} {unit} | {ratio} |"
+# The columns of a table: what a record has under a name, a heading, and a unit and its size.
+COLUMNS = {
+    "tower_seconds": ("vision tower", "ms", 1e-3),
+    "prefill_seconds": ("prefill after the tower", "ms", 1e-3),
+    "prefill_kernel_seconds": ("of it kernels", "ms", 1e-3),
+    "first_token_seconds": ("time to first token", "ms", 1e-3),
+    "decode_seconds": ("decode, per token", "ms", 1e-3),
+    "cache_bytes": ("cache after the prefill", "MiB", 2**20),
+    "peak_bytes": ("peak memory beyond the weights", "MiB", 2**20),
+    "peak_bytes_with_weights": ("peak memory", "MiB", 2**20),
+}
 
 
-def format_table(name: str, setup: Setup, measurements: dict[int, Measurement]) -> str:
-    """The measurements of one configuration as a Markdown section."""
-    lengths = {model: count + NUM_TEXT_TOKENS for model, count in setup.num_placeholders.items()}
-    lines = [
-        f"### {name}: {setup.description}",
-        "",
-        f"{NUM_TEXT_TOKENS} text tokens and one image a row: {lengths[LLAVA]} tokens in LLaVA, {lengths[TA_LLAVA]} in "
-        "TA-LLaVA.",
-        "",
-        "| | batch | LLaVA | TA-LLaVA | LLaVA / TA-LLaVA |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for quantity, label in (
-        (TOWER, "vision tower"),
-        (PREFILL, "prefill without the tower"),
-        (FIRST_TOKEN, "time to first token"),
-        (DECODE, f"decode, per token of {NUM_DECODE_TOKENS}"),
-    ):
-        for batch_size, measurement in measurements.items():
-            milliseconds = {model: measurement.seconds[quantity, model] * 1000 for model in (LLAVA, TA_LLAVA)}
-            lines.append(format_row(label, batch_size, milliseconds, "ms", digits=1))
-    for batch_size, measurement in measurements.items():
-        kibibytes = {model: count / 1024 for model, count in measurement.cache_bytes.items()}
-        lines.append(format_row("cache after the prefill", batch_size, kibibytes, "KiB", digits=0))
-    for batch_size, measurement in measurements.items():
-        share = 1 - measurement.seconds[TEXT_ONLY, TA_LLAVA] / measurement.seconds[PREFILL, TA_LLAVA]
-        lines.append(f"| adapters' share of the prefill | {batch_size} | | {share:.0%} | |")
+def make_records(
+    setup: Setup, batch_size: int, num_images: int, measurement: Measurement, weight_bytes: dict[str, int]
+) -> list[dict[str, Any]]:
+    """A record for each system: what was measured of it at one batch size and number of images of a row."""
+    records = []
+    for name, num_placeholders in setup.num_placeholders(num_images).items():
+        peak_bytes = measurement.peak_bytes.get(name)
+        seconds = {quantity: value for (quantity, of), value in measurement.seconds.items() if of == name}
+        records.append(
+            {
+                "system": name,
+                "batch_size": batch_size,
+                "num_images": num_images,
+                "num_rounds": measurement.num_rounds,
+                "num_tokens": num_placeholders + NUM_TEXT_TOKENS,
+                "tower_seconds": seconds[TOWER],
+                "prefill_seconds": seconds[PREFILL],
+                "prefill_kernel_seconds": seconds.get(KERNELS),
+                "first_token_seconds": seconds[FIRST_TOKEN],
+                "decode_seconds": seconds[DECODE],
+                "decode_tokens_per_second": batch_size / seconds[DECODE],
+                "text_only_prefill_seconds": seconds.get(TEXT_ONLY),
+                "cache_bytes": measurement.cache_bytes[name],
+                "weight_bytes": weight_bytes[name],
+                "peak_bytes": peak_bytes,
+                "peak_bytes_with_weights": None if peak_bytes is None else peak_bytes + weight_bytes[name],
+            }
+        )
+    # With the features of the images at hand the first token of the next question is the prefill's.
+    second = {**records[-1], "system": SECOND_QUESTION, "tower_seconds": None}
+    second |= dict.fromkeys(("peak_bytes", "peak_bytes_with_weights", "text_only_prefill_seconds"))
+    return [*records, {**second, "first_token_seconds": second["prefill_seconds"]}]
+
+
+def format_value(value: float | None, of_llava: float | None, unit_size: float) -> str:
+    """A value in its unit, and how many times as much LLaVA has; empty where there is none."""
+    if value is None:
+        return ""
+    value, of_llava = value / unit_size, None if of_llava is None else of_llava / unit_size
+    digits = 2 if value < 10 else 1 if value < 1000 else 0
+    text = f"{value:,.{digits}f}"
+    return text if of_llava is None else f"{text} ({of_llava / value:.2f}x)"
+
+
+def format_cell(records: list[dict[str, Any]]) -> str:
+    """The records of one batch size and number of images as a Markdown table, a row for each system; LLaVA's is first."""
+    llava = records[0]
+    columns = {key: column for key, column in COLUMNS.items() if llava[key] is not None}
+    headings = ["", "tokens", *(f"{heading}, {unit}" for heading, unit, _ in columns.values()), "tokens/s"]
+    lines = [f"| {' | '.join(headings)} |", f"|---{'|---:' * (len(headings) - 1)}|"]
+    for record in records:
+        cells = [record["system"], f"{record['num_tokens']:,}"]
+        for key, (_, _, unit_size) in columns.items():
+            cells.append(format_value(record[key], None if record is llava else llava[key], unit_size))
+        cells.append(f"{record['decode_tokens_per_second']:,.1f}")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def describe_machine(dtype: torch.dtype) -> str:
+def format_section(name: str, results: dict[str, dict[str, Any]]) -> str:
+    """All that was measured of one configuration as a Markdown section."""
+    setup, result = SETUPS[name], results[name]
+    full, measured = setup.text_config["num_hidden_layers"], result["num_layers"]
+    sections = [f"### {name}: {setup.description}", describe_run(result)]
+    if measured < full:
+        sections.append(
+            f"**{measured} of the language model's {full} layers were measured**: the time in them and their part of the "
+            f"cache are multiplied by {full // measured}."
+        )
+    cells = defaultdict(list)
+    for record in result["records"]:
+        cells[record["batch_size"], record["num_images"]].append(record)
+    for record in results.get(setup.reference, {}).get("records", []):
+        cell = cells.get((record["batch_size"], record["num_images"]))
+        if cell is not None and record["system"] == LLAVA:
+            cell.append({**record, "system": f"{LLAVA}, {setup.reference}"})
+    for (batch_size, num_images), records in cells.items():
+        prefill = records[2]["prefill_seconds"]
+        share = 1 - records[2]["text_only_prefill_seconds"] / prefill
+        images = f"{num_images} image" + "s" * (num_images > 1)
+        rounds = f"{records[0]['num_rounds']} round" + "s" * (records[0]["num_rounds"] > 1)
+        sections += [
+            f"Batch {batch_size}, {images} and {NUM_TEXT_TOKENS} text tokens a row ({rounds}):",
+            format_cell(records),
+            f"Adapters, projector and prefix take {share:.0%} of TA-LLaVA's prefill.",
+        ]
+    return "\n\n".join(sections)
+
+
+def describe_run(result: dict[str, Any]) -> str:
+    """One line on how the numbers of a configuration came about."""
+    parts = ", ".join(f"{name} {implementation}" for name, implementation in result["attention"].items())
+    return f"{result['machine']}. Attention: {parts}."
+
+
+def describe_machine(dtype: torch.dtype, device: torch.device | str = "cpu") -> str:
     """One line on what the numbers were measured with."""
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    return f"{versions}, threads: {torch.get_num_threads()}, {str(dtype).removeprefix('torch.')}, {cpu_name()}"
+    line = f"{versions}, threads: {torch.get_num_threads()}, {str(dtype).removeprefix('torch.')}, {cpu_name()}"
+    return line if torch.device(device).type == "cpu" else f"{line}, {torch.cuda.get_device_name(device)}"
 
 
 def cpu_name() -> str:
@@ -417,36 +753,83 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-NOTES = (
-    "Medians. The adapters' share is what TA-LLaVA's prefill takes longer than its language model alone on as many "
-    "tokens: adapters, projector and prefix."
-)
+NOTES = f"""Medians; in brackets, how many times as much LLaVA takes. Random weights, the backbones' tensors shared.
+
+- LLaVA: `LlavaForConditionalGeneration`, all visual tokens of each image.
+- Q-Former: InstructBLIP's way to the same language model, with {NUM_QUERIES} queries for each image; its vision tower is
+  LLaVA's.
+- TA-LLaVA: its prefix reads all images. A second question about the same images needs no vision tower, and so its time to
+  first token is the prefill's; with the features of its images at hand, LLaVA's would be too.
+- The adapters' share is what TA-LLaVA's prefill takes longer than its language model alone on as many tokens.
+- Decoding: {NUM_DECODE_TOKENS} tokens.
+- Peak memory: from the pixels to the first token, as torch counts it on a GPU. On the CPU it counts none, and what the
+  process takes is of all systems together.
+- Kernels (with `--kernel-time`): the time in which the GPU computes; the rest of the prefill it waits for Python."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="TA-LLaVA against LLaVA with the same backbones, on the CPU.")
-    parser.add_argument("--configs", nargs="+", choices=list(SETUPS), default=list(SETUPS))
+    parser = argparse.ArgumentParser(description="TA-LLaVA against LLaVA and the Q-Former with the same backbones.")
+    parser.add_argument("--configs", nargs="+", choices=list(SETUPS), default=DEFAULT_SETUPS)
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--images", nargs="+", type=int, default=[1], help="images of a row")
     parser.add_argument(
-        "--repeats", type=int, default=7, help="rounds that a median is over (10 times as many for tiny)"
+        "--repeats",
+        type=int,
+        default=7,
+        help="rounds that a median is over (10 times as many for tiny); before several, one more warms up",
     )
     parser.add_argument("--threads", type=int, help="threads of torch; its own choice by default")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--output", type=Path, help="also write the tables to this Markdown file")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="default: float32, bfloat16 for gemma-2-2b and vicuna-7b"
+    )
+    parser.add_argument("--kernel-time", action="store_true", help="also profile the prefill's kernels (cuda)")
+    parser.add_argument(
+        "--output", type=Path, help="also write the tables to this Markdown file, and a JSON beside it"
+    )
     arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device cuda: torch {torch.__version__} finds no GPU.")
+    if arguments.kernel_time and device.type != "cuda":
+        parser.error("--kernel-time needs --device cuda.")
 
     torch.manual_seed(0)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    dtype = getattr(torch, arguments.dtype)
-    sections = [describe_machine(dtype)]
+    results: dict[str, dict[str, Any]] = {}
     for name in arguments.configs:
-        measurements = measure(SETUPS[name], name, arguments.batch_sizes, arguments.repeats, dtype)
-        sections.append(format_table(name, SETUPS[name], measurements))
-    report = "\n\n".join([*sections, NOTES])
+        setup = SETUPS[name]
+        dtype = getattr(torch, arguments.dtype or setup.dtype)
+        # Not in inference mode: parameters that are born in it take slower paths.
+        systems = build_systems(setup, dtype, device)
+        check_backbones(systems)
+        result = results[name] = {
+            "machine": describe_machine(dtype, device),
+            "attention": attention_implementations(systems),
+            "num_layers": setup.num_layers(device),
+            "records": [],
+        }
+        for num_images in arguments.images:
+            for batch_size in arguments.batch_sizes:
+                measurement = measure(
+                    setup,
+                    systems,
+                    batch_size,
+                    num_images,
+                    arguments.repeats,
+                    arguments.kernel_time,
+                    progress=f"{name}, batch {batch_size}, images {num_images}",
+                )
+                result["records"] += make_records(setup, batch_size, num_images, measurement, systems.weight_bytes())
+                report = "\n\n".join([*(format_section(measured, results) for measured in results), NOTES])
+                if arguments.output is not None:  # after each, as the next may take long
+                    arguments.output.write_text(report + "\n")
+                    arguments.output.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
+        del systems
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     print(report)
-    if arguments.output is not None:
-        arguments.output.write_text(report + "\n")
 
 
 if __name__ == "__main__":

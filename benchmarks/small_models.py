@@ -7,7 +7,6 @@ and TA-LLaVAs are made and trained. The tower stays frozen, so that its features
 compress them. Whatever is finished is kept in files, and not done again.
 """
 
-import copy
 import json
 import random
 import shutil
@@ -59,6 +58,8 @@ SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_o
 LONGEST_ANSWER = 40  # words, in training
 NEW_TOKENS = 64  # of an answer to an instruction, and of a description
 TEXT_TOKENS = 22  # of a question with its turns, to count operations with
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 Item = tuple[str, str, int | None]  # prompt, answer, index of the image
 
@@ -178,17 +179,15 @@ class Samples(torch.utils.data.Dataset):
     """Prompts with answers, padded on the left, labels on the answers; and the features of the images."""
 
     def __init__(self, items: Sequence[Item], chat: Chat, features: torch.Tensor | None = None):
-        self.chat, self.features = chat, features
-        self.rows = []
-        for prompt, answer, index in items:
-            prompt_ids, answer_ids = chat.prompt(prompt, index is not None), chat.answer(answer)
-            self.rows.append({"input_ids": prompt_ids + answer_ids, "labels": answer_ids, "image": index})
+        self.items, self.chat, self.features = items, chat, features
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.items)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows[index]
+        prompt, answer, image = self.items[index]
+        prompt_ids, answer_ids = self.chat.prompt(prompt, image is not None), self.chat.answer(answer)
+        return {"input_ids": prompt_ids + answer_ids, "labels": answer_ids, "image": image}
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         ids = [row["input_ids"] for row in rows]
@@ -216,14 +215,6 @@ def select(features: torch.Tensor, images: list[int], one_per_row: bool) -> torc
     """Features `(N, M, width)` as LLaVA takes them, or, with one image in each row, `(B, 1, M, width)` for TA-LLaVA."""
     chosen = features[images].float()
     return chosen[:, None] if one_per_row else chosen
-
-
-def to_answer(model: Any, config: dict[str, Any]) -> Any:
-    """A copy of a model in the dtype of the config in which it is measured, `float32` if there is none."""
-    model = copy.deepcopy(model)
-    for parameter in model.parameters():  # not the buffers: the frequencies of the rotary embedding stay exact
-        parameter.data = parameter.data.to(getattr(torch, config.get("answer_dtype", "float32")))
-    return model
 
 
 # --- parts ---------------------------------------------------------------------------------------------------------
@@ -305,17 +296,18 @@ def compute_features(folder: Path, config: dict[str, Any], name: str, fields: di
         vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
     )
     vision_tower = AutoModel.from_pretrained(tower)
-    model = VmtcCmaiLlavaForConditionalGeneration(
+    model: Any = VmtcCmaiLlavaForConditionalGeneration(
         VmtcCmaiLlavaConfig(vision_config=vision_tower.config, text_config=text_config, image_token_index=0, **fields)
     ).eval()
     model.model.vision_tower.load_state_dict(vision_tower.state_dict())
+    model.to(DEVICE)
     data, features = load_data(config), {}
     for split, grids in (("train", data.train), ("test", data.test)):
         batches = []
         for start in tqdm(range(0, len(grids), 50), desc=f"{name}, {split}"):
             images = [grid.draw() for grid in grids[start : start + 50]]
             pixel_values = image_processor(images, return_tensors="pt")["pixel_values"]
-            batches.append(model.get_vision_features(pixel_values).half())
+            batches.append(model.get_vision_features(pixel_values.to(DEVICE)).half().cpu())
         features[split] = torch.cat(batches)
     path.parent.mkdir(exist_ok=True)
     with complete_or_not_at_all(path) as unfinished:
@@ -394,9 +386,13 @@ def train(
     stage: dict[str, Any],
     modules: list[nn.Module],
 ) -> None:
-    """Trains `modules` of `model` for a stage of the config. With attention written out, whose backward pass is faster."""
+    """
+    Trains `modules` of `model` for a stage of the config. On a CPU with attention written out, whose backward pass is
+    faster there.
+    """
     language_model = model.model.language_model if hasattr(model.model, "language_model") else model
-    language_model.set_attn_implementation("eager")
+    if DEVICE.type == "cpu":
+        language_model.set_attn_implementation("eager")
     groups = trainable(model, [(modules, stage["learning_rate"])])
     run_stage(name, model, samples, folder, seed, stage["steps"], stage["batch_size"], groups, bf16=True)
     language_model.set_attn_implementation("sdpa")
@@ -459,7 +455,7 @@ def measure_llava(
         _train_llava(model, parts, folder, config, seed, features, run_folder / name, ("continue",))
     held = load_file(folder / "features" / f"{features}.safetensors")["test"]
     chat = parts.chat(held.shape[1])
-    data, model = load_data(config, seed), to_answer(model, config)
+    data = load_data(config, seed)
     scores = {"accuracy": measure_accuracy(model, chat, held, data), "if16": measure_if16(model, chat, held, data)}
     if upper_limit:
         scores["upper_limit"] = measure_if16(model, chat, held, data, describe_first=True)
@@ -489,7 +485,7 @@ def train_and_measure_ta_llava(folder: Path, config: dict[str, Any], seed: int, 
         samples = Samples(items, chat, held["train"])
         train(model, samples, run_folder, phase, seed, config["stages"][phase], modules + more)
         if phase != "phase1":
-            scores[phase] = measure_accuracy(to_answer(model, config), chat, held["test"], data)
+            scores[phase] = measure_accuracy(model, chat, held["test"], data)
     write_text(path, json.dumps({"accuracy": scores}, indent=1))
     shutil.rmtree(run_folder)  # all of them would be many
 
@@ -504,10 +500,10 @@ def generate(
     features: torch.Tensor,
     prompts: Sequence[tuple[str, int | None]],
     max_new_tokens: int,
-    batch_size: int = 100,
 ) -> list[str]:
     """Answers to prompts with the index of their image, by greedy decoding. All have images, or none has."""
-    model.eval()
+    model.to(DEVICE).eval()
+    batch_size = 100 if DEVICE.type == "cpu" else 400
     ids = [chat.prompt(text, image is not None) for text, image in prompts]
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     answers = [""] * len(ids)
@@ -517,9 +513,9 @@ def generate(
         inputs["attention_mask"] = pad([[1] * len(ids[index]) for index in chosen], 0, left=True)
         images = [image for index in chosen if (image := prompts[index][1]) is not None]
         if images:
-            inputs["vision_features"] = select(features, images, chat.at_start).to(model.dtype)
+            inputs["vision_features"] = select(features, images, chat.at_start)
         output = model.generate(
-            **inputs,
+            **{name: tensor.to(DEVICE) for name, tensor in inputs.items()},
             max_new_tokens=max_new_tokens,
             do_sample=False,
             use_cache=True,  # which the Trainer turns off in the config

@@ -208,8 +208,17 @@ class Results:
         return self.read(f"ta-llava-{length}{'-blind' if blind else ''}", "accuracy", phase, "all")
 
 
-# In the picture of the scores.
-DRAWN = ("base", "spd-16", "spd-4", "vmtc-32", "cmai", "both-32", "both-7", "both-4")
+# Variants in the pictures, and what they are called there.
+DRAWN = {
+    "base": "LLaVA",
+    "spd-16": "SPD, 16 tokens",
+    "spd-4": "SPD, 4 tokens",
+    "vmtc-32": "VMTC, 32 tokens",
+    "cmai": "CMAI",
+    "both-32": "VMTC + CMAI, 32 tokens",
+    "both-7": "VMTC + CMAI, 7 tokens",
+    "both-4": "VMTC + CMAI, 4 tokens",
+}
 TRAININGS = ("training-free", "trained")
 # Title, and name of each row with its variant.
 LLAVA_TABLES = {
@@ -412,7 +421,7 @@ def draw_prefix(results: Results, operations: dict[str, int], path: Path) -> Non
 
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     for axes, phase in zip(figure.subplots(1, 2, sharey=True), ("phase2", "phase3")):
-        for blind, label in ((False, "TA-LLaVA"), (True, "blind to the instruction")):
+        for blind, label in ((False, "TA-LLaVA"), (True, "TA-LLaVA blind to the instruction")):
             lengths = results.config["prefix_lengths"]
             points = [interval(results.prefix_accuracy(length, blind, phase)) for length in lengths]
             x = [operations[f"{length}{'-blind' if blind else ''}"] / 1e6 for length in lengths]
@@ -423,7 +432,7 @@ def draw_prefix(results: Results, operations: dict[str, int], path: Path) -> Non
         for name in (name for name in DRAWN if name in operations):
             mean, half = interval(results.accuracy(name, "trained"))
             place = operations[name] / 1e6, 100 * mean, 100 * half
-            axes.errorbar(*place, marker="s", capsize=3, label=f"LLaVA, {name}", linestyle="")
+            axes.errorbar(*place, marker="s", capsize=3, label=DRAWN[name], linestyle="")
         axes.set(title=f"after phase {phase[-1]}", xscale="log", xlabel="MFLOP of the prefill, after the vision tower")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("accuracy, %")
@@ -442,7 +451,7 @@ def draw_scores(results: Results, path: Path) -> None:
                 interval(results.accuracy(name, training)),
                 interval(results.if16(name, training)),
             )
-            axes.errorbar(100 * x, 100 * y, 100 * y_error, 100 * x_error, marker="o", capsize=3, label=name)
+            axes.errorbar(100 * x, 100 * y, 100 * y_error, 100 * x_error, marker="o", capsize=3, label=DRAWN[name])
         axes.set(title=training, xlabel="accuracy, %")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("IF16, %")
