@@ -70,6 +70,7 @@ bench: $(VENV)/installed-dev  ## measure both systems against LLaVA with the sam
 	$(BIN)/python benchmarks/compare_vmtc_cmai.py
 	$(BIN)/python benchmarks/compare_cached_features.py
 	$(BIN)/python benchmarks/count_training_cost.py
+	$(BIN)/python benchmarks/plot_frames.py --output-dir benchmarks/results
 
 # gradio needs an older Pillow than the tests have, so the demo has an environment of its own.
 $(VENV)-space/installed: setup.cfg pyproject.toml constraints.txt

@@ -23,7 +23,7 @@ from transformers import (
 from .chat_templates import VICUNA_CHAT_TEMPLATE, Turns, add_images, recognise_turns
 from .complete_files import complete_folder_or_not_at_all
 from .configuration_ta_llava import TaLlavaConfig
-from .error_messages import one_line
+from .error_messages import check_source, one_line
 from .export import check_new_folder
 from .modeling_ta_llava import TaLlavaForConditionalGeneration
 from .processing_ta_llava import TaLlavaProcessor
@@ -277,10 +277,10 @@ def _read_parts(
     gguf = {} if gguf_file is None else {"gguf_file": gguf_file}
     if gguf_file is not None and Path(language_model).is_dir() and not (Path(language_model) / gguf_file).is_file():
         raise ValueError(f"There is no file {gguf_file} in {language_model}.")
-    vision_config = _vision_config(vision_tower)
+    vision_config = load_vision_config(vision_tower)
     text_config = _text_config(language_model, gguf)
-    image_processor = _load("image processor", vision_tower, AutoImageProcessor.from_pretrained)
-    tokenizer = _load("tokenizer", language_model, AutoTokenizer.from_pretrained, **gguf)
+    image_processor = load_part("image processor", vision_tower, AutoImageProcessor.from_pretrained)
+    tokenizer = load_part("tokenizer", language_model, AutoTokenizer.from_pretrained, **gguf)
     if not tokenizer.is_fast or len(tokenizer) < 3:
         raise ValueError(f"{language_model} has no tokenizer.json, which is needed. Save its fast tokenizer with it.")
     pixel_values = _example_of(vision_tower, image_processor)
@@ -342,10 +342,21 @@ def _read_parts(
     )
 
 
-def _load(what: str, source: str | Path, from_pretrained: Callable, **kwargs: Any) -> Any:
-    """What `from_pretrained` loads, which for a folder does not ask the Hub for what is missing."""
+def load_part(what: str, source: str | Path, from_pretrained: Callable, **kwargs: Any) -> Any:
+    """
+    What `from_pretrained` loads, which for a folder does not ask the Hub for what is missing.
+
+    Args:
+        what (`str`): What it is, for the message.
+        source (`str` or `Path`): Folder or Hub repo.
+        from_pretrained, kwargs: That of an auto class, and its arguments.
+
+    Raises:
+        `ValueError`: There is no such folder or repo, or what is there cannot be loaded.
+    """
     if Path(source).is_file():
         raise ValueError(f"{source} is a file, not the folder of a checkpoint.")
+    check_source(source)
     is_folder = Path(source).is_dir()
     try:
         return from_pretrained(source, local_files_only=is_folder, trust_remote_code=False, **kwargs)
@@ -357,14 +368,23 @@ def _load(what: str, source: str | Path, from_pretrained: Callable, **kwargs: An
 def _load_weights(what: str, source: str | Path, auto_class: Any, **kwargs: Any) -> Any:
     """A model, all of whose weights were there."""
     from_pretrained = partial(read_safetensors, auto_class.from_pretrained)
-    model, info = _load(what, source, from_pretrained, output_loading_info=True, **kwargs)
+    model, info = load_part(what, source, from_pretrained, output_loading_info=True, **kwargs)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"The {what} in {source} lacks {len(missing)} weights, such as {missing[0]!r}.")
     return model
 
 
-def _vision_config(source: str | Path) -> Any:
-    config = _load("config", source, load_config)
+def load_vision_config(source: str | Path) -> Any:
+    """
+    The config of a vision tower.
+
+    Args:
+        source (`str` or `Path`): Folder or Hub repo.
+
+    Raises:
+        `ValueError`: There is none, or it is another model.
+    """
+    config = load_part("config", source, load_config)
     vision_config = config.vision_config if config.model_type in ("clip", "siglip") else config
     vision_config._name_or_path = "" if Path(source).is_dir() else str(source)  # a folder is of this machine
     if vision_config.model_type not in VISION_TOWERS:
@@ -376,7 +396,7 @@ def _vision_config(source: str | Path) -> Any:
 
 
 def _text_config(source: str | Path, gguf: dict[str, str]) -> Any:
-    config = _load("config", source, load_config, **gguf)
+    config = load_part("config", source, load_config, **gguf)
     if config.model_type not in LANGUAGE_MODELS:
         hint = ""
         if getattr(config, "is_encoder_decoder", False):

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,17 +24,37 @@ app = typer.Typer(
 @contextmanager
 def _errors_as_messages(extra: str = "train") -> Iterator[None]:
     """
-    Errors of the user's input as one line on stderr and exit code 1, instead of a traceback; and what is not installed, with
-    the name of the extra that has it.
+    Errors of the user's input as one line on stderr and exit code 1, instead of a traceback; so too what is not installed,
+    with the extra that has it, and Ctrl-C, with exit code 130.
     """
     try:
         yield
+    except KeyboardInterrupt as error:
+        typer.echo("Interrupted.", err=True)
+        raise typer.Exit(130) from error
     except ModuleNotFoundError as error:
-        typer.echo(f"error: {error}: `pip install 'ta-llava[{extra}]'` has what this command needs.", err=True)
+        from .error_messages import how_to_install
+
+        typer.echo(f"error: {error}. What this command needs is in an extra: {how_to_install(extra)}.", err=True)
         raise typer.Exit(1) from error
     except (ValueError, OSError, StrictDataclassError) as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(1) from error
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"ta-llava {version('ta-llava')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -53,8 +75,8 @@ def ask(
     cmai: Annotated[
         float | None,
         typer.Option(
-            help="Of a LLaVA: CMAI on, with this share of the image tokens, in [0, 1], inhibited in the last layer. With "
-            "one of the two, only that one is on.",
+            help="Of a LLaVA: CMAI on, with this share of the image tokens, in (0, 1], inhibited in the last layer; off "
+            "with 0. What is not given is as the model is set.",
             show_default=False,
         ),
     ] = None,
@@ -83,11 +105,10 @@ def ask(
 
         from transformers.utils import logging
 
-        from .image_loading import load_rgb_image
         from .inference import DEFAULT_LLAVA, DEFAULT_MODEL, answer, load
 
         if batch is None:  # a wrong image is found before a model is loaded
-            sources = [([load_rgb_image(image) for image in question[:-1]], question[-1])]
+            sources = [(_load_images(question), question[-1])]
         logging.disable_progress_bar()
         default = DEFAULT_MODEL if visual_tokens is None and cmai is None else DEFAULT_LLAVA
         loaded, processor = load(model or default, visual_tokens, cmai)
@@ -106,6 +127,23 @@ def ask(
             else:
                 line = text if batch is None else f"{', '.join(images)}: {asked} {text}"
             print(line, flush=True)
+
+
+def _load_images(arguments: list[str]) -> list[Any]:
+    """The images of IMAGE... QUESTION; raises `ValueError` for a question that is not in quotes, and shows how it is."""
+    from .image_loading import load_rgb_image
+
+    images: list[Any] = []
+    for argument in arguments[:-1]:
+        try:
+            images.append(load_rgb_image(argument))
+        except ValueError as error:
+            if not images or "://" in argument or os.path.exists(argument):
+                raise
+            number = len(images)
+            quoted = shlex.join(["ta-llava", "ask", *arguments[:number], " ".join(arguments[number:])])
+            raise ValueError(f"{error} Words of a question must be in quotes: {quoted}") from error
+    return images
 
 
 def _read_batch(path: Path) -> list[tuple[list[str], str]]:
@@ -196,7 +234,7 @@ def compress(
     cmai: Annotated[
         float | None,
         typer.Option(
-            help="CMAI on, with this share of the image tokens, in [0, 1], inhibited in the last layer.",
+            help="CMAI on, with this share of the image tokens, in (0, 1], inhibited in the last layer; off with 0.",
             show_default=False,
         ),
     ] = None,
@@ -208,7 +246,8 @@ def compress(
     Write a LLaVA with fewer visual tokens (VMTC) and inhibited attention to them (CMAI), weights unchanged, that loads
     anywhere with trust_remote_code=True.
 
-    With one of --visual-tokens and --cmai only that one is on. With neither, both are: half of the tokens, and 0.6.
+    What of --visual-tokens and --cmai is not given stays as LLAVA is set. With neither, of a LLaVA that has both off, both
+    are turned on: half of the tokens, and 0.6.
     """
     with _errors_as_messages():
         from transformers.utils import logging
@@ -220,7 +259,7 @@ def compress(
     budget = config.vmtc_num_visual_tokens or f"{config.vmtc_keep_ratio:.0%} of the"
     settings = [f"VMTC with {budget} visual tokens"] if config.use_vmtc else []
     settings += [f"CMAI up to {config.cmai_max_ratio}"] if config.use_cmai else []
-    typer.echo(f"Wrote {out}: {', '.join(settings)}.")
+    typer.echo(f"Wrote {out}: {', '.join(settings) or 'neither VMTC nor CMAI'}.")
 
 
 @app.command()
@@ -252,8 +291,7 @@ def visualize(
     cmai: Annotated[
         float | None,
         typer.Option(
-            help="For cmai: share of the image tokens inhibited in the last layer; without --visual-tokens, VMTC is off "
-            "then. Default: as the model is set, or 0.6.",
+            help="For cmai: share of the image tokens inhibited in the last layer. Default: as the model is set, or 0.6.",
             show_default=False,
         ),
     ] = None,
@@ -534,7 +572,11 @@ def evaluate(
     ] = None,
     cmai: Annotated[
         float | None,
-        typer.Option(help="Of a LLaVA: CMAI on. With one of the two, only that one is on.", show_default=False),
+        typer.Option(
+            help="Of a LLaVA: CMAI on, with this share inhibited in the last layer; off with 0. What is not given is as the "
+            "model is set.",
+            show_default=False,
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions asked at a time; does not change an answer.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import LlavaConfig, LlavaProcessor
 
 from .complete_files import complete_folder_or_not_at_all
-from .error_messages import one_line
+from .error_messages import check_format, check_source, one_line
 from .export import check_new_folder
 from .safe_loading import check_sizes
 from .vmtc import count_visual_tokens, patch_grid
@@ -59,8 +59,9 @@ def compress_llava(
         num_visual_tokens (`int`, *optional*):
             Turns VMTC on, with so many visual tokens per image, from 1 to the number of patches.
         cmai_max_ratio (`float`, *optional*):
-            Turns CMAI on, with this share of image tokens inhibited in the last layer, in [0, 1]. With neither given both
-            are on, as in the paper: half of the patches and 0.6.
+            Turns CMAI on, with this share of image tokens inhibited in the last layer, in (0, 1], or off with 0. What is
+            not given stays as the config says. If neither is, and the config has both off, both are turned on as in the
+            paper: half of the patches and 0.6.
         link (`bool`):
             Give the files of the weights a second name instead of copying them, where the file system can. They are then
             one file: what writes into one of them, rather than replacing it, changes both.
@@ -116,6 +117,7 @@ def _find_source(source: str | Path) -> Path:
     if not folder.is_dir():
         if folder.exists():
             raise ValueError(f"{source} is a file, not the folder of a checkpoint.")
+        check_source(source)
         folder = Path(_download(source, ["*.json", "*.jinja", "*.model", "*.txt"]))
     if not (folder / "config.json").is_file():
         raise ValueError(f"{source} has no config.json, so it is no checkpoint.")
@@ -195,24 +197,26 @@ def _compressed_config(
     Raises:
         `ValueError`: No LLaVA, or one that cannot be used with VMTC.
     """
-    both = num_visual_tokens is None and cmai_max_ratio is None
-    flags: dict[str, Any] = {
-        "use_vmtc": both or num_visual_tokens is not None,
-        "vmtc_num_visual_tokens": None,  # set when the size of the images is known
-        "vmtc_keep_ratio": DEFAULT_KEEP_RATIO,
-        "use_cmai": both or cmai_max_ratio is not None,
-        "cmai_max_ratio": DEFAULT_CMAI_MAX_RATIO if cmai_max_ratio is None else cmai_max_ratio,
-    }
+    flags: dict[str, Any] = {}
+    if num_visual_tokens is not None:  # the number itself is set when the size of the images is known
+        flags |= {"use_vmtc": True, "vmtc_num_visual_tokens": None}
+    if cmai_max_ratio is not None:
+        flags |= {"use_cmai": True, "cmai_max_ratio": cmai_max_ratio} if cmai_max_ratio > 0 else {"use_cmai": False}
     try:
         stock = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        check_format(stock)
         check_sizes("config", stock)
+        if not flags and not stock.get("use_vmtc") and not stock.get("use_cmai"):
+            flags |= {"use_vmtc": True, "vmtc_num_visual_tokens": None, "vmtc_keep_ratio": DEFAULT_KEEP_RATIO}
+            flags |= {"use_cmai": True, "cmai_max_ratio": DEFAULT_CMAI_MAX_RATIO}
         if stock.get("model_type") == LlavaConfig.model_type:  # its weights have not seen merged tokens
             flags["vmtc_merge_weights"] = "normalized"
         config = VmtcCmaiLlavaConfig.from_pretrained(folder, **flags)
     except StrictDataclassError as error:
         raise ValueError(f"{source}: {one_line(error.__cause__ or error)}") from error
     except Exception as error:  # it may be damaged in any way
-        raise ValueError(f"The config.json of {source} cannot be used for VMTC and CMAI: {one_line(error)}") from error
+        reason = one_line(error).replace(f"{folder} is a", "it is a")
+        raise ValueError(f"The config.json of {source} cannot be used for VMTC and CMAI: {reason}") from error
     config.architectures = [VmtcCmaiLlavaForConditionalGeneration.__name__]
     config.auto_map = dict(AUTO_MAP)
     return config

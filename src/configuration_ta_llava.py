@@ -36,8 +36,9 @@ _DEFAULT_VISION_CONFIG = {
 }
 _DEFAULT_TEXT_CONFIG = {"model_type": "gemma2"}
 
-# More than an image has visual tokens; a config that asks for more is damaged.
+# More than an image has visual tokens, and than a row has images; a config that asks for more is damaged.
 _MAX_PREFIX_TOKENS = 10_000
+_MAX_IMAGE_INDEX_EMBEDDINGS = 10_000
 
 
 @strict
@@ -72,6 +73,9 @@ class TaLlavaConfig(VmtcConfig):  # trf-ignore: TRF057
         instruction_scope (`str`, *optional*, defaults to `"first"`):
             `"first"`: the prefix reads the text before the first response marker (the paper; the prefix can be cached
             across turns). `"last"`: the text before the last marker.
+        num_image_index_embeddings (`int`, *optional*, defaults to 0):
+            So many images of a row have a learned embedding of their place in it, which is added to their visual tokens;
+            0: none, and any number of images. New embeddings are zero, so that a trained model can be given them.
 
     Example:
 
@@ -96,6 +100,7 @@ class TaLlavaConfig(VmtcConfig):  # trf-ignore: TRF057
     image_token_id: int = 7
     response_marker_ids: list[int] | tuple[int, ...] = (106, 2516)
     instruction_scope: Literal["first", "last"] = "first"
+    num_image_index_embeddings: int = 0
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
@@ -111,6 +116,11 @@ class TaLlavaConfig(VmtcConfig):  # trf-ignore: TRF057
         if not 1 <= self.num_prefix_tokens <= _MAX_PREFIX_TOKENS:
             raise ValueError(
                 f"`num_prefix_tokens` must be at least 1 and at most {_MAX_PREFIX_TOKENS}, got {self.num_prefix_tokens}."
+            )
+        if not 0 <= self.num_image_index_embeddings <= _MAX_IMAGE_INDEX_EMBEDDINGS:
+            raise ValueError(
+                f"`num_image_index_embeddings` must be at least 0 and at most {_MAX_IMAGE_INDEX_EMBEDDINGS}, got "
+                f"{self.num_image_index_embeddings}."
             )
         if self.adapter_interval < 2:
             raise ValueError(

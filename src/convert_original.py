@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,12 +17,13 @@ from transformers import (
     GenerationConfig,
 )
 
+from .assemble import load_part, load_vision_config
 from .chat_templates import GEMMA_CHAT_TEMPLATE
 from .configuration_ta_llava import TaLlavaConfig
 from .error_messages import one_line
 from .modeling_ta_llava import TaLlavaForConditionalGeneration
 from .processing_ta_llava import TaLlavaProcessor
-from .safe_loading import check_sizes, load_config, read_safetensors
+from .safe_loading import check_sizes, read_safetensors
 
 
 _END_OF_TURN_ID = 107  # in Gemma's vocabulary
@@ -53,7 +55,8 @@ def convert_original(folder: str | Path, vision_tower: str | Path) -> TaLlavaFor
         [`TaLlavaForConditionalGeneration`] in the dtype of the checkpoint.
 
     Raises:
-        `ValueError`: The folder is no such checkpoint, or keys are missing or left over.
+        `ValueError`: The folder is no such checkpoint, `vision_tower` is none or another one, or keys are missing or left
+            over.
     """
     folder = Path(folder)
     original = _read_json(folder / "config.json")
@@ -66,6 +69,7 @@ def convert_original(folder: str | Path, vision_tower: str | Path) -> TaLlavaFor
     if absent := [key for key in needed if key not in original]:
         raise ValueError(f"{folder / 'config.json'} has no {', '.join(absent)}.")
     check_sizes("config", original)
+    vision_config = load_vision_config(vision_tower)
     original_state = _load_weights(folder)
     # Their constructor counts the two adapters as layers and saves the sum: the keys tell the true depth.
     layers = {int(match[1]) for key in original_state if (match := re.match(r"model\.layers\.(\d+)\.", key))}
@@ -76,8 +80,6 @@ def convert_original(folder: str | Path, vision_tower: str | Path) -> TaLlavaFor
         **{key: value for key, value in original.items() if key in text_fields},
         **rope,
     )
-    vision_config = load_config(vision_tower)
-    vision_config = getattr(vision_config, "vision_config", vision_config)
     config = TaLlavaConfig(
         vision_config=vision_config,
         text_config=text_config,
@@ -93,18 +95,23 @@ def convert_original(folder: str | Path, vision_tower: str | Path) -> TaLlavaFor
         pattern, name = next(((p, n) for p, n in _KEY_MAPPING if re.search(p, key)), ("^", ""))
         state[re.sub(pattern, name, key)] = value
     if not any(key.startswith("model.vision_tower.") for key in state):
-        tower = read_safetensors(
-            AutoModel.from_pretrained, vision_tower, config=vision_config, trust_remote_code=False
-        ).state_dict()
+        from_pretrained = partial(read_safetensors, AutoModel.from_pretrained)
+        tower = load_part("vision tower", vision_tower, from_pretrained, config=vision_config).state_dict()
         state.update({f"model.vision_tower.{key}": value for key, value in tower.items()})
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"]
     wanted = model.state_dict()
     missing, left_over = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    trained_with = f"Is {vision_tower} its vision tower? Its config names {original.get('mm_vision_tower')!r}."
     if missing or left_over:
         raise ValueError(
             f"The weights in {folder} do not fit: {len(missing)} keys are missing {missing[:5]}, {len(left_over)} are left "
-            f"over {left_over[:5]}."
+            f"over {left_over[:5]}. {trained_with}"
+        )
+    if odd := [key for key in sorted(wanted) if state[key].shape != wanted[key].shape]:
+        raise ValueError(
+            f"The weights in {folder} do not fit: {odd[0]} has the shape {tuple(state[odd[0]].shape)}, not "
+            f"{tuple(wanted[odd[0]].shape)}. {trained_with}"
         )
     model.load_state_dict(state)
     if (folder / "generation_config.json").is_file():
@@ -117,7 +124,7 @@ def convert_original(folder: str | Path, vision_tower: str | Path) -> TaLlavaFor
 def build_processor(folder: str | Path, vision_tower: str | Path, config: TaLlavaConfig) -> TaLlavaProcessor:
     """The processor of a converted checkpoint: its tokenizer, the image processor of the vision tower, Gemma's turns."""
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    image_processor = AutoImageProcessor.from_pretrained(vision_tower, trust_remote_code=False)
+    image_processor = load_part("image processor", vision_tower, AutoImageProcessor.from_pretrained)
     # An unused token of Gemma's vocabulary serves as placeholder: no embedding has to be added.
     placeholder = tokenizer.convert_ids_to_tokens(config.image_token_id)
     tokenizer.add_special_tokens({"additional_special_tokens": [placeholder]}, replace_extra_special_tokens=False)

@@ -26,18 +26,24 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from .configuration_ta_llava import TaLlavaConfig
-from .error_messages import one_line
-from .safe_loading import load_config
+from .error_messages import check_source, config_of
 from .vmtc_cmai_patch import VmtcCmaiLlavaConfig
+
+
+def _grouped(key: Sequence[int], query: Sequence[int]) -> tuple[int, ...]:
+    """Shape of keys or values with as many heads as the queries have, which the counter wants before torch 2.13."""
+    return (key[0], query[1], *key[2:])
 
 
 # The counter knows the attention of GPUs, but not that of the CPU, whose operands are the same.
 CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
-        lambda query, key, value, *args, **kwargs: sdpa_flop_count(query, key, value)
+        lambda query, key, value, *args, **kwargs: sdpa_flop_count(query, _grouped(key, query), _grouped(value, query))
     ),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda grad, query, key, value, *args, **kwargs: sdpa_backward_flop_count(grad, query, key, value)
+        lambda grad, query, key, value, *args, **kwargs: sdpa_backward_flop_count(
+            grad, query, _grouped(key, query), _grouped(value, query)
+        )
     ),
 }
 PARTS = {
@@ -123,11 +129,10 @@ def read_config(source: str | Path) -> tuple[Any, int]:
         config = full_size_config(str(source))
         return config, config.vision_config.image_size
     try:
-        config = load_config(source)
-    except Exception as error:  # of the network, the Hub, or files that may be damaged in any way
-        raise ValueError(
-            f"No config could be loaded from {str(source)!r}, nor is it one of {', '.join(FULL_SIZE)}: {one_line(error)}"
-        ) from error
+        check_source(source)
+    except ValueError as error:
+        raise ValueError(f"{error} Known without files are {', '.join(FULL_SIZE)}.") from error
+    config = config_of(source)
     known = (TaLlavaConfig.model_type, VmtcCmaiLlavaConfig.model_type, LlavaConfig.model_type)
     if config.model_type not in known:
         raise ValueError(f"{source} is a {config.model_type!r} model; the cost is counted of {', '.join(known)}.")
@@ -224,17 +229,24 @@ def format_cost(costs: dict[str, Cost], references: Sequence[str]) -> str:
     """
     parts = [*PARTS, LANGUAGE_MODEL]
     rows = [["", *costs], ["---", *["---:"] * len(costs)]]
-    rows.append(["parameters", *(f"{sum(cost.parameters.values()) / 1e6:,.0f} M" for cost in costs.values())])
+    rows.append(["parameters", *(in_millions(sum(cost.parameters.values())) for cost in costs.values())])
     rows += [
-        [f"- {part}", *(f"{cost.parameters.get(part, 0) / 1e6:,.0f} M" for cost in costs.values())] for part in parts
-    ]
-    rows.append(["tokens in the language model", *(f"{cost.num_tokens:,}" for cost in costs.values())])
-    rows.append(["prefill", *(f"{sum(cost.operations.values()) / 1e12:.2f} TFLOP" for cost in costs.values())])
-    rows += [
-        [f"- {part}", *(f"{cost.operations.get(part, 0) / 1e12:.3f} TFLOP" for cost in costs.values())]
+        [
+            f"- {part}",
+            *(in_millions(cost.parameters[part]) if part in cost.parameters else "" for cost in costs.values()),
+        ]
         for part in parts
     ]
-    rows.append(["KV cache", *(f"{cost.cache_bytes / 1e6:,.1f} MB" for cost in costs.values())])
+    rows.append(["tokens in the language model", *(f"{cost.num_tokens:,}" for cost in costs.values())])
+    rows.append(["prefill", *(scaled(sum(cost.operations.values()), "FLOP") for cost in costs.values())])
+    rows += [
+        [
+            f"- {part}",
+            *(scaled(cost.operations[part], "FLOP") if part in cost.operations else "" for cost in costs.values()),
+        ]
+        for part in parts
+    ]
+    rows.append(["KV cache", *(scaled(cost.cache_bytes, "B") for cost in costs.values())])
     for reference in references:
         total, cache = sum(costs[reference].operations.values()), costs[reference].cache_bytes
         ratios = [total / sum(cost.operations.values()) for cost in costs.values()]
@@ -243,3 +255,17 @@ def format_cost(costs: dict[str, Cost], references: Sequence[str]) -> str:
             [f"KV cache, {reference} / this", *(f"{cache / cost.cache_bytes:.2f}x" for cost in costs.values())]
         )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def in_millions(number: int) -> str:
+    """A number of parameters."""
+    return f"{number / 1e6:,.2f} M" if number < 1e7 else f"{number / 1e6:,.0f} M"
+
+
+def scaled(number: float, unit: str) -> str:
+    """A number of operations or bytes, in the largest unit of which it has one."""
+    factor, prefix = next(
+        ((factor, prefix) for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")) if number >= factor),
+        (1, ""),
+    )
+    return f"{number / factor:.3g} {prefix}{unit}"

@@ -28,9 +28,9 @@ from transformers import AutoProcessor
 from . import pope
 from .complete_files import write_text
 from .easy_vqa_data import QUESTION_TYPES, load_easy_vqa, question_type, wording_prior
-from .error_messages import one_line
+from .error_messages import config_of, loading_from, one_line
 from .inference import answer, load
-from .safe_loading import load_config
+from .model_card import describe_evaluation, full_path
 from .training_data import IMAGE, SampleError, find_damaged_files, locate_image, open_image, read_sample
 
 
@@ -164,7 +164,8 @@ def evaluate(
             Show progress bars.
 
     Returns:
-        `dict`: What is in `results.json`: `model`, `task`, `scores` (a dict per row of the table), `note` and `settings`.
+        `dict`: What is in `results.json`: `model`, `model_type`, `task`, `scores` (a dict per row of the table), `note` and
+        `settings`.
 
     Raises:
         `ValueError`: Before the model is loaded, if there is no such task, its data cannot be used, an image is missing or
@@ -184,6 +185,7 @@ def evaluate(
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, not a folder for the results.")
+    model_type, files_of_model = _check_model(model)
     built = _build_task(
         task,
         data,
@@ -198,22 +200,24 @@ def evaluate(
     _check_images(built.questions, progress)
     settings = {
         "task": task,
-        "model": _full_path(model),
+        "model": full_path(model),
         "visual_tokens": num_visual_tokens,
         "cmai": cmai_max_ratio,
         "max_new_tokens": max_new_tokens,
-        "data": None if data is None else _full_path(data),
+        "data": None if data is None else full_path(data),
         **built.settings,
         "num_questions": len(built.questions),
-        "files_of_model": _check_model(model),
+        "files_of_model": files_of_model,
         "content_of_data": _fingerprint(built.questions),
     }
 
+    load_once = cache(lambda: load(model, num_visual_tokens, cmai_max_ratio))
+    if not folder.exists():
+        load_once()  # what cannot be loaded leaves no folder behind
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
             _check_settings(folder, settings)
-            load_once = cache(lambda: load(model, num_visual_tokens, cmai_max_ratio))
 
             def ask(questions: Sequence[Question], path: Path) -> list[str]:
                 answers = _read_answers(path, questions)
@@ -230,13 +234,15 @@ def evaluate(
             scores = built.score(answers)
             results = {
                 "model": str(model),
+                "model_type": model_type,
                 "task": task,
                 "scores": scores,
                 "note": built.note,
                 "settings": settings,
             }
             write_text(folder / RESULTS, _as_json(results))
-            write_text(folder / TABLE, f"# {task}: {model}\n\n{format_table(scores)}\n\n{built.note}\n")
+            title = describe_evaluation(task, settings)
+            write_text(folder / TABLE, f"# {model}: {title}\n\n{format_table(scores)}\n\n{built.note}\n")
     except Timeout as error:
         raise ValueError(f"Another process is writing to {folder}. Wait for it, or choose another folder.") from error
     return results
@@ -584,22 +590,16 @@ def _find_damage(image: HeldImage) -> str:
 # --- what must not change while a run is interrupted -----------------------------------------------------------------
 
 
-def _full_path(name: str | Path) -> str:
-    return str(Path(name).resolve()) if Path(name).exists() else str(name)
-
-
-def _check_model(model: str | Path) -> str:
+def _check_model(model: str | Path) -> tuple[str, str]:
     """
-    What the answers of a model depend on, as a short text: of a folder its files, of a Hub repo the commit.
+    The type of a model, and what its answers depend on, as a short text: of a folder its files, of a Hub repo the commit.
 
     Raises:
         `ValueError`: There is no config or no image processor.
     """
-    try:
-        config = load_config(model)
+    config = config_of(model)
+    with loading_from(model):
         processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
-    except Exception as error:  # files may be missing or damaged in any way
-        raise ValueError(f"No model could be loaded from {str(model)!r}: {one_line(error)}") from error
     if getattr(processor, "image_processor", None) is None:
         raise ValueError(
             f"{model} has no image processor, so it cannot be asked about images. Is it a language model alone, or is its "
@@ -611,7 +611,7 @@ def _check_model(model: str | Path) -> str:
         is_large = path.suffix == ".safetensors"
         digest.update(path.name.encode())
         digest.update(f"{status.st_size} {status.st_mtime_ns}".encode() if is_large else path.read_bytes())
-    return digest.hexdigest()[:16]
+    return config.model_type, digest.hexdigest()[:16]
 
 
 def _fingerprint(questions: Sequence[Question]) -> str:

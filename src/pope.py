@@ -14,6 +14,8 @@ from typing import Any
 
 from transformers.utils import logging
 
+from .error_messages import how_to_install
+
 
 logger = logging.get_logger(__name__)
 
@@ -148,9 +150,7 @@ def load_metrics() -> ModuleType:
     try:
         from sklearn import metrics
     except ImportError as error:
-        raise ValueError(
-            f"The scores of POPE need scikit-learn: `pip install 'ta-llava[evaluate]'` ({error})."
-        ) from error
+        raise ValueError(f"The scores of POPE need scikit-learn: {how_to_install('evaluate')} ({error}).") from error
     return metrics
 
 

@@ -89,6 +89,8 @@ class TaLlavaProcessor(ProcessorMixin):  # trf-ignore: TRF057
         images: ImageInput | None = None,
         text: TextInput | list[TextInput] | None = None,
         videos: VideoInput | None = None,
+        *,
+        images_encoded: bool = False,
         **kwargs: Unpack[ProcessingKwargs],
     ) -> BatchFeature:
         """
@@ -102,6 +104,9 @@ class TaLlavaProcessor(ProcessorMixin):  # trf-ignore: TRF057
                 A file or URL (decoded by `av` or `torchcodec`, whichever is installed), an array or tensor
                 `(frames, H, W, C)` or `(frames, C, H, W)`, or a list of frames each, which are PIL images, arrays or
                 tensors. They are dealt out to the rows by the `<video>`s in their text.
+            images_encoded (`bool`, *optional*, defaults to `False`):
+                The images and videos of the text are not needed, since the model is given what `encode_image` has made of
+                them, or a cache: `<image>` and `<video>` only say which rows get placeholders.
             num_frames (`int`, *optional*):
                 Instead of `num_video_frames`.
 
@@ -113,7 +118,8 @@ class TaLlavaProcessor(ProcessorMixin):  # trf-ignore: TRF057
 
         Raises:
             `ValueError`: An unreadable image or video, numbers of images and of `<image>`s, or of videos and of
-                `<video>`s, that differ, an empty prompt, or one longer than the tokenizer's `model_max_length`.
+                `<video>`s, that differ, images with `images_encoded`, an empty prompt, or one longer than the tokenizer's
+                `model_max_length`.
             `ImportError`: A video is a file or URL, and nothing is installed that decodes it.
         """
         if kwargs.pop("audio", None) is not None:
@@ -135,8 +141,15 @@ class TaLlavaProcessor(ProcessorMixin):  # trf-ignore: TRF057
                 or not texts
             ):
                 raise ValueError("`text` must be a string or a list of strings, with at least one in it.")
-            rows = self._with_frames(self._images_of_rows(images, texts), frames, texts)
-            data.update(self._tokenize(list(texts), [len(row) > 0 for row in rows], **text_kwargs))
+            if images_encoded:
+                if images is not None or videos is not None:
+                    raise ValueError("Give images and videos, or `images_encoded=True` for a text alone, not both.")
+                has_images = [re.search(self._visual_token_pattern, sample) is not None for sample in texts]
+                rows = []
+            else:
+                rows = self._with_frames(self._images_of_rows(images, texts), frames, texts)
+                has_images = [len(row) > 0 for row in rows]
+            data.update(self._tokenize(list(texts), has_images, **text_kwargs))
         else:
             rows = [[image] for image in _flatten_images(images)] if images is not None else []
             rows += frames

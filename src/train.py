@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoModelForImageTextToText,
@@ -35,12 +35,12 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils import has_file, is_bitsandbytes_available
+from transformers.utils import cached_file, has_file, is_bitsandbytes_available
 
 from .complete_files import complete_folder_or_not_at_all, temporary_name, write_text
 from .configuration_ta_llava import TaLlavaConfig
-from .error_messages import one_line, why_not_loaded
-from .safe_loading import load_config, read_safetensors
+from .error_messages import check_source, config_of, how_to_install, one_line, why_not_loaded
+from .safe_loading import read_safetensors
 from .training_data import Collator, iterate_images, prepare_dataset
 from .vision_feature_cache import VisionFeatureCache
 from .vmtc import blocks_of
@@ -169,8 +169,8 @@ def _build(settings_class: Any, content: Any, where: str, only_check: bool = Fal
         raise ValueError(f"{where[0].upper() + where[1:]} must be a mapping, got {content!r}.")
     known = {entry.name: entry for entry in fields(settings_class)}
     if unknown := [key for key in content if key not in known]:
-        close = difflib.get_close_matches(str(unknown[0]), known, n=3) or sorted(known)
-        raise ValueError(f"Unknown key {unknown[0]!r} in {where}. There are: {', '.join(close)}.")
+        nearest = difflib.get_close_matches(str(unknown[0]), known, n=3, cutoff=0)
+        raise ValueError(f"Unknown key {unknown[0]!r} in {where}. The nearest are {', '.join(nearest)}.")
     content = {key: value for key, value in content.items() if value is not None}
     for key, value in content.items():
         kind: Any = known[key].type
@@ -244,7 +244,7 @@ def check_recipe(recipe: Recipe, model_type: str) -> None:
         try:
             from peft import LoraConfig
         except ImportError as error:
-            raise ValueError("`lora` needs peft: `pip install 'ta-llava[train]'`.") from error
+            raise ValueError(f"`lora` needs peft: {how_to_install('train')}.") from error
         _build(LoraConfig, recipe.lora, "`lora` of the recipe", only_check=True)
         if "modules_to_save" in recipe.lora:
             raise ValueError("`modules_to_save` of `lora` follows from `train`; leave it out of the recipe.")
@@ -509,16 +509,11 @@ def run_curriculum(recipes: Sequence[Recipe]) -> Path:
 
 
 def _model_type(model: str) -> str:
-    if not Path(model).is_dir() and (
-        model.startswith((".", "/")) or model.count("/") != 1 or Path(model).parent.is_dir()
-    ):
-        raise ValueError(f"There is no folder {model!r} (`model`). Run the phase before it first, or give --model.")
     try:
-        return load_config(model).model_type
-    except Exception as error:  # of the network, the Hub, or files that may be damaged in any way
-        raise ValueError(
-            f"There is no model in {model!r}, a folder here or a repo on the Hub: {one_line(error)}"
-        ) from error
+        check_source(model)
+    except ValueError as error:
+        raise ValueError(f"{error} Run the phase before it first, or give --model.") from error
+    return config_of(model).model_type
 
 
 def _is_finished(recipe: Recipe, folder: Path) -> bool:
@@ -707,12 +702,13 @@ def merge_adapter(adapter: str | Path, out: str | Path, model: str | None = None
             there.
     """
     from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
-    from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
     from .export import check_new_folder
 
     out = Path(out)
     check_new_folder(out)
+    check_source(adapter)
     try:
         config = PeftConfig.from_pretrained(str(adapter))
     except (ValueError, OSError) as error:
@@ -722,6 +718,7 @@ def merge_adapter(adapter: str | Path, out: str | Path, model: str | None = None
     source = model or config.base_model_name_or_path
     if not source:
         raise ValueError(f"{adapter} does not name its model. Give it with --model.")
+    check_source(source)
     if not has_file(adapter, SAFETENSORS_WEIGHTS_NAME):
         raise ValueError(
             f"{adapter} has no {SAFETENSORS_WEIGHTS_NAME}, and only safetensors are read: pickles can run code."
@@ -730,7 +727,8 @@ def merge_adapter(adapter: str | Path, out: str | Path, model: str | None = None
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
     try:
         adapted = PeftModel.from_pretrained(base, str(adapter))
-        saved = load_peft_weights(str(adapter), device="cpu").keys()
+        with safe_open(cached_file(adapter, SAFETENSORS_WEIGHTS_NAME), framework="pt") as weights:
+            saved = set(weights.keys())
     except (SafetensorError, RuntimeError, ValueError) as error:  # other sizes, other modules
         raise ValueError(f"{adapter} does not fit {source}: {why_not_loaded(error)}") from error
     if odd := sorted(get_peft_model_state_dict(adapted).keys() ^ saved):

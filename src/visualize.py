@@ -23,11 +23,11 @@ from transformers import AutoImageProcessor, AutoModel
 from .cmai import Inhibition
 from .compress import DEFAULT_CMAI_MAX_RATIO
 from .configuration_ta_llava import TaLlavaConfig
-from .error_messages import one_line
+from .error_messages import config_of, one_line
 from .image_loading import load_rgb_image
 from .inference import DEFAULT_LLAVA, DEFAULT_MODEL, load
 from .modeling_ta_llava import apply_rotary, eager_attention_forward
-from .safe_loading import load_config, read_safetensors
+from .safe_loading import read_safetensors
 from .vmtc import VmtcStage, compression_of_call, count_visual_tokens, make_compressible, patch_grid
 from .vmtc_cmai_patch import VmtcCmaiLlavaConfig
 
@@ -273,8 +273,8 @@ def _stage_views(vmtc: Any) -> list[StageView]:
 
 def _load_settings(model: str | Path) -> tuple[Any, Any]:
     """The config of a model with VMTC on, and the image processor; a model that has no such config gets one."""
+    settings = config_of(model)
     try:
-        settings = load_config(model)
         image_processor = AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # files may be missing or damaged in any way
         raise _cannot_load(model, error) from error
@@ -421,7 +421,7 @@ def visualize_prefix(
     """
     image = load_rgb_image(image)
     _check_questions(questions)
-    model_type = _read_config(model).model_type
+    model_type = config_of(model).model_type
     if model_type != TaLlavaConfig.model_type:
         raise ValueError(f"{str(model)!r} is a {model_type!r} model, but only a TA-LLaVA has a prefix.")
     loaded, processor = load(model)
@@ -581,7 +581,7 @@ def visualize_inhibition(
         model (`str` or `Path`): Folder or Hub repo of a LLaVA, with VMTC and CMAI or without.
         num_visual_tokens (`int`, *optional*): VMTC on, with so many visual tokens.
         cmai_max_ratio (`float`, *optional*): Share inhibited in the last layer. Defaults to that of the model if it has CMAI
-            on, or to 0.6. With neither of the two given, a model with CMAI on is as it is set.
+            on, or to 0.6.
 
     Returns:
         The picture, and what it shows.
@@ -591,12 +591,12 @@ def visualize_inhibition(
     """
     image = load_rgb_image(image)
     _check_questions([question])
-    config = _read_config(model)
+    config = config_of(model)
     if config.model_type not in (VmtcCmaiLlavaConfig.model_type, "llava"):
         raise ValueError(f"{str(model)!r} is a {config.model_type!r} model, but CMAI works in a LLaVA.")
     use_cmai = getattr(config, "use_cmai", False)
-    if cmai_max_ratio is None and (num_visual_tokens is not None or not use_cmai):
-        cmai_max_ratio = config.cmai_max_ratio if use_cmai else DEFAULT_CMAI_MAX_RATIO
+    if cmai_max_ratio is None and not use_cmai:
+        cmai_max_ratio = DEFAULT_CMAI_MAX_RATIO
     if cmai_max_ratio == 0:
         raise ValueError("With a CMAI ratio of 0 no image token is inhibited. Choose one above 0, e.g. 0.6.")
     loaded, processor = load(model, num_visual_tokens, cmai_max_ratio)
@@ -642,13 +642,6 @@ def _check_questions(questions: Sequence[str]) -> None:
         raise ValueError("Give a question: what the picture shows depends on it.")
     if any(not question.strip() for question in questions):
         raise ValueError("The question is empty.")
-
-
-def _read_config(model: str | Path) -> Any:
-    try:
-        return load_config(model)
-    except Exception as error:  # files may be missing or damaged in any way
-        raise ValueError(f"No model could be loaded from {str(model)!r}: {one_line(error)}") from error
 
 
 def _ask(

@@ -229,6 +229,14 @@ def test_the_prefix_reads_image_and_instruction_and_never_the_response(model):
 
 
 @torch.no_grad()
+def test_encoded_images_stand_for_pixels(model):
+    batch = mixed_batch(response=3)
+    expected, real = model(**batch).logits, batch["attention_mask"].bool()
+    encoded = model.encode_image(batch.pop("pixel_values"), batch.pop("image_mask"))
+    torch.testing.assert_close(model(**batch, encoded_images=encoded).logits[real], expected[real], **TOLERANCE)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_batch_is_its_rows(model, side):
     batch = mixed_batch(side, response=3)

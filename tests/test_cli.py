@@ -1,5 +1,8 @@
 import json
+import shlex
+import socket
 import sys
+from importlib import metadata
 
 import pytest
 from conftest import EXAMPLE_IMAGE, FIXTURES, ROOT
@@ -45,7 +48,78 @@ def test_ask_with_vmtc_and_cmai(options):
 def test_what_is_not_installed_is_named_with_the_extra_that_has_it(monkeypatch, tmp_path, command, module, extra):
     monkeypatch.setitem(sys.modules, f"ta_llava.{module}", None)
     code, out, error = run(command, tmp_path, *(["-o", tmp_path] if command == "evaluate" else []))
-    assert code == 1 and out == "" and f"pip install 'ta-llava[{extra}]'" in error
+    assert code == 1 and out == "" and f"pip install '.[{extra}]'` in a clone" in error
+
+
+def test_ctrl_c_is_one_line(monkeypatch):
+    def interrupt(*arguments, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.__import__", interrupt_import_of("inference", interrupt))
+    assert run("ask", EXAMPLE_IMAGE, "what?") == (130, "", "Interrupted.\n")
+
+
+def interrupt_import_of(name, interrupt):
+    """`__import__` that is interrupted at a module of the package."""
+    original = __import__
+
+    def import_module(module, globals=None, locals=None, fromlist=(), level=0):
+        if module == name and level == 1:
+            interrupt()
+        return original(module, globals, locals, fromlist, level)
+
+    return import_module
+
+
+def test_version():
+    assert run("--version") == (0, f"ta-llava {metadata.version('ta-llava')}\n", "")
+
+
+def test_a_question_without_quotes_is_shown_with_them():
+    code, _, error = run("ask", EXAMPLE_IMAGE, "what's", "the", "shape?")
+    quoted = shlex.join(["ta-llava", "ask", str(EXAMPLE_IMAGE), "what's the shape?"])
+    assert code == 1 and 'no image file "what\'s"' in error and error.endswith(f"in quotes: {quoted}\n")
+    code, _, error = run("ask", "none.png", "what", "shape?")
+    assert code == 1 and "none.png" in error and "quotes" not in error
+
+
+@pytest.mark.parametrize("model_type", ["llava", "llava_llama"])
+def test_a_llava_of_the_original_code_is_refused(tmp_path, model_type):
+    folder = tmp_path / "llava-v1.5-7b"
+    folder.mkdir()
+    settings = {"model_type": model_type, "mm_vision_tower": "openai/clip", "hidden_size": 4096, "vocab_size": 32000}
+    (folder / "config.json").write_text(json.dumps(settings))
+    for arguments in (
+        ["cost", folder],
+        ["cost", folder / "config.json"],
+        ["compress", folder, tmp_path / "out"],
+        ["ask", EXAMPLE_IMAGE, "what?", "--model", folder],
+        ["ask", EXAMPLE_IMAGE, "what?", "--model", folder, "--visual-tokens", 16],
+    ):
+        code, out, error = run(*arguments)
+        assert code == 1 and out == "" and error.count("\n") == 1 and error.count(str(folder)) == 1
+        assert "`mm_vision_tower`" in error and "convert_llava_weights_to_hf.py" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_path_that_is_not_there_is_told_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", pytest.fail)
+    path = tmp_path / "none"
+    for arguments in (
+        ["ask", EXAMPLE_IMAGE, "what?", "--model", path],
+        ["ask", EXAMPLE_IMAGE, "what?", "--model", path, "--cmai", 0.6],
+        ["cost", path],
+        ["compress", path, tmp_path / "out"],
+        ["export", path, tmp_path / "out"],
+        ["visualize", EXAMPLE_IMAGE, "--model", path, "-o", tmp_path / "out.png"],
+        ["visualize", EXAMPLE_IMAGE, "what?", "--show", "prefix", "--model", path, "-o", tmp_path / "out.png"],
+        ["evaluate", path, "-o", tmp_path / "out", "--questions", 1],
+        ["merge", path, tmp_path / "out"],
+        ["init", tmp_path / "out", "--vision-tower", path, "--language-model", path],
+    ):
+        code, _, error = run(*arguments)
+        assert code == 1 and error.startswith(f"error: There is no folder '{path}'") and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_ask_in_batches():

@@ -150,6 +150,7 @@ def run(*arguments) -> tuple[int, str, str]:
         (["--cmai", 0.3], (False, None, True, 0.3), "CMAI up to 0.3."),
         (["--visual-tokens", 9, "--cmai", 1], (True, 9, True, 1.0), "VMTC with 9 visual tokens, CMAI up to 1.0."),
         (["--visual-tokens", NUM_PATCHES], (True, NUM_PATCHES, False, 0.6), "VMTC with 36 visual tokens."),
+        (["--cmai", 0], (False, None, False, 0.6), "neither VMTC nor CMAI."),
     ],
 )
 def test_the_command_line_turns_on_what_it_names_or_both(stock, tmp_path, arguments, flags, message):
@@ -292,18 +293,34 @@ def test_a_single_file_counts_more_than_an_index_that_an_earlier_save_left(own_s
     assert (load(tmp_path / "out")[0].lm_head.weight == 0.5).all()
 
 
-def test_an_already_compressed_folder_is_set_anew(stock, tmp_path):
-    compress_llava(stock, tmp_path / "one", 9, 0.6)
-    compress_llava(tmp_path / "one", tmp_path / "two", cmai_max_ratio=0.2)
-    model, processor = load(tmp_path / "two")
-    assert not model.config.use_vmtc and model.config.vmtc_num_visual_tokens is None and not processor.use_vmtc
-    assert model.config.use_cmai and model.config.cmai_max_ratio == 0.2
-
+@pytest.mark.parametrize(
+    ("arguments", "flags", "message"),
+    [
+        ([], (True, 9, True, 0.3), "VMTC with 9 visual tokens, CMAI up to 0.3."),
+        (["--visual-tokens", 5], (True, 5, True, 0.3), "VMTC with 5 visual tokens, CMAI up to 0.3."),
+        (["--cmai", 0.2], (True, 9, True, 0.2), "VMTC with 9 visual tokens, CMAI up to 0.2."),
+        (["--cmai", 0], (True, 9, False, 0.3), "VMTC with 9 visual tokens."),
+        (["--visual-tokens", 5, "--cmai", 0], (True, 5, False, 0.3), "VMTC with 5 visual tokens."),
+    ],
+)
+def test_of_a_compressed_folder_what_is_not_named_stays(stock, tmp_path, arguments, flags, message):
+    compress_llava(stock, tmp_path / "one", 9, 0.3)
     # How it merges is what it was trained with, if it was.
-    config = json.loads((tmp_path / "one" / "config.json").read_text())
-    (tmp_path / "one" / "config.json").write_text(json.dumps({**config, "vmtc_merge_weights": "raw"}))
-    compress_llava(tmp_path / "one", tmp_path / "three", 5)
-    assert load(tmp_path / "three")[0].config.vmtc_merge_weights == "raw"
+    edit_json(tmp_path / "one" / "config.json", vmtc_merge_weights="raw")
+    code, printed, _ = run("compress", tmp_path / "one", tmp_path / "two", *arguments)
+    assert (code, printed) == (0, f"Wrote {tmp_path / 'two'}: {message}\n")
+    model, processor = load(tmp_path / "two")
+    config = model.config
+    assert (config.use_vmtc, config.vmtc_num_visual_tokens, config.use_cmai, config.cmai_max_ratio) == flags
+    assert (processor.use_vmtc, processor.vmtc_num_visual_tokens) == flags[:2]
+    assert config.vmtc_merge_weights == "raw"
+    assert model(**inputs_of(processor)).logits.isfinite().all()
+
+
+def test_a_compressed_folder_with_both_off_is_one_with_neither(stock, tmp_path):
+    compress_llava(stock, tmp_path / "one", cmai_max_ratio=0)
+    config = compress_llava(tmp_path / "one", tmp_path / "two")
+    assert (config.use_vmtc, config.vmtc_keep_ratio, config.use_cmai, config.cmai_max_ratio) == (True, 0.5, True, 0.6)
 
 
 def test_a_compressed_folder_can_be_exported(stock, tmp_path):

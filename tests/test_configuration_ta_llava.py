@@ -21,6 +21,7 @@ def test_the_defaults_are_those_of_the_paper():
     assert (config.num_prefix_tokens, config.adapter_interval, config.vision_feature_layer) == (32, 4, -2)
     assert config.vision_feature_select_strategy == "default" and config.projector_type == "linear"
     assert config.instruction_scope == "first" and config.response_marker_ids == [106, 2516]
+    assert config.num_image_index_embeddings == 0
 
 
 def test_sub_configs_may_be_dicts_or_configs():
@@ -37,7 +38,9 @@ def test_sub_configs_may_be_dicts_or_configs():
 @pytest.mark.parametrize("backbone", ["gemma2", "llama"])
 def test_saved_is_loaded(backbone, tmp_path):
     """The whole of both backbones is in the file: building a model asks no other repo."""
-    config = build_config(backbone, projector_type="mlp", instruction_scope="last", adapter_interval=3)
+    config = build_config(
+        backbone, projector_type="mlp", instruction_scope="last", adapter_interval=3, num_image_index_embeddings=8
+    )
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert type(loaded) is TaLlavaConfig and type(loaded.text_config) is type(config.text_config)
@@ -46,6 +49,7 @@ def test_saved_is_loaded(backbone, tmp_path):
         "adapter_interval",
         "projector_type",
         "instruction_scope",
+        "num_image_index_embeddings",
         "response_marker_ids",
     ):
         assert getattr(loaded, name) == getattr(config, name)
@@ -59,6 +63,8 @@ def test_saved_is_loaded(backbone, tmp_path):
         ("num_prefix_tokens", "32"),
         ("num_prefix_tokens", 0),
         ("adapter_interval", 1),
+        ("num_image_index_embeddings", -1),
+        ("num_image_index_embeddings", 10**9),
         ("projector_type", "conv"),
         ("instruction_scope", "all"),
         ("vision_feature_select_strategy", "class"),

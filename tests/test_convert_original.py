@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import FIXTURES
+from conftest import FIXTURES, SHIPPED_MODEL
 from safetensors.torch import load_file, save_file
 
 from ta_llava import TaLlavaForConditionalGeneration
@@ -48,6 +48,21 @@ def test_missing_and_left_over_keys_are_named(copied):
     save_file(state, copied / "model.safetensors")
     with pytest.raises(ValueError, match=r"1 keys are missing.*norm.*1 are left over.*extra"):
         convert_original(copied, copied / "tiny-clip")
+
+
+def test_a_wrong_vision_tower_is_a_message(copied):
+    with pytest.raises(ValueError, match="There is no folder './none'"):
+        convert_original(copied, "./none")
+    with pytest.raises(ValueError, match="'ta_llava' model, not a vision tower"):
+        convert_original(copied, SHIPPED_MODEL)
+    config = json.loads((copied / "tiny-clip" / "config.json").read_text())
+    for changes, message in (
+        ({"num_hidden_layers": config["num_hidden_layers"] + 1}, "16 keys are missing"),
+        ({"patch_size": config["patch_size"] // 2}, r"patch_embedding.weight has the shape \(.*\), not \("),
+    ):
+        (copied / "tiny-clip" / "config.json").write_text(json.dumps({**config, **changes}))
+        with pytest.raises(ValueError, match=f"{message}.*Is .*tiny-clip its vision tower.*'tiny-clip'"):
+            convert_original(copied, copied / "tiny-clip")
 
 
 def test_sharded_weights(copied):

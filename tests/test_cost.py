@@ -87,8 +87,18 @@ def test_the_command(tmp_path):
     assert costs[str(config)]["num_tokens"] == 4 + 10
     table = run.invoke(app, ["cost", str(LLAVA)]).stdout
     assert "prefill, llava-1.5-7b / this" in table and "KV cache, llava-1.5-13b / this" in table
+    rows = {
+        name: cells for _, name, *cells, _ in (line.split(" | ") for line in table.replace("|", " | ").splitlines())
+    }
+    rows = {name.strip(): [cell.strip() for cell in cells] for name, cells in rows.items()}
+    assert rows["parameters"] == ["2.08 M", "7,063 M", "13,351 M"] and rows["- adapters"] == ["", "", ""]
+    assert rows["prefill"][0] == "405 MFLOP" and rows["KV cache"][1] == "323 MB"
 
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    for source, message in ((tmp_path, "is a 'llama' model"), (FIXTURES, "No config could be loaded")):
+    for source, message in (
+        (tmp_path, "is a 'llama' model"),
+        (FIXTURES, "No model could be loaded"),
+        ("llava", "llava-1.5-7b"),
+    ):
         result = run.invoke(app, ["cost", str(source)])
         assert result.exit_code == 1 and message in result.stderr

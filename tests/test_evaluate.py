@@ -161,6 +161,9 @@ def test_vmtc_and_cmai(tmp_path, data):
     results = run(tmp_path / "out", data, model=DEFAULT_LLAVA, num_visual_tokens=16, cmai_max_ratio=0.6)
     assert results["scores"]["color"]["accuracy"] == 1
     assert (results["settings"]["visual_tokens"], results["settings"]["cmai"]) == (16, 0.6)
+    assert results["model_type"] == "llava"
+    title = (tmp_path / "out" / "results.md").read_text().splitlines()[0]
+    assert title == f"# {DEFAULT_LLAVA}: data, 5 questions, 16 visual tokens, CMAI 0.6"
 
 
 @pytest.mark.parametrize("held", [True, False])
@@ -695,10 +698,13 @@ def test_a_language_model_cannot_be_asked_about_images(tmp_path, data, no_model)
         run(tmp_path / "out", data, model=tmp_path / "model")
 
 
-def test_a_budget_that_cannot_be_leaves_nothing_behind_that_binds(tmp_path, data):
+def test_a_budget_that_cannot_be_leaves_nothing_behind(tmp_path, data):
+    with pytest.raises(ValueError, match="The budget is 65 visual tokens"):
+        run(tmp_path / "new" / "out", data, model=DEFAULT_LLAVA, num_visual_tokens=65)
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match="The budget is 65 visual tokens"):
         run(tmp_path / "out", data, model=DEFAULT_LLAVA, num_visual_tokens=65)
-    assert not (tmp_path / "out" / "settings.json").exists()
     run(tmp_path / "out", data, model=DEFAULT_LLAVA, num_visual_tokens=16)
 
 

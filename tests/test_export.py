@@ -11,6 +11,7 @@ from conftest import EXAMPLE_IMAGE, SHIPPED_MODEL, run_without_the_package
 from hub_server import HubServer
 from huggingface_hub import constants
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging
 
 from ta_llava.export import export_model
 from ta_llava.inference import answer, load
@@ -134,6 +135,13 @@ def test_a_link_leads_to_the_new_folder(tmp_path):
     assert (tmp_path / "link").is_symlink() and (tmp_path / "elsewhere" / "model.safetensors").is_file()
 
 
+def test_one_progress_bar(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(logging, "_tqdm_active", True)
+    export_model(SHIPPED_MODEL, tmp_path / "out")
+    bars = capsys.readouterr().err
+    assert "Loading weights" in bars and "shards" not in bars and logging.is_progress_bar_enabled()
+
+
 def copy_of_the_model(folder: Path) -> Path:
     return shutil.copytree(SHIPPED_MODEL, folder, ignore=shutil.ignore_patterns("*.py"))
 
@@ -175,7 +183,7 @@ def test_damaged_files_are_named(tmp_path, spoil, message):
 
 def test_what_is_no_such_model_is_refused(tmp_path):
     (tmp_path / "model").mkdir()
-    with pytest.raises(ValueError, match=f"no model in '{tmp_path / 'model'}'"):
+    with pytest.raises(ValueError, match=f"No model could be loaded from '{tmp_path / 'model'}'"):
         export_model(tmp_path / "model", tmp_path / "out")
     (tmp_path / "model" / "config.json").write_text('{"model_type": "llava"}')
     with pytest.raises(ValueError, match="'llava' model, not a 'ta_llava'"):

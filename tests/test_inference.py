@@ -5,6 +5,7 @@ import pytest
 from conftest import EXAMPLE_IMAGE, FIXTURES, ROOT, SHIPPED_MODEL
 from PIL import Image
 
+from ta_llava.compress import compress_llava
 from ta_llava.inference import DEFAULT_LLAVA, DEFAULT_MODEL, answer, load
 
 
@@ -75,8 +76,22 @@ def test_the_shipped_llava_with_and_without_vmtc_and_cmai(flags):
     ],
 )
 def test_flags_that_cannot_be(model, flags, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         load(model, **flags)
+    assert str(caught.value).count(str(model)) <= 1
+
+
+def test_flags_that_are_not_given_are_as_the_config_says(tmp_path):
+    compress_llava(DEFAULT_LLAVA, tmp_path / "out", 32, 0.9)
+    for flags, expected in (
+        ({"num_visual_tokens": 16}, (True, 16, True, 0.9)),
+        ({"cmai_max_ratio": 0.5}, (True, 32, True, 0.5)),
+        ({"cmai_max_ratio": 0}, (True, 32, False, 0.9)),
+    ):
+        model, processor = load(tmp_path / "out", **flags)
+        config = model.config
+        assert (config.use_vmtc, config.vmtc_num_visual_tokens, config.use_cmai, config.cmai_max_ratio) == expected
+        assert list(answer(model, processor, QUESTIONS[:1])) == ["teal"]
 
 
 def test_loading_from_nowhere():

@@ -179,7 +179,7 @@ def test_results_of_evaluations(counted, tmp_path, caplog):
     evaluate(SHIPPED_MODEL, "json", tmp_path / "shapes", data=tmp_path / "shapes.json", progress=False)
     save_config(tmp_path / "model", build_config())
     pope = {"questions": 6, "accuracy": 0.5, "f1": 0.25}
-    settings = {"data": "objects.json", "visual_tokens": 16, "cmai": 0.6, "num_questions": 6, "strategy": "random"}
+    settings = {"data": "objects.json", "num_questions": 6, "strategy": "random"}
     inside = tmp_path / "model" / "pope" / "results.json"
     inside.parent.mkdir()
     inside.write_text(
@@ -188,9 +188,12 @@ def test_results_of_evaluations(counted, tmp_path, caplog):
 
     card = write_model_card(tmp_path / "model", "my-model", [tmp_path / "shapes", tmp_path / "model" / "pope"])
     results = section(card, "Results")
-    assert "**POPE on objects, 6 questions, 16 visual tokens, CMAI 0.6, random objects**" in results
+    assert "**POPE on objects, 6 questions, random objects**" in results
     assert "| | questions | accuracy | f1 |\n|---|---:|---:|---:|\n| random | 6 | 50.00% | 25.00% |\n" in results
-    assert "**shapes, 2 questions**" in results and "| shape | 2 | 50.00% |\n| all | 2 | 50.00% |\n" in results
+    assert (
+        "**shapes, 2 questions, of `ta-llava-tiny`**" in results
+        and "| shape | 2 | 50.00% |\n| all | 2 | 50.00% |\n" in results
+    )
     assert results.count("\n**") == 2  # the one inside is named too, but there once
     found = ModelCard(card).data.eval_results
     assert [(result.dataset_name, result.metric_type, result.metric_value) for result in found] == [
@@ -212,6 +215,58 @@ def test_results_of_evaluations(counted, tmp_path, caplog):
     assert (
         f"{inside} is not as `ta-llava evaluate` writes it: 'scores'. It is left out of the model card." in caplog.text
     )
+
+
+@pytest.mark.parametrize(
+    ("config", "model_type", "settings", "message"),
+    [
+        ("ta_llava", "llava", {}, "a 'llava' model was evaluated, and this one is a 'ta_llava'"),
+        (
+            "ta_llava",
+            None,
+            {"visual_tokens": 4, "cmai": 0.6},
+            "4 visual tokens, CMAI 0.6, which a TA-LLaVA does not have",
+        ),
+        ("ta_llava", "ta_llava", {"cmai": 0.0}, "CMAI 0.0, which a TA-LLaVA does not have"),
+        ("llava", "ta_llava", {}, "a 'ta_llava' model was evaluated, and this one is a 'vmtc_cmai_llava'"),
+        ("llava", "llava", {"visual_tokens": 37}, "with 37 visual tokens, but an image has 36 patches here"),
+    ],
+)
+def test_results_that_cannot_be_of_the_model_are_refused(
+    counted, tmp_path, caplog, config, model_type, settings, message
+):
+    folder = tmp_path / "model"
+    save_config(folder, build_config() if config == "ta_llava" else build_llava_config())
+    (folder / "results.json").write_text(evaluation(model_type, settings))
+    with pytest.raises(ValueError, match=f"cannot be of {folder}: .*{message}"):
+        write_model_card(folder, "my-model", [folder])
+    assert "## Results" not in write_model_card(folder, "my-model") and message in caplog.text
+
+
+@pytest.mark.parametrize("model_type", [None, "llava", "vmtc_cmai_llava"])
+def test_results_of_another_model_of_its_type_are_named(counted, tmp_path, model_type):
+    folder, evaluated = tmp_path / "model", tmp_path / "results"
+    save_config(folder, build_llava_config())
+    evaluated.mkdir()
+    for model, named in ((folder, ""), (tmp_path / "stock", ", of `stock`"), ("me/stock", ", of `me/stock`")):
+        settings = {"visual_tokens": 36, "cmai": 0.6, "model": str(model)}
+        (evaluated / "results.json").write_text(evaluation(model_type, settings))
+        card = write_model_card(folder, "my-model", [evaluated])
+        assert f"**easy-VQA, 2 questions, 36 visual tokens, CMAI 0.6{named}**" in section(card, "Results")
+        assert [result.metric_name for result in ModelCard(card).data.eval_results] == [
+            f"accuracy, 36 visual tokens, CMAI 0.6{named}"
+        ]
+
+
+def evaluation(model_type: str | None, settings: dict) -> str:
+    """A `results.json`; those of earlier versions have no type of the model."""
+    content = {
+        "task": "easy-vqa",
+        "scores": {"all": {"questions": 2, "accuracy": 0.5}},
+        "note": "Exact match.",
+        "settings": {"data": None, "num_questions": 2, **settings},
+    }
+    return json.dumps(content if model_type is None else {**content, "model_type": model_type})
 
 
 def test_a_card_knows_whether_it_was_edited(counted, tmp_path):

@@ -339,6 +339,56 @@ def test_several_images_are_read_in_order_and_their_place_in_the_batch_does_not_
 
 
 @torch.no_grad()
+def test_image_index_embeddings_tell_images_apart(model, tmp_path):
+    """A trained model that is given them stays what it is; then they are what its checkpoint has."""
+    model.save_pretrained(tmp_path)
+    assert not any("image_index" in name for name in model.state_dict())
+    given = {"num_image_index_embeddings": 3, "output_loading_info": True}
+    indexed, info = TaLlavaForConditionalGeneration.from_pretrained(tmp_path, **given)
+    assert set(info["missing_keys"]) == {"model.image_index_embedding.weight"} and not info["unexpected_keys"]
+    weight = indexed.model.image_index_embedding.weight
+    assert weight.shape == (3, 32) and not weight.any()
+
+    batch = batch_of([prompt_ids(4, 1), prompt_ids(7, 2), prompt_ids(6, 3, image=False)])
+    batch["pixel_values"], batch["image_mask"] = (
+        random_images(3, 4),
+        torch.tensor([[1, 0, 1, 1], [0, 1, 0, 0], [0] * 4]),
+    )
+    real = batch["attention_mask"].bool()
+    expected = model(**batch)
+    assert torch.equal(indexed(**batch).logits[real], expected.logits[real])
+
+    weight.copy_(torch.randn(3, 32, generator=torch.Generator().manual_seed(0)))
+    output = indexed(**batch)
+    added = (output.image_hidden_states - expected.image_hidden_states)[batch["image_mask"].bool()]
+    of_image = weight[torch.tensor([0, 1, 2, 0])][:, None].expand_as(
+        added
+    )  # of its real images; filler does not count
+    torch.testing.assert_close(added, of_image, **TOLERANCE)
+    difference = (output.logits - expected.logits).abs().amax(dim=-1)
+    assert (difference[:2][real[:2]].amax(), difference[2][real[2]].amax()) > (0.01, 0)
+    torch.testing.assert_close(output.logits[2][real[2]], expected.logits[2][real[2]])
+    encoded = {"encoded_images": indexed.encode_image(batch.pop("pixel_values"), batch.pop("image_mask"))}
+    torch.testing.assert_close(indexed(**batch, **encoded).logits[real], output.logits[real], **TOLERANCE)
+
+    indexed.save_pretrained(tmp_path / "indexed")
+    loaded = TaLlavaForConditionalGeneration.from_pretrained(tmp_path / "indexed")
+    assert torch.equal(loaded.model.image_index_embedding.weight, weight)
+
+
+def test_image_index_embeddings_are_trained_and_not_exceeded():
+    model = build_model(num_image_index_embeddings=2).train()
+    weight = model.model.image_index_embedding.weight
+    ids = torch.tensor([prompt_ids(response=3)])
+    model(input_ids=ids, pixel_values=random_images(1, 2), labels=ids).loss.backward()
+    assert (weight.grad.abs().amax(dim=-1) > 0).all()
+    message = r"A row has 3 images, but there are index embeddings for 2 \(`num_image_index_embeddings`\)"
+    for call in (lambda images: model(input_ids=ids, pixel_values=images), model.encode_image):
+        with pytest.raises(ValueError, match=message):
+            call(random_images(1, 3))
+
+
+@torch.no_grad()
 def test_pixel_values_of_four_dimensions_are_one_image_a_row(model):
     batch = batch_of([prompt_ids(4, 1), prompt_ids(7, 2)])
     images = random_images(2)

@@ -381,8 +381,8 @@ def test_only_models_of_this_package_are_pushed(hub, tmp_path):
     (tmp_path / "empty").mkdir()
     for model, message in (
         (SHIPPED_LLAVA, "is a 'llava' model, not a 'ta_llava'"),
-        (tmp_path / "empty", "There is no model in"),
-        ("alice/nothing", "There is no model in 'alice/nothing'"),
+        (tmp_path / "empty", "No model could be loaded from"),
+        ("alice/nothing", "No model could be loaded from 'alice/nothing'"),
     ):
         code, _, error = push(model, "alice/new")
         assert code == 1 and message in error and error.count("\n") == 1

@@ -155,7 +155,11 @@ def test_overrides_reach_every_level(tmp_path):
     [
         ("batch=3", "Unknown key 'batch' in the recipe"),
         ("data.paht=x", "Unknown key 'paht' in `data` of the recipe"),
-        ("training_arguments.learn=1", "Unknown key 'learn' in `training_arguments`"),
+        (
+            "training_arguments.learning_rat=1",
+            r"Unknown key 'learning_rat' in .* nearest are learning_rate, \w+, \w+\.$",
+        ),
+        ("training_arguments.lr=1", r"Unknown key 'lr' in `training_arguments` .* nearest are \w+, \w+, \w+\.$"),
         ("training_arguments.learning_rate=fast", "`learning_rate` in .* must be of type float, got 'fast'"),
         ("training_arguments=[1]", "must be a mapping, got .1."),
         ("global_batch_size=many", "`global_batch_size` in the recipe .* must be of type int, got 'many'"),

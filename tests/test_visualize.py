@@ -568,7 +568,8 @@ def test_a_llava_with_cmai_shows_its_own_settings(tmp_path):
     budget = visualize_inhibition(EXAMPLE_IMAGE, SHAPE, tmp_path / "out", num_visual_tokens=32)[1]
     assert budget.inhibited.equal(own.inhibited)  # 0.9 of the config
     ratio = visualize_inhibition(EXAMPLE_IMAGE, SHAPE, tmp_path / "out", cmai_max_ratio=0.6)[1]
-    assert ratio.stages == []
+    assert ratio.stages[-1].num_kept + ratio.stages[-1].num_merged == 32  # of the config
+    assert not ratio.inhibited.equal(own.inhibited)
 
 
 # --- the command line ----------------------------------------------------------------------------------------------
@@ -610,7 +611,8 @@ def test_the_command_draws_what_cmai_inhibits(tmp_path, monkeypatch, options):
         ([EXAMPLE_IMAGE, "-o", "no/such/folder/out.png"], "There is no folder no/such/folder"),
         ([EXAMPLE_IMAGE, "--visual-tokens", 65], "The budget is 65 visual tokens, but an image has 64 patches"),
         ([EXAMPLE_IMAGE, "--visual-tokens", 0], "from 1 to 64"),
-        ([EXAMPLE_IMAGE, "--model", EXAMPLE_IMAGE.parent], "No vision tower could be loaded"),
+        ([EXAMPLE_IMAGE, "--model", EXAMPLE_IMAGE.parent], "No model could be loaded"),
+        ([EXAMPLE_IMAGE, "--model", "./none"], "There is no folder './none'"),
         ([EXAMPLE_IMAGE, "what?"], "VMTC does not read the question 'what?'"),
         ([EXAMPLE_IMAGE, "--show", "all"], "--show is 'all'; it can be vmtc, prefix or cmai"),
         ([EXAMPLE_IMAGE, "--cmai", 0.6], "--cmai is for --show cmai"),
