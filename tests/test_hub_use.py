@@ -28,7 +28,7 @@ REPOS = ["alice/ta-llava", "alice/llava"]
 QUESTIONS = ["what color is the shape?", "what shape is in the image?"]
 ANSWERS = ["teal", "triangle"]
 
-# Of the vision tower and of the language model, where one was asked for.
+# Of the vision tower and of the language model, where one was asked for. Gemma-2 soft-caps its scores, which SDPA cannot.
 ATTENTION = {
     "alice/ta-llava": {"sdpa": ["sdpa", "eager"], "eager": ["eager", "eager"]},
     "alice/llava": {"sdpa": ["sdpa", "cmai_sdpa"], "eager": ["eager", "cmai_eager"]},
@@ -36,7 +36,6 @@ ATTENTION = {
 REFUSED = {
     "alice/ta-llava": {
         "flash_attention_2": "FlashAttention2",
-        "flex_attention": "does not support an attention implementation through torch's flex_attention",
         "no_such_attention": '`attn_implementation="no_such_attention"` is not supported',
     },
     "alice/llava": {
@@ -112,10 +111,8 @@ for repo in repos:
     reference = logits(model)
     scale = reference.abs().max().item()
     load = AutoModelForImageTextToText.from_pretrained
-    # Gemma-2 soft-caps its attention scores, which SDPA cannot.
-    sdpa = {"vision_config": "sdpa", "text_config": "eager"} if "ta-llava" in repo else "sdpa"
     for name, kwargs in {
-        "sdpa": {"attn_implementation": sdpa, "device_map": "auto", "dtype": torch.float32},
+        "sdpa": {"attn_implementation": "sdpa", "device_map": "auto", "dtype": torch.float32},
         "eager": {"attn_implementation": "eager", "dtype": torch.float32},
         "auto": {"dtype": "auto"},
         "bfloat16": {"dtype": torch.bfloat16},
