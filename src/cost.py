@@ -49,7 +49,7 @@ CPU_ATTENTION = {
 PARTS = {
     "vision tower": ("vision_tower",),
     "projector": ("multi_modal_projector",),
-    "adapters": ("text_adapter", "vision_adapter", "prefix_embedding"),
+    "adapters": ("text_adapter", "vision_adapter", "prefix_embedding", "image_index_embedding"),
 }
 LANGUAGE_MODEL = "language model"
 

@@ -484,9 +484,12 @@ class TaLlavaPreTrainedModel(VisualBudgetMixin, SafetensorsMixin, PreTrainedMode
         """
         # CODEPATH: Gemma-2 caps its attention scores, others do not.
         if _soft_caps(self.config.text_config):
-            if isinstance(attn_implementation, str):
-                attn_implementation = dict.fromkeys(("", *self.config.sub_configs), attn_implementation)
-            if attn_implementation.get("text_config") == "sdpa":
+            if attn_implementation == "sdpa":
+                attn_implementation = dict.fromkeys(("", *self.config.sub_configs), "sdpa")
+            if isinstance(attn_implementation, dict) and attn_implementation.get("text_config") in (
+                "sdpa",
+                {"": "sdpa"},
+            ):
                 attn_implementation = {**attn_implementation, "text_config": "eager"}
         super().set_attn_implementation(attn_implementation, **kwargs)
 
@@ -619,7 +622,8 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
             [`TaLlavaEncodedImages`], without gradients.
 
         Raises:
-            `ValueError`: Images of a wrong shape, dtype or device, or more in a row than there are index embeddings.
+            `ValueError`: No image, images of a wrong shape, dtype or device, or more in a row than there are index
+            embeddings.
         """
         pixel_values = pixel_values.unsqueeze(1) if pixel_values.dim() == 4 else pixel_values
         if pixel_values.dim() != 5:
@@ -627,19 +631,25 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
                 f"`pixel_values` has shape {tuple(pixel_values.shape)}: expected (rows, images, 3, height, width)."
             )
         self._check_image_mask("pixel_values", pixel_values, image_mask)
+        if image_mask is not None and not image_mask.any():
+            raise ValueError(
+                "`image_mask` is all 0: there is no image to encode. For text alone leave `encoded_images` out."
+            )
         return self._encode_vision_features(self._vision_features_of_rows(pixel_values, image_mask), image_mask)[0]
 
     def _encode_vision_features(
         self, vision_features: torch.Tensor, image_mask: torch.Tensor | None
     ) -> tuple[TaLlavaEncodedImages, torch.Tensor]:
         """What the prefix reads of `vision_features` `(E, I, M, vision width)`, and the visual tokens V `(E, I, M, d)`."""
-        visual_tokens = self.multi_modal_projector(vision_features.to(self.prefix_embedding.weight.dtype))
+        dtype = self.prefix_embedding.weight.dtype
+        visual_tokens = self.multi_modal_projector(vision_features.to(dtype)).to(dtype)  # autocast has its own
         if image_mask is None:
             image_mask = torch.ones(visual_tokens.shape[:2])
         image_mask = image_mask.to(visual_tokens.device).bool()
         # CODEPATH: as in `__init__`.
         if self.config.num_image_index_embeddings > 0:
-            visual_tokens = visual_tokens + self._embed_image_index(image_mask)[:, :, None, :]
+            image_index = self._embed_image_index(image_mask).to(visual_tokens.device)
+            visual_tokens = visual_tokens + image_index[:, :, None, :]
         source = visual_tokens.flatten(1, 2)
         rotary = self._rotary_embedding(source, image_mask.repeat_interleave(visual_tokens.shape[2], dim=1))
         key, value = self.vision_adapter(source, *rotary)
@@ -756,7 +766,8 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
             )
 
         visual_tokens = None
-        if self._is_prefill(past_key_values, images is not None):
+        is_prefill = self._is_prefill(past_key_values, images is not None)
+        if is_prefill:
             inputs_embeds, visual_tokens, prefix_reader = self._prepare_prefix(
                 input_ids, inputs_embeds, pixel_values, vision_features, encoded_images, image_mask, attention_mask
             )
@@ -770,6 +781,10 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
+        if is_prefill and outputs.past_key_values is not None and not torch.compiler.is_compiling():
+            outputs.past_key_values.num_images = count_images(
+                inputs_embeds.shape[0], pixel_values, image_mask, vision_features, encoded_images
+            )
         return TaLlavaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
@@ -825,7 +840,8 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
             self._check_placeholders(is_prefix)
             if no_images:  # not an error: assistants are called like this
                 logger.warning_once(
-                    "The text has placeholders for images, but no `pixel_values` were given: the prefix reads text alone."
+                    "The text has placeholders for images, but no images (`pixel_values`, `vision_features` or "
+                    "`encoded_images`) were given: the prefix reads text alone."
                 )
         if pixel_values is not None:
             pixel_values = pixel_values.unsqueeze(1) if pixel_values.dim() == 4 else pixel_values
@@ -844,7 +860,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
         # Rows without a prefix get any L columns, whose states stay as they are.
         start = is_prefix.int().argmax(dim=-1, keepdim=True)
         columns = start + torch.arange(num_prefix_tokens, device=device)
-        prefix = self._embed_prefix(device).to(inputs_embeds.dtype)
+        prefix = self._embed_prefix(device).to(device, inputs_embeds.dtype)
         prefix = torch.where(
             has_prefix[:, None, None],
             prefix,
@@ -1043,10 +1059,11 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin): 
             num_images = count_images(input_ids.shape[0], **model_kwargs)
             past_length = int(past_key_values.get_seq_length())
             if past_length == 0:
-                past_key_values.num_images = num_images
+                past_key_values.num_images = num_images  # here too, since a compiled forward cannot
             else:
                 num_past_images = getattr(past_key_values, "num_images", None)
-                if any(num_images) and num_past_images not in (None, num_images):
+                # Its rows may have been repeated, selected or put in another order.
+                if any(num_images) and num_past_images is not None and not set(num_images) <= set(num_past_images):
                     raise ValueError(
                         f"The prompts have {num_images} images now, those in `past_key_values` {num_past_images}. The "
                         "prefix reads images before all text: for new ones, begin with an empty cache."
@@ -1058,6 +1075,15 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin): 
                 # Even a compiled forward, which does not see that the prefix is in the cache, now needs no image.
                 model_kwargs = {name: value for name, value in model_kwargs.items() if name not in _IMAGE_ARGUMENTS}
         return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+
+    def _assisted_decoding(self, input_ids, *args, **kwargs):
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ValueError(
+                "Assisted and prompt-lookup decoding cannot go on from a filled `past_key_values`: the library would read "
+                "the whole prompt into it once more. Leave out `past_key_values`, or the assistant."
+            )
+        return super()._assisted_decoding(input_ids, *args, **kwargs)
 
     def _check_next_turn(self, new_ids: torch.Tensor):
         """Warns if the prefix, as it is in the cache, has not read the last question of `new_ids`, but should have."""

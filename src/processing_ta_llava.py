@@ -151,7 +151,7 @@ class TaLlavaProcessor(ProcessorMixin):  # trf-ignore: TRF057
                 has_images = [len(row) > 0 for row in rows]
             data.update(self._tokenize(list(texts), has_images, **text_kwargs))
         else:
-            rows = [[image] for image in _flatten_images(images)] if images is not None else []
+            rows = _nested_rows(images) if _is_nested(images) else [[image] for image in _flatten_images(images)]
             rows += frames
         if any(rows):
             data.update(self._stack_images(rows, **images_kwargs))
@@ -162,17 +162,18 @@ class TaLlavaProcessor(ProcessorMixin):  # trf-ignore: TRF057
         expected = [sample.count(self.image_token) for sample in texts]
         advice = f"Write one {self.image_token} per image into the text, or use `apply_chat_template`."
         if _is_nested(images):
-            rows = [list(row) if row is not None else [] for row in images]
+            rows = _nested_rows(images)
             if len(rows) != len(texts):
                 raise ValueError(f"Got images for {len(rows)} rows, but {len(texts)} prompts.")
             for index, (row, count) in enumerate(zip(rows, expected)):
                 if len(row) != count:
                     raise ValueError(f"Prompt {index} has {count} {self.image_token} but {len(row)} images. {advice}")
             return rows
-        flat = [] if images is None else _flatten_images(images)
+        flat = _flatten_images(images)
         if len(flat) != sum(expected):
             raise ValueError(
-                f"The prompts have {sum(expected)} {self.image_token}, but got {len(flat)} images. {advice}"
+                f"The prompts have {sum(expected)} {self.image_token}, but got {len(flat)} images. {advice} For images that "
+                "`encode_image` has read, pass `images_encoded=True`."
             )
         remaining = iter(flat)
         return [[next(remaining) for _ in range(count)] for count in expected]
@@ -339,10 +340,14 @@ def _is_nested(images: Any) -> bool:
     return all(row is None or isinstance(row, (list, tuple)) for row in images)
 
 
+def _nested_rows(images: Any) -> list[list]:
+    return [[] if row is None else list(row) for row in images]
+
+
 def _flatten_images(images: Any) -> list:
-    """One image, a list of them, or a batch array `(N, H, W, C)` or `(N, C, H, W)`, as a list."""
-    if _is_nested(images):
-        return [image for row in images for image in row or []]
+    """No image, one, a list of them, or a batch array `(N, H, W, C)` or `(N, C, H, W)`, as a list."""
+    if images is None:
+        return []
     if isinstance(images, (list, tuple)):
         return list(images)
     if not isinstance(images, (str, os.PathLike, Image.Image)) and getattr(images, "ndim", 0) == 4:

@@ -51,7 +51,7 @@ from .vmtc_cmai_patch import VmtcCmaiLlavaConfig
 PARTS = {
     TaLlavaConfig.model_type: {
         "projector": ("multi_modal_projector",),
-        "prefix": ("prefix_embedding",),
+        "prefix": ("prefix_embedding", "image_index_embedding"),  # the latter only where the config asks for it
         "adapters": ("text_adapter", "vision_adapter"),
         "language_model": ("language_model", "lm_head"),
         "vision_tower": ("vision_tower",),
@@ -279,13 +279,14 @@ def train_only(model: Any, parts: Sequence[str]) -> None:
     """Freezes all of a model but the named `PARTS`."""
     model.requires_grad_(False)
     for part in parts:
-        for module in _modules_of(model, part):
+        for module in _modules_of(model, part).values():
             module.requires_grad_(True)
 
 
-def _modules_of(model: Any, part: str) -> list[nn.Module]:
-    names = PARTS[model.config.model_type][part]
-    return [getattr(model if name == "lm_head" else model.model, name) for name in names]
+def _modules_of(model: Any, part: str) -> dict[str, nn.Module]:
+    """The modules of a part that the model has, by name."""
+    owners = {name: model if name == "lm_head" else model.model for name in PARTS[model.config.model_type][part]}
+    return {name: getattr(owner, name) for name, owner in owners.items() if hasattr(owner, name)}
 
 
 def count_parameters(model: Any) -> dict[str, tuple[int, int]]:
@@ -294,7 +295,7 @@ def count_parameters(model: Any) -> dict[str, tuple[int, int]]:
     counts = {}
     for part in PARTS[model.config.model_type]:
         trainable = frozen = 0
-        for module in _modules_of(model, part):
+        for module in _modules_of(model, part).values():
             for name, parameter in module.named_parameters():
                 # PEFT keeps the original of what it trains fully.
                 if id(parameter) not in seen and "original_module." not in name:
@@ -322,8 +323,7 @@ def add_lora(model: Any, recipe: Recipe) -> Any:
 
     if recipe.load_in_4bit:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    parts = PARTS[model.config.model_type]
-    fully = [name for part in recipe.train if part != "language_model" for name in parts[part]]
+    fully = [name for part in recipe.train if part != "language_model" for name in _modules_of(model, part)]
     settings = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": LORA_TARGETS, **(recipe.lora or {})}
     return get_peft_model(model, LoraConfig(modules_to_save=fully or None, **settings))
 

@@ -231,6 +231,12 @@ def test_prompts_for_encoded_images(processor):
         "triangle",
     ]
 
+    both = processor(images=[[EXAMPLE_IMAGE, EXAMPLE_IMAGE], [EXAMPLE_IMAGE]], return_tensors="pt")
+    assert both["image_mask"].tolist() == [[1, 1], [1, 0]]  # nested: one list per row, without a text too
+    assert len(model.encode_image(**both).key) == 2
+    with pytest.raises(ValueError, match=r"but got 0 images\..*pass `images_encoded=True`"):
+        chat({"type": "image"}, {"type": "text", "text": "what is it?"})
+
     rows = processor(text=["<video> a", "b"], images_encoded=True)["input_ids"]
     assert [row.count(processor.image_token_id) for row in rows] == [processor.num_prefix_tokens, 0]
     with pytest.raises(ValueError, match="or `images_encoded=True` for a text alone, not both"):
@@ -311,6 +317,35 @@ def test_images_of_a_later_turn_need_a_fresh_prefill(gemma):
             gemma.generate(
                 **turn, pixel_values=random_images(1, later_images), past_key_values=first.past_key_values, **options
             )
+
+
+def test_a_cache_that_forward_has_filled_knows_its_images_too(gemma):
+    text = torch.tensor([prompt_ids()])[:, NUM_PREFIX_TOKENS:]
+    cache = gemma(text, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"have \[1\] images now, those in `past_key_values` \[0\]"):
+        gemma.generate(
+            next_turn(text)["input_ids"], pixel_values=random_images(1), past_key_values=cache, **GENERATION
+        )
+
+
+def test_rows_of_a_cache_may_be_repeated(gemma):
+    """One prefill, then a question for each of its copies; the images may be given along."""
+    options = {**GENERATION, "do_sample": False, "return_dict_in_generate": True}
+    images = {"pixel_values": random_images(1)}
+    first = gemma.generate(torch.tensor([prompt_ids()]), **images, **options)
+    first.past_key_values.batch_repeat_interleave(2)
+    turns = [next_turn(first.sequences, seed=seed) for seed in (1, 2)]
+    both = {name: torch.cat([turn[name] for turn in turns]) for name in turns[0]}
+    images = {"pixel_values": images["pixel_values"].repeat_interleave(2, dim=0)}
+    second = gemma.generate(**both, **images, past_key_values=first.past_key_values, **options)
+    assert torch.equal(second.sequences, gemma.generate(**both, **images, **options).sequences)
+
+
+def test_an_assistant_begins_with_an_empty_cache(gemma):
+    options = {**GENERATION, "return_dict_in_generate": True, "prompt_lookup_num_tokens": 2}
+    first = gemma.generate(torch.tensor([prompt_ids()]), pixel_values=random_images(1), **options)
+    with pytest.raises(ValueError, match="cannot go on from a filled `past_key_values`"):
+        gemma.generate(**next_turn(first.sequences), past_key_values=first.past_key_values, **options)
 
 
 def test_a_cache_does_not_follow_the_last_question(gemma, monkeypatch):
@@ -470,7 +505,8 @@ def test_sdpa_is_for_what_does_not_soft_cap():
         assert implementations(model) == {"text_config": "eager", "vision_config": "sdpa"}
     made.set_attn_implementation("eager")
     assert implementations(made) == {"text_config": "eager", "vision_config": "eager"}
-    for asked in ("sdpa", {"vision_config": "sdpa", "text_config": "sdpa"}):
+    nested = {"vision_config": "sdpa", "text_config": {"": "sdpa"}}
+    for asked in ("sdpa", {"vision_config": "sdpa", "text_config": "sdpa"}, nested):
         made.set_attn_implementation({"vision_config": "eager"})
         made.set_attn_implementation(asked)
         assert implementations(made) == {"text_config": "eager", "vision_config": "sdpa"}

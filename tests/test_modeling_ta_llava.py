@@ -366,7 +366,7 @@ def test_image_index_embeddings_tell_images_apart(model, tmp_path):
     )  # of its real images; filler does not count
     torch.testing.assert_close(added, of_image, **TOLERANCE)
     difference = (output.logits - expected.logits).abs().amax(dim=-1)
-    assert (difference[:2][real[:2]].amax(), difference[2][real[2]].amax()) > (0.01, 0)
+    assert difference[:2][real[:2]].amax() > 0.01
     torch.testing.assert_close(output.logits[2][real[2]], expected.logits[2][real[2]])
     encoded = {"encoded_images": indexed.encode_image(batch.pop("pixel_values"), batch.pop("image_mask"))}
     torch.testing.assert_close(indexed(**batch, **encoded).logits[real], output.logits[real], **TOLERANCE)
