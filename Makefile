@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-real test-versions lint train-tiny train-llava-tiny train-small evaluate-tiny tables bench space test-space dist clean
+.PHONY: help demo test test-real test-versions lint train-tiny train-llava-tiny train-small evaluate-tiny tables bench bench-full space test-space test-quantization dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -72,6 +72,10 @@ bench: $(VENV)/installed-dev  ## measure both systems against LLaVA with the sam
 	$(BIN)/python benchmarks/count_training_cost.py
 	$(BIN)/python benchmarks/plot_frames.py --output-dir benchmarks/results
 
+bench-full: $(VENV)/installed-dev  ## the same of TA-LLaVA at the papers' sizes, and where the time goes (10 GB of memory, half an hour)
+	$(BIN)/python benchmarks/compare_with_llava.py --configs gemma-2-2b --repeats 2 --output benchmarks/results/compare_with_llava_full.md
+	$(BIN)/python benchmarks/profile_prefill.py --output benchmarks/results/profile.md
+
 # gradio needs an older Pillow than the tests have, so the demo has an environment of its own.
 $(VENV)-space/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-space
@@ -84,6 +88,15 @@ space: $(VENV)-space/installed  ## run the demo: a page on which to ask about im
 test-space: $(VENV)-space/installed  ## click through the demo in a browser (on Debian: apt-get install chromium)
 	$(VENV)-space/bin/python -m pytest -q -rs tests/test_space.py
 
+# Where torchao is installed, transformers imports it, with warnings on the CPU, whatever is run.
+$(VENV)-quantization/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-quantization
+	$(VENV)-quantization/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[quantization]' pytest
+	touch $@
+
+test-quantization: $(VENV)-quantization/installed  ## load the models in 8 and 4 bits, by torchao and bitsandbytes
+	$(VENV)-quantization/bin/python -m pytest -q -rs tests/test_quantization.py
+
 dist: $(VENV)/installed-dev  ## build the package into dist/, check it, and ask it a question where nothing else is installed
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist .
@@ -94,4 +107,4 @@ dist: $(VENV)/installed-dev  ## build the package into dist/, check it, and ask 
 	rm -rf $(VENV)-dist
 
 clean:  ## remove the virtual environment and what tools left behind
-	rm -rf $(VENV) $(VENV)-space .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-space $(VENV)-quantization .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

@@ -16,7 +16,8 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).parent.parent
 
-# Of transformers and torch: the oldest that setup.cfg allows, and the oldest and newest transformers with the two newest torch.
+# Of transformers and torch: the oldest that setup.cfg allows, then the oldest and newest transformers with the two newest
+# torch.
 PAIRS = ["5.20.0/2.9.1", "5.20.0/2.13.0", "5.20.0/2.14.1", "5.23.0/2.13.0", "5.23.0/2.14.1"]
 
 
