@@ -59,7 +59,8 @@ def loading_from(source: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of the network, the Hub, or files that may be missing or damaged in any way
-        raise ValueError(f"No model could be loaded from {str(source)!r}: {why_not_loaded(error)}") from error
+        taken_for = "" if Path(source).exists() else " (there is no such folder, so a repo on the Hub is meant)"
+        raise ValueError(f"No model could be loaded from {str(source)!r}{taken_for}: {why_not_loaded(error)}") from error
 
 
 def config_of(source: str | Path) -> Any:
