@@ -60,7 +60,9 @@ def loading_from(source: str | Path) -> Iterator[None]:
         yield
     except Exception as error:  # of the network, the Hub, or files that may be missing or damaged in any way
         taken_for = "" if Path(source).exists() else " (there is no such folder, so a repo on the Hub is meant)"
-        raise ValueError(f"No model could be loaded from {str(source)!r}{taken_for}: {why_not_loaded(error)}") from error
+        raise ValueError(
+            f"No model could be loaded from {str(source)!r}{taken_for}: {why_not_loaded(error)}"
+        ) from error
 
 
 def config_of(source: str | Path) -> Any:
