@@ -376,30 +376,38 @@ class PrefixReader:
         visual: tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ):
         self.text_adapter, self.vision_adapter = text_adapter, vision_adapter
-        self.columns, self.has_prefix = columns, has_prefix
-        self.instruction_mask, self.instruction_rotary = instruction_mask, instruction_rotary
-        self.prefix_rotary, self.visual = prefix_rotary, visual
+        self.columns, self.instruction_rotary, self.prefix_rotary = columns, instruction_rotary, prefix_rotary
+        # Made once, not at every insertion.
+        self.text_masks = _reading_masks(has_prefix, instruction_mask)
+        self.visual = None if visual is None else (visual[0], *_reading_masks(has_prefix, visual[1]))
 
     def __call__(self, hidden_states: torch.Tensor, source: str) -> torch.Tensor:
         """Returns `hidden_states` `(B, S, d)` after the prefix in it has read from `source`, `"text"` or `"vision"`."""
         device = hidden_states.device
         if self.columns.device != device:  # layers on several devices
-            for name in ("columns", "has_prefix", "instruction_mask", "instruction_rotary", "prefix_rotary", "visual"):
+            for name in ("columns", "instruction_rotary", "prefix_rotary", "text_masks", "visual"):
                 setattr(self, name, _to_device(getattr(self, name), device))
         if source == "text":
-            adapter, mask = self.text_adapter, self.instruction_mask
+            adapter, (reads, attention_mask) = self.text_adapter, self.text_masks
             key_value = adapter(hidden_states, *self.instruction_rotary)
         elif self.visual is not None:
-            adapter, (key_value, mask) = self.vision_adapter, self.visual
+            adapter, (key_value, reads, attention_mask) = self.vision_adapter, self.visual
         else:
             return hidden_states
         prefix = hidden_states.gather(1, self.columns[:, :, None].expand(-1, -1, hidden_states.shape[-1]))
-        # A row that has nothing to read keeps its prefix. Its mask is opened, since attention over no key gives nan.
-        reads = self.has_prefix & mask.any(dim=-1)
-        attention_mask = (mask | ~reads[:, None])[:, None, None, :]
         updated = adapter(prefix, *self.prefix_rotary, key_value=key_value, attention_mask=attention_mask)
-        updated = torch.where(reads[:, None, None], updated.to(device), prefix)
+        updated = torch.where(reads, updated.to(device), prefix)
         return replace_prefix(hidden_states, self.columns, updated)
+
+
+def _reading_masks(has_prefix: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Of a `mask` `(B, length)` of what may be read: which rows read at all, `(B, 1, 1)`, and the mask for attention,
+    `(B, 1, 1, length)`. A row that has nothing to read keeps its prefix; attention over no key would give nan, so it is
+    shown all keys.
+    """
+    reads = has_prefix & mask.any(dim=-1)
+    return reads[:, None, None], (mask | ~reads[:, None])[:, None, None, :]
 
 
 def _to_device(value: Any, device: torch.device) -> Any:
@@ -407,16 +415,6 @@ def _to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, tuple):
         return tuple(_to_device(item, device) for item in value)
     return value if value is None else value.to(device)
-
-
-@torch.compiler.assume_constant_result
-def _install_hooks(tower: nn.Module) -> bool:
-    """
-    What the library does at the first call of a tower whose hidden states are asked for, behind a lock that cannot be
-    compiled: this way it is done while a graph is being made, not in it.
-    """
-    maybe_install_capturing_hooks(tower)
-    return True
 
 
 @cache
@@ -668,6 +666,15 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
                 )
         return self.image_index_embedding((image_mask.long().cumsum(dim=-1) - 1).clamp(min=0))
 
+    @torch.compiler.assume_constant_result
+    def _install_hooks(self) -> bool:
+        """
+        What the library does at the first call of a tower whose hidden states are asked for, behind a lock that cannot be
+        compiled: this way it is done while a graph is being made, not in it.
+        """
+        maybe_install_capturing_hooks(self.vision_tower)
+        return True
+
     def _run_vision_tower(
         self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None, **kwargs
     ) -> tuple[BaseModelOutputWithPooling, torch.Tensor]:
@@ -690,7 +697,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
             pixel_values = pixel_values.flatten(0, 1)
         if image_mask is not None:
             pixel_values = pixel_values[image_mask.flatten().bool()]
-        _install_hooks(self.vision_tower)
+        self._install_hooks()
         kwargs["output_hidden_states"] = True
         vmtc = compression_of_call(self.config, self.vision_tower, pixel_values, self.config.vision_feature_layer)
         if vmtc is not None:
