@@ -74,8 +74,8 @@ bench: $(VENV)/installed-dev  ## measure both systems against LLaVA with the sam
 
 bench-full: $(VENV)/installed-dev  ## the same of TA-LLaVA at the papers' sizes, and where the time goes (10 GB of memory, 20 minutes on 2 cores)
 	$(BIN)/python benchmarks/compare_with_llava.py --configs gemma-2-2b --images 1 --repeats 2 --output benchmarks/results/compare_with_llava_full.md
-	$(BIN)/python benchmarks/compare_with_llava.py --configs gemma-2-2b --batch-sizes 1 --images 4 --repeats 1 --output benchmarks/results/compare_with_llava_4_images.md
-	$(BIN)/python benchmarks/compare_with_llava.py --configs vicuna-7b --batch-sizes 1 --images 1 --repeats 1 --output benchmarks/results/compare_with_llava_vicuna.md
+	$(BIN)/python benchmarks/compare_with_llava.py --configs gemma-2-2b --images 4 --repeats 1 --output benchmarks/results/compare_with_llava_4_images.md
+	$(BIN)/python benchmarks/compare_with_llava.py --configs vicuna-7b --images 1 4 --repeats 1 --output benchmarks/results/compare_with_llava_vicuna.md
 	$(BIN)/python benchmarks/profile_prefill.py --output benchmarks/results/profile.md
 
 # gradio needs an older Pillow than the tests have, so the demo has an environment of its own.

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -99,6 +100,10 @@ class Setup:
         """Layers of the language model that are measured on a device."""
         full = self.text_config["num_hidden_layers"]
         return full if device.type != "cpu" or self.cpu_layers is None else self.cpu_layers
+
+    def depth(self, device: torch.device) -> float:
+        """How many times as many layers the language model has as are measured on a device."""
+        return self.text_config["num_hidden_layers"] / self.num_layers(device)
 
 
 CLIP_LARGE = {
@@ -255,8 +260,8 @@ class Measurement:
         num_rounds (`int`): Rounds that the medians are over.
         seconds (`dict`): Medians by quantity and system.
         cache_bytes (`dict`): Bytes of the cache after the prefill, by system.
-        peak_bytes (`dict`): By system, what was allocated at most from the pixels to the first token beyond the weights;
-            empty on the CPU, where torch does not count it and what the process takes is of all systems.
+        peak_bytes (`dict`): By system, what torch had allocated at most from the pixels to the first token beyond the
+            weights.
     """
 
     num_rounds: int
@@ -306,11 +311,12 @@ class Systems:
         """The model that each system runs in."""
         return {LLAVA: self.llava, Q_FORMER: self.llava, TA_LLAVA: self.ta_llava}
 
-    def weight_bytes(self) -> dict[str, int]:
-        """Bytes of the parameters of each system."""
-        llava = count_bytes(self.llava)
+    def weight_bytes(self, depth: float = 1) -> dict[str, int]:
+        """Bytes of the parameters of each system, with `depth` times as many layers in the language model."""
+        more = round((depth - 1) * count_bytes(self.llava.model.language_model.layers))
+        llava, ta_llava = count_bytes(self.llava) + more, count_bytes(self.ta_llava) + more
         qformer = llava - count_bytes(self.llava.model.multi_modal_projector) + count_bytes(self.qformer)
-        return {LLAVA: llava, Q_FORMER: qformer, TA_LLAVA: count_bytes(self.ta_llava)}
+        return {LLAVA: llava, Q_FORMER: qformer, TA_LLAVA: ta_llava}
 
 
 def build_systems(setup: Setup, dtype: torch.dtype, device: torch.device) -> Systems:
@@ -528,20 +534,50 @@ def kernel_seconds(function: Callable, *args, **kwargs) -> float:
     return sum(event.self_device_time_total for event in events if event.key != "Activity Buffer Request") / 1e6
 
 
+def allocated_bytes(function: Callable, *args, **kwargs) -> int:
+    """Bytes that torch has on the CPU at most during a call, beyond what it had before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function(*args, **kwargs)
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in events), default=0)  # negative for what is freed
+
+
+def measure_peaks(setup: Setup, systems: Systems, inputs: Inputs, cache_bytes: dict[str, int]) -> dict[str, int]:
+    """
+    Peaks of memory as in [`Measurement`]. To that of fewer layers the cache of the others is added, which is their part of
+    it, or more, if the peak is in the tower.
+    """
+    device = inputs.pixel_values.device
+    peak_bytes = {}
+    for name, model in systems.models.items():
+        project = partial(systems.qformer, inputs.instruction_ids) if name == Q_FORMER else None
+        images = {"pixel_values": inputs.pixel_values, "project": project}
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            run_prefill(model, inputs.input_ids[name], **images)
+            peak_bytes[name] = torch.cuda.max_memory_allocated() - before
+        else:
+            peak = allocated_bytes(run_prefill, model, inputs.input_ids[name], **images)
+            peak_bytes[name] = peak + round((1 - 1 / setup.depth(device)) * cache_bytes[name])
+    return peak_bytes
+
+
 def measure_round(
     setup: Setup, systems: Systems, turns: list[str], inputs: Inputs
-) -> tuple[dict[tuple[str, str], float], dict[str, int], dict[str, int]]:
+) -> tuple[dict[tuple[str, str], float], dict[str, int]]:
     """
-    Every quantity once, in seconds, the bytes of the caches and the peaks of memory, as in [`Measurement`]. Within each
-    quantity the systems take turns in the given order.
+    Every quantity once, in seconds, and the bytes of the caches, as in [`Measurement`]. Within each quantity the systems
+    take turns in the given order.
 
     Raises:
         `RuntimeError`: The visual tokens or the caches are not as many as expected.
     """
-    models, device = systems.models, inputs.pixel_values.device
-    depth = setup.text_config["num_hidden_layers"] / setup.num_layers(device)
+    models = systems.models
+    depth = setup.depth(inputs.pixel_values.device)
     project = dict.fromkeys(turns) | {Q_FORMER: partial(systems.qformer, inputs.instruction_ids)}
-    seconds, features, prefilled, cache_bytes, peak_bytes = {}, {}, {}, {}, {}
+    seconds, features, prefilled, cache_bytes = {}, {}, {}, {}
     for name in turns:
         if name != Q_FORMER:  # has LLaVA's own tower
             features[name], seconds[TOWER, name] = timed(run_tower, models[name], inputs.pixel_values)
@@ -564,9 +600,6 @@ def measure_round(
         check_length(name, "the cache after the decoding", cache.get_seq_length(), num_columns)
     del cache
     for name in turns:
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
         _, seconds[FIRST_TOKEN, name] = timed_at_depth(
             depth,
             models[name],
@@ -575,9 +608,7 @@ def measure_round(
             pixel_values=inputs.pixel_values,
             project=project[name],
         )
-        if device.type == "cuda":
-            peak_bytes[name] = torch.cuda.max_memory_allocated() - before
-    return seconds, cache_bytes, peak_bytes
+    return seconds, cache_bytes
 
 
 def measure_kernels(systems: Systems, inputs: Inputs) -> dict[tuple[str, str], float]:
@@ -609,20 +640,18 @@ def measure(
     num_warmup_rounds = int(num_rounds > 1)
     turns = list(systems.models)
     samples = defaultdict(list)
-    peak_bytes: dict[str, int] = {}
     for index in tqdm(range(num_warmup_rounds + num_rounds), desc=progress, unit="round"):
         # Who comes later finds the inputs and the code in the processor's caches: the order changes every round.
         turns.reverse()
-        seconds, cache_bytes, peaks = measure_round(setup, systems, turns, inputs)
+        seconds, cache_bytes = measure_round(setup, systems, turns, inputs)
         if index < num_warmup_rounds:
             continue
         for key, value in seconds.items():
             samples[key].append(value)
-        peak_bytes = {name: max(peak, peak_bytes.get(name, 0)) for name, peak in peaks.items()}
     medians = {key: median(values) for key, values in samples.items()}
     if kernels:
         medians |= measure_kernels(systems, inputs)
-    return Measurement(num_rounds, medians, cache_bytes, peak_bytes)
+    return Measurement(num_rounds, medians, cache_bytes, measure_peaks(setup, systems, inputs, cache_bytes))
 
 
 # --- report --------------------------------------------------------------------------------------------------------
@@ -647,7 +676,6 @@ def make_records(
     """A record for each system: what was measured of it at one batch size and number of images of a row."""
     records = []
     for name, num_placeholders in setup.num_placeholders(num_images).items():
-        peak_bytes = measurement.peak_bytes.get(name)
         seconds = {quantity: value for (quantity, of), value in measurement.seconds.items() if of == name}
         records.append(
             {
@@ -665,8 +693,8 @@ def make_records(
                 "text_only_prefill_seconds": seconds.get(TEXT_ONLY),
                 "cache_bytes": measurement.cache_bytes[name],
                 "weight_bytes": weight_bytes[name],
-                "peak_bytes": peak_bytes,
-                "peak_bytes_with_weights": None if peak_bytes is None else peak_bytes + weight_bytes[name],
+                "peak_bytes": measurement.peak_bytes[name],
+                "peak_bytes_with_weights": measurement.peak_bytes[name] + weight_bytes[name],
             }
         )
     # With the features of the images at hand the first token of the next question is the prefill's.
@@ -707,8 +735,8 @@ def format_section(name: str, results: dict[str, dict[str, Any]]) -> str:
     sections = [f"### {name}: {setup.description}", describe_run(result)]
     if measured < full:
         sections.append(
-            f"**{measured} of the language model's {full} layers were measured**: the time in them and their part of the "
-            f"cache are multiplied by {full // measured}."
+            f"**{measured} of the language model's {full} layers were measured**: the time in them, their part of the "
+            f"cache and their weights are multiplied by {full // measured}."
         )
     cells = defaultdict(list)
     for record in result["records"]:
@@ -725,7 +753,8 @@ def format_section(name: str, results: dict[str, dict[str, Any]]) -> str:
         sections += [
             f"Batch {batch_size}, {images} and {NUM_TEXT_TOKENS} text tokens a row ({rounds}):",
             format_cell(records),
-            f"Adapters, projector and prefix take {share:.0%} of TA-LLaVA's prefill.",
+            f"Adapters, projector and prefix take {share:.0%} of TA-LLaVA's prefill, which is "
+            f"{share * prefill / records[0]['prefill_seconds']:.1%} of LLaVA's.",
         ]
     return "\n\n".join(sections)
 
@@ -762,8 +791,7 @@ NOTES = f"""Medians; in brackets, how many times as much LLaVA takes. Random wei
   first token is the prefill's; with the features of its images at hand, LLaVA's would be too.
 - The adapters' share is what TA-LLaVA's prefill takes longer than its language model alone on as many tokens.
 - Decoding: {NUM_DECODE_TOKENS} tokens.
-- Peak memory: from the pixels to the first token, as torch counts it on a GPU. On the CPU it counts none, and what the
-  process takes is of all systems together.
+- Peak memory: what torch has allocated at most from the pixels to the first token.
 - Kernels (with `--kernel-time`): the time in which the GPU computes; the rest of the prefill it waits for Python."""
 
 
@@ -821,7 +849,8 @@ def main() -> None:
                     arguments.kernel_time,
                     progress=f"{name}, batch {batch_size}, images {num_images}",
                 )
-                result["records"] += make_records(setup, batch_size, num_images, measurement, systems.weight_bytes())
+                weight_bytes = systems.weight_bytes(setup.depth(device))
+                result["records"] += make_records(setup, batch_size, num_images, measurement, weight_bytes)
                 report = "\n\n".join([*(format_section(measured, results) for measured in results), NOTES])
                 if arguments.output is not None:  # after each, as the next may take long
                     arguments.output.write_text(report + "\n")

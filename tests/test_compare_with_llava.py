@@ -59,6 +59,19 @@ def test_the_benchmark_runs(tmp_path, monkeypatch, capsys):
         assert cells_measured == [(1, 1), (1, 2), (2, 1), (2, 2)]
         for record in records:  # 8 layers, keys and values of 2 heads of 32 in float32, whatever was measured
             assert record["cache_bytes"] == record["batch_size"] * record["num_tokens"] * 8 * 2 * 2 * 32 * 4
+            assert record["peak_bytes"] > record["cache_bytes"]
+        # The same model, half of whose layers were measured.
+        assert records[0]["weight_bytes"] == results["tiny"]["records"][0]["weight_bytes"]
+
+
+def test_the_most_that_is_allocated_in_a_call_is_found():
+    def allocate() -> torch.Tensor:
+        first = torch.zeros(1_000_000)
+        second = first + 1
+        del first
+        return torch.cat([second, second])
+
+    assert compare_with_llava.allocated_bytes(allocate) == 3 * 4_000_000
 
 
 def test_backbones_are_shared_and_projectors_are_not(systems):
