@@ -482,7 +482,7 @@ def train(
         loaded.model = model or loaded.model
         loaded.output_dir = str(output_dir or loaded.output_dir)
         folder = run(loaded)
-    _say_once(f"Wrote {folder}.")
+    _say_once(f"The model is in {folder}.")
 
 
 @app.command()
@@ -508,7 +508,7 @@ def curriculum(
             if output_dir is not None:
                 phase.output_dir = str(output_dir / path.stem)
         folder = run_curriculum(phases)
-    _say_once(f"Wrote {folder}.")
+    _say_once(f"The model is in {folder}.")
 
 
 def _set_options(recipe: Any, cache_vision_features: Path | None, lora: bool, on_bad_sample: str | None) -> None:

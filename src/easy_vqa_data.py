@@ -149,4 +149,7 @@ def _llava_sample(image: str, index: int, question: str, answer: str) -> dict:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Writes easy-VQA in LLaVA's format.")
     parser.add_argument("folder", type=Path)
-    write_llava_format(parser.parse_args().folder)
+    try:
+        write_llava_format(parser.parse_args().folder)
+    except ImportError as error:
+        raise SystemExit(f"error: {error}") from error

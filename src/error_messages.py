@@ -26,7 +26,7 @@ def why_not_loaded(error: BaseException) -> str:
 
 def how_to_install(extra: str) -> str:
     """How an extra of this package is installed, from its source or where the package is installed already."""
-    return f"`pip install '.[{extra}]'` in a clone, or `pip install 'ta-llava[{extra}]'` where it is installed"
+    return f"`pip install -e '.[{extra}]'` in a clone, or `pip install 'ta-llava[{extra}]'` where it is installed"
 
 
 def check_source(source: str | Path) -> None:

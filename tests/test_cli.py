@@ -48,7 +48,7 @@ def test_ask_with_vmtc_and_cmai(options):
 def test_what_is_not_installed_is_named_with_the_extra_that_has_it(monkeypatch, tmp_path, command, module, extra):
     monkeypatch.setitem(sys.modules, f"ta_llava.{module}", None)
     code, out, error = run(command, tmp_path, *(["-o", tmp_path] if command == "evaluate" else []))
-    assert code == 1 and out == "" and f"pip install '.[{extra}]'` in a clone" in error
+    assert code == 1 and out == "" and f"pip install -e '.[{extra}]'` in a clone" in error
 
 
 def test_ctrl_c_is_one_line(monkeypatch):

@@ -538,7 +538,7 @@ def test_the_command_line(data, tmp_path):
     ]
     result = run.invoke(app, ["curriculum", *recipes, "--model", str(MODEL), *options])
     assert result.exit_code == 0, result.output
-    assert f"Wrote {tmp_path / 'runs' / 'phase3'}." in result.output
+    assert f"The model is in {tmp_path / 'runs' / 'phase3'}." in result.output
     assert (tmp_path / "runs" / "phase2" / "model.safetensors").is_file()
     result = run.invoke(app, ["merge", str(tmp_path / "runs" / "phase3"), str(tmp_path / "merged")])
     assert result.exit_code == 0, result.output
