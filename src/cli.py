@@ -592,6 +592,14 @@ def evaluate(
             help="if16: its upper limit. The model describes each image, and answers about its description alone.",
         ),
     ] = False,
+    benchmark: Annotated[
+        str | None,
+        typer.Option(
+            metavar="USER/DATASET[:TASK]",
+            help="What the data are called as a benchmark on the Hub; `export` and `push` then write the score for its "
+            "leaderboard.",
+        ),
+    ] = None,
 ) -> None:
     """Ask a model questions whose answers are known, and score it. Started again, it goes on where it was interrupted."""
     with _errors_as_messages("evaluate"):
@@ -618,6 +626,7 @@ def evaluate(
             objects_per_image=objects_per_image,
             seed=seed,
             describe_first=describe_first,
+            benchmark=benchmark,
         )
     typer.echo((output_dir / TABLE).read_text(encoding="utf-8"))
 

@@ -124,6 +124,7 @@ def evaluate(
     objects_per_image: int = 3,
     seed: int = 0,
     describe_first: bool = False,
+    benchmark: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """
@@ -160,12 +161,15 @@ def evaluate(
         describe_first (`bool`):
             Of `"if16"`: its upper limit. The model describes the images of a question, in at most `max_new_tokens` too and
             once for all questions about them, and is asked about its description instead of the images.
+        benchmark (`str`, *optional*):
+            What the data are called as a benchmark on the Hub, `"user/dataset"`, or `"user/dataset:task"` where it has
+            several, for its leaderboard: [`export_model`] writes the score as the Hub wants it.
         progress (`bool`):
             Show progress bars.
 
     Returns:
-        `dict`: What is in `results.json`: `model`, `model_type`, `task`, `scores` (a dict per row of the table), `note` and
-        `settings`.
+        `dict`: What is in `results.json`: `model`, `model_type`, `task`, `scores` (a dict per row of the table), `note`,
+        `settings` and `benchmark`.
 
     Raises:
         `ValueError`: Before the model is loaded, if there is no such task, its data cannot be used, an image is missing or
@@ -182,6 +186,8 @@ def evaluate(
         raise ValueError(
             f"Only if16 describes the images first, the task {task} does not; leave `describe_first` out."
         )
+    if benchmark is not None and not re.fullmatch(r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?", benchmark):
+        raise ValueError(f"A benchmark on the Hub is called USER/DATASET or USER/DATASET:TASK, not {benchmark!r}.")
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, not a folder for the results.")
@@ -239,6 +245,7 @@ def evaluate(
                 "scores": scores,
                 "note": built.note,
                 "settings": settings,
+                "benchmark": benchmark,
             }
             write_text(folder / RESULTS, _as_json(results))
             title = describe_evaluation(task, settings)

@@ -12,7 +12,7 @@ from transformers.utils import has_file, logging
 from .complete_files import complete_folder_or_not_at_all
 from .configuration_ta_llava import TaLlavaConfig
 from .error_messages import config_of, loading_from, one_line
-from .model_card import CARD, find_card, is_unedited, tells_same_training, write_model_card
+from .model_card import CARD, find_card, is_unedited, tells_same_training, write_eval_results, write_model_card
 from .vmtc_cmai_patch import VmtcCmaiLlavaConfig
 
 
@@ -45,18 +45,20 @@ def export_model(
     """
     folder = Path(folder)
     check_new_folder(folder)
-    processor, card = check_export(model, folder.resolve().name, results, overwrite_card)
-    write_export(model, processor, card, folder)
+    processor, files = check_export(model, folder.resolve().name, results, overwrite_card)
+    write_export(model, processor, files, folder)
 
 
 def check_export(
     model: str | Path, name: str, results: Sequence[str | Path] = (), overwrite_card: bool = False
-) -> tuple[Any, str]:
+) -> tuple[Any, dict[str, str]]:
     """
-    The processor and the model card of what [`export_model`] writes to a folder called `name`: what can be wrong with
-    them is found before weights are loaded. Arguments and errors are those of `export_model`.
+    Of what [`export_model`] writes to a folder called `name` the processor, and the content by path of the model card and
+    of the scores on benchmarks: what can be wrong with them is found before weights are loaded. Arguments and errors are
+    those of `export_model`.
     """
     processor = _load_processor(model)
+    files = write_eval_results(model, results)
     card = None if overwrite_card else find_card(model)
     if card and results and not is_unedited(card):
         raise ValueError(
@@ -69,7 +71,7 @@ def check_export(
         except (yaml.YAMLError, ValueError) as error:
             raise ValueError(f"The metadata in the {CARD} of {model} is not YAML: {one_line(error)}") from error
     if card and not results:
-        return processor, card
+        return processor, {**files, CARD: card}
     new_card = write_model_card(model, name, results)
     if card and not tells_same_training(card, new_card):
         raise ValueError(
@@ -77,12 +79,12 @@ def check_export(
             "recorded only in the folder that was trained. Give --results with that folder; or --overwrite-card, to do "
             "without."
         )
-    return processor, new_card
+    return processor, {**files, CARD: new_card}
 
 
-def write_export(model: str | Path, processor: Any, card: str, folder: Path) -> None:
+def write_export(model: str | Path, processor: Any, files: dict[str, str], folder: Path) -> None:
     """
-    Writes `folder`, when all is there.
+    Writes `folder`, when all is there. `processor` and `files` are those of [`check_export`].
 
     Raises:
         `ValueError`: The model lacks weights, or they cannot be loaded.
@@ -103,7 +105,9 @@ def write_export(model: str | Path, processor: Any, card: str, folder: Path) -> 
             if has_bars:
                 logging.enable_progress_bar()
         processor.save_pretrained(unfinished)
-        (unfinished / CARD).write_bytes(card.encode())  # with the line breaks that it has
+        for path, content in files.items():
+            (unfinished / path).parent.mkdir(exist_ok=True)
+            (unfinished / path).write_bytes(content.encode())  # with the line breaks that it has
 
 
 def _load_processor(model: str | Path) -> Any:

@@ -1,5 +1,6 @@
 """
-The model card of a model that is published: `README.md`, with what is known of it and nothing else.
+The model card of a model that is published: `README.md`, with what is known of it and nothing else; and its scores on
+benchmarks of the Hub, from which the Hub makes leaderboards.
 
 What is known stands in the config, in `training_summary.json` of `ta-llava train` and in `results.json` of
 `ta-llava evaluate`, and is counted by [`count_cost`]; the words are those of `hub_card/model_card.md.jinja`.
@@ -14,7 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
+import yaml
+from huggingface_hub import (
+    EvalResult,
+    EvalResultEntry,
+    ModelCard,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+    hf_hub_download,
+    snapshot_download,
+)
+from huggingface_hub.constants import EVAL_RESULTS_FOLDER
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 from transformers import LlavaConfig
 from transformers.utils import logging
@@ -55,10 +66,16 @@ _LICENCES = {
     r"meta-llama/Llama-3\.2-.*": "llama3.2",
     r"meta-llama/Llama-3\.3-.*": "llama3.3",
 }
+# Of a task with several, the one that its paper compares models by comes first.
+_LEADING_METRICS = ("f1", "accuracy", "success_rate")
 _DATASETS = {"easy-vqa": "easy-VQA", "if16": "IF16", "pope": "POPE"}
 
 # The line of the card's example that names what is loaded, and the last line, which tells whether the card was edited.
 _PIN = re.compile(r'^repo, revision = ".*", "(.*)"(?=\r?$)', re.MULTILINE)
+_BLANK = (
+    "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
+    "automatically generated."
+)
 _SEAL = re.compile(r"\n<!-- ta-llava (\w+): `ta-llava push` writes this card anew unless it was edited -->\n$")
 
 
@@ -83,7 +100,7 @@ def write_model_card(model: str | Path, name: str, results: Sequence[str | Path]
     config, image_size = read_config(model)
     patches = (image_size // config.vision_config.patch_size) ** 2
     cost = count_cost(config, _TEXT_TOKENS, image_size=image_size)
-    evaluations = _read_evaluations(model, results, config.model_type, patches)
+    evaluations = _read_evaluations(model, results)
     phases, start = _read_training(Path(model))
     parts = [part for part in (config.vision_config, config.text_config) if _is_repo(part._name_or_path)]
     origin = next(filter(_is_repo, (start, getattr(config, "base_model_name_or_path", None))), None)
@@ -133,6 +150,38 @@ def write_model_card(model: str | Path, name: str, results: Sequence[str | Path]
     return f"{card}\n<!-- ta-llava {_digest(card)}: `ta-llava push` writes this card anew unless it was edited -->\n"
 
 
+def write_eval_results(model: str | Path, results: Sequence[str | Path] = ()) -> dict[str, str]:
+    """
+    The scores of a model on benchmarks of the Hub, as it wants them: a file of YAML for each evaluation that names its
+    benchmark (`ta-llava evaluate --benchmark`), besides those that `model` has already. Args and errors are those of
+    [`write_model_card`].
+
+    Returns:
+        `dict`: The content of each file, by its path in the repo.
+    """
+    files = {f"{EVAL_RESULTS_FOLDER}/{path.name}": _read_text(path) for path in _find_eval_results(model)}
+    for evaluation in _read_evaluations(model, results):
+        if evaluation["benchmark"] is not None:
+            dataset, _, task = evaluation["benchmark"].partition(":")
+            notes = evaluation["title"]
+            entry = EvalResultEntry(dataset, task or "default", evaluation["value"], notes=notes)
+            # One file for each setting: the Hub shows one score of a file for a benchmark.
+            name = re.sub(r"[^\w.]+", "-", f"{dataset.rpartition('/')[2]} {task} {notes}").strip("-")
+            content = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)
+            files[f"{EVAL_RESULTS_FOLDER}/{name}.yaml"] = content
+    return files
+
+
+def _find_eval_results(model: str | Path) -> list[Path]:
+    pattern = f"{EVAL_RESULTS_FOLDER}/*.yaml"
+    if Path(model).is_dir():
+        return sorted(Path(model).glob(pattern))
+    try:
+        return sorted(Path(snapshot_download(str(model), allow_patterns=pattern)).glob(pattern))
+    except LocalEntryNotFoundError:
+        return []  # as of a card; that there is none then is warned of there
+
+
 def pin_revision(card: str, repo_id: str, revision: str) -> str:
     """The card with `repo_id` and `revision` in its example; itself, if its example is another."""
     return _PIN.sub(lambda _: _pin(repo_id, revision), card)
@@ -154,12 +203,12 @@ def renew_pin(card: str, repo_id: str, revision: str) -> str:
 
 def find_card(model: str | Path) -> str | None:
     """
-    The `README.md` of a folder or Hub repo, if there is one. Of a repo that cannot be reached, and whose card was not
-    downloaded before, there is none; this is warned of.
+    The `README.md` of a folder or Hub repo, if there is one with something in it. Of a repo that cannot be reached, and
+    whose card was not downloaded before, there is none; this is warned of.
     """
     path = Path(model) / CARD
     if Path(model).is_dir():
-        return _read_card(path) if path.is_file() else None
+        return _unless_blank(_read_text(path)) if path.is_file() else None
     try:
         return download_card(str(model))
     except LocalEntryNotFoundError:
@@ -168,9 +217,9 @@ def find_card(model: str | Path) -> str | None:
 
 
 def download_card(repo_id: str, revision: str | None = None) -> str | None:
-    """The `README.md` of a Hub repo, if there is one."""
+    """The `README.md` of a Hub repo, if there is one with something in it."""
     try:
-        return _read_card(Path(hf_hub_download(repo_id, CARD, revision=revision)))
+        return _unless_blank(_read_text(Path(hf_hub_download(repo_id, CARD, revision=revision))))
     except RemoteEntryNotFoundError:
         return None
 
@@ -188,12 +237,20 @@ def tells_same_training(card: str, new_card: str) -> bool:
     return section is None or set(section[1].splitlines()) <= set(new_card.splitlines())
 
 
-def _read_card(path: Path) -> str:
+def _read_text(path: Path) -> str:
     """The text, with the line breaks that it has. Raises `ValueError` if it is not UTF-8."""
     try:
         return path.read_bytes().decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8. Save it as UTF-8.") from error
+
+
+def _unless_blank(card: str) -> str | None:
+    """The card, unless it is the form to fill in that `push_to_hub` of transformers makes, and nobody has."""
+    if _BLANK not in card:
+        return card
+    blank = ModelCard.from_template(ModelCardData(), model_description=_BLANK)
+    return None if ModelCard(card).text.split() == blank.text.split() else card
 
 
 def _pin(repo_id: str, revision: str) -> str:
@@ -302,15 +359,15 @@ def _settings_of(settings: dict[str, Any]) -> list[str]:
     return [*named, "descriptions instead of images"] if settings.get("describe_first") else named
 
 
-def _read_evaluations(
-    model: str | Path, results: Sequence[str | Path], model_type: str, patches: int
-) -> list[dict[str, Any]]:
+def _read_evaluations(model: str | Path, results: Sequence[str | Path]) -> list[dict[str, Any]]:
     """
-    The evaluations inside a folder, then those of other folders.
+    The evaluations inside the folder of a model, then those of other folders.
 
     Raises:
         `ValueError`: One of the `results` has none, or none that can be of this model.
     """
+    config, image_size = read_config(model)
+    patches = (image_size // config.vision_config.patch_size) ** 2
     named = {}
     for folder in results:
         path = Path(folder) / _RESULTS
@@ -322,11 +379,11 @@ def _read_evaluations(
     evaluations = []
     for key, path in {**found, **named}.items():
         try:
-            evaluations.append(_read_results(path, model, model_type, patches))
+            evaluations.append(_read_results(path, model, config.model_type, patches))
         except ValueError as error:
             if key in named:
                 raise
-            logger.warning(f"{error}. It is left out of the model card.")
+            logger.warning_once(f"{error}. It is left out of the model card.")
     return evaluations
 
 
@@ -345,6 +402,8 @@ def _read_results(path: Path, model: str | Path, model_type: str, patches: int) 
         summary = list(scores.values())[-1]
         metrics = {name: summary[name] for name in columns if name not in ("questions", "prior")}
         evaluation = {
+            "benchmark": content.get("benchmark"),
+            "value": next((metrics[name] for name in _LEADING_METRICS if name in metrics), None),
             "title": ", ".join([describe_evaluation(task, settings), *of_another]),
             "columns": columns,
             "rows": [(name, [_cell(row.get(column)) for column in columns]) for name, row in scores.items()],

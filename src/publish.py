@@ -105,7 +105,8 @@ def push_model(
     if "/" not in repo_id:
         repo_id = f"{user}/{repo_id}"
     name = repo_id.rpartition("/")[2]
-    processor, new_card = check_export(model, name, results, overwrite_card)
+    processor, files = check_export(model, name, results, overwrite_card)
+    new_card = files[CARD]
 
     with _hub_errors(repo_id):
         if api.repo_exists(repo_id):
@@ -117,7 +118,7 @@ def push_model(
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / name
-        write_export(model, processor, new_card, folder)
+        write_export(model, processor, files, folder)
         with _hub_errors(repo_id):
             api.create_repo(repo_id, private=private or None, exist_ok=True)
             if revision is not None:

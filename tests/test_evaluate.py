@@ -673,6 +673,7 @@ def test_records_with_a_byte_order_mark(tmp_path):
         ({"num_questions": -1}, "`num_questions` must be at least 1, got -1"),
         ({"model": EXAMPLES}, "No model could be loaded from '.*examples'"),
         ({"task": "pope"}, "data.json: Record 0 .* has no list of `objects`"),
+        ({"benchmark": "POPE"}, "called USER/DATASET or USER/DATASET:TASK, not 'POPE'"),
     ],
 )
 def test_a_bad_setting_is_found_before_the_model_is_loaded(tmp_path, data, no_model, kwargs, message):

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import EXAMPLE_IMAGE, SHIPPED_MODEL, run_without_the_package
 from hub_server import HubServer
-from huggingface_hub import constants
+from huggingface_hub import constants, parse_eval_result_entries
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
@@ -229,6 +230,7 @@ def results(tmp_path_factory):
         "scores": {"all": {"questions": 2, "accuracy": 0.5}},
         "note": "Exact match.",
         "settings": {"data": None, "num_questions": 2},
+        "benchmark": "me/easy-vqa",
     }
     (folder / "results.json").write_text(json.dumps(content))
     return folder
@@ -250,6 +252,13 @@ def test_results_are_added_to_a_card_that_nobody_edited(copied, results, tmp_pat
     export_model(copied, tmp_path / "out", results=[results])
     written = (tmp_path / "out" / "README.md").read_text()
     assert "| all | 2 | 50.00% |" in written and is_unedited(written)
+
+    # And so is the score for the leaderboard of a benchmark, which goes along from then on.
+    export_model(tmp_path / "out", tmp_path / "again")
+    for name in ("out", "again"):
+        [score] = (tmp_path / name / ".eval_results").iterdir()
+        [entry] = parse_eval_result_entries(yaml.safe_load(score.read_text()))
+        assert (entry.dataset_id, entry.value) == ("me/easy-vqa", 0.5)
 
 
 def test_a_card_is_not_written_anew_where_that_loses_its_training(copied, results, tmp_path):

@@ -2,15 +2,23 @@ import json
 from dataclasses import asdict
 
 import pytest
+import yaml
 from conftest import EXAMPLE_IMAGE, SHIPPED_LLAVA, SHIPPED_MODEL, build_config, build_llava_config
 from hub_server import HubServer
-from huggingface_hub import ModelCard, close_session
+from huggingface_hub import EvalResultEntry, ModelCard, close_session, parse_eval_result_entries
 
 from ta_llava import model_card
 from ta_llava.compress import compress_llava
 from ta_llava.cost import Cost
 from ta_llava.evaluate import evaluate
-from ta_llava.model_card import find_card, is_unedited, pin_revision, pinned_revision, write_model_card
+from ta_llava.model_card import (
+    find_card,
+    is_unedited,
+    pin_revision,
+    pinned_revision,
+    write_eval_results,
+    write_model_card,
+)
 from ta_llava.train import DataSettings, Recipe
 
 
@@ -215,6 +223,45 @@ def test_results_of_evaluations(counted, tmp_path, caplog):
     assert (
         f"{inside} is not as `ta-llava evaluate` writes it: 'scores'. It is left out of the model card." in caplog.text
     )
+
+
+def test_scores_on_benchmarks_of_the_hub(tmp_path):
+    model = tmp_path / "model"
+    save_config(model, build_llava_config())
+    (model / ".eval_results").mkdir()
+    (model / ".eval_results" / "hle.yaml").write_text("- dataset: {id: cais/hle, task_id: hle}\n  value: 1\n")
+    scores = {
+        "pope": {"adversarial": {"questions": 6, "accuracy": 0.5, "f1": 0.25}},
+        "json": {"shape": {"questions": 1, "accuracy": 1.0}, "all": {"questions": 2, "accuracy": 0.5}},
+        "if16": {
+            "no commas": {"questions": 2, "success_rate": 1.0},
+            "average": {"questions": 32, "success_rate": 0.75},
+        },
+    }
+    named = [("pope", 16, "me/pope:adversarial"), ("pope", None, "me/pope:adversarial"), ("json", None, "me/mine")]
+    named += [("if16", None, "me/if16"), ("json", None, None)]
+    for number, (task, visual_tokens, benchmark) in enumerate(named):
+        folder = model / str(number)
+        folder.mkdir()
+        settings = {"data": "a.json", "num_questions": 2, "model": str(model), "visual_tokens": visual_tokens}
+        content = {"task": task, "scores": scores[task], "note": "", "settings": settings, "benchmark": benchmark}
+        (folder / "results.json").write_text(json.dumps(content))
+    files = write_eval_results(model)
+    found = {name: parse_eval_result_entries(yaml.safe_load(text)) for name, text in files.items()}
+    pope, tokens = "POPE on a, 2 questions", "16 visual tokens"
+    assert found == {
+        ".eval_results/hle.yaml": [EvalResultEntry("cais/hle", "hle", 1)],
+        ".eval_results/pope-adversarial-POPE-on-a-2-questions-16-visual-tokens.yaml": [
+            EvalResultEntry("me/pope", "adversarial", 0.25, notes=f"{pope}, {tokens}")
+        ],
+        ".eval_results/pope-adversarial-POPE-on-a-2-questions.yaml": [
+            EvalResultEntry("me/pope", "adversarial", 0.25, notes=pope)
+        ],
+        ".eval_results/mine-a-2-questions.yaml": [EvalResultEntry("me/mine", "default", 0.5, notes="a, 2 questions")],
+        ".eval_results/if16-IF16-on-a-2-questions.yaml": [
+            EvalResultEntry("me/if16", "default", 0.75, notes="IF16 on a, 2 questions")
+        ],
+    }
 
 
 @pytest.mark.parametrize(

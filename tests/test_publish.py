@@ -239,6 +239,20 @@ def test_a_card_that_somebody_wrote_is_kept(hub, compressed):
     assert f'"alice/kept", "{hub.history("alice/kept")[1].oid}"' in hub.files("alice/kept")["README.md"].decode()
 
 
+def test_the_blank_card_of_the_library_is_no_card(hub, compressed):
+    AutoModelForImageTextToText.from_pretrained(compressed).push_to_hub("alice/blank")
+    blank = hub.files("alice/blank")["README.md"].decode()
+    assert "[More Information Needed]" in blank
+    code, _, error = push(compressed, "alice/blank")
+    assert code == 0 and "kept" not in error
+    assert model_card.is_unedited(hub.files("alice/blank")["README.md"].decode())
+
+    filled_in = blank.replace("[More Information Needed]", "mine", 1)
+    hub.add("alice/blank", {"README.md": filled_in})
+    assert "so it was kept" in push(compressed, "alice/blank")[2]
+    assert hub.files("alice/blank")["README.md"].decode() == filled_in
+
+
 def test_the_example_of_an_edited_card_loads_what_was_pushed(hub, compressed, tmp_path):
     assert push(compressed, "alice/edited")[0] == 0
     first = hub.history("alice/edited")[1].oid
