@@ -39,7 +39,14 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .configuration_ta_llava import TaLlavaConfig
 from .safe_loading import SafetensorsMixin
-from .vmtc import VisualBudgetMixin, compression_of_call, has_class_token, make_compressible, pass_as_parent
+from .vmtc import (
+    VisualBudgetMixin,
+    blocks_of,
+    compression_of_call,
+    has_class_token,
+    make_compressible,
+    pass_as_parent,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -221,9 +228,7 @@ def eager_attention_forward(
     softcap: float | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Grouped-query attention with soft-capping; `attention_mask` is boolean, True where a key may be read."""
-    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
-    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    """Attention with soft-capping; `attention_mask` is boolean, True where a key may be read."""
     scores = query @ key.transpose(2, 3) * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
@@ -244,7 +249,6 @@ class TaLlavaCrossAttention(nn.Module):
         super().__init__()
         self.config = self_attn.config
         self.head_dim = self_attn.head_dim
-        self.num_key_value_groups = self_attn.num_key_value_groups
         self.scaling = self_attn.scaling
         self.softcap = getattr(self_attn, "attn_logit_softcapping", None)
         self.attention_dropout = self_attn.attention_dropout
@@ -263,7 +267,8 @@ class TaLlavaCrossAttention(nn.Module):
         if self.k_norm is not None:
             key = self.k_norm(key)
         value = self.v_proj(source).view(shape)
-        return apply_rotary(key.transpose(1, 2), cos, sin), value.transpose(1, 2)
+        # Laid out once as they are multiplied: those of the image are read at several insertions.
+        return apply_rotary(key.transpose(1, 2), cos, sin).contiguous(), value.transpose(1, 2).contiguous()
 
     def forward(
         self,
@@ -278,6 +283,10 @@ class TaLlavaCrossAttention(nn.Module):
         if self.q_norm is not None:
             query = self.q_norm(query)
         query = apply_rotary(query.transpose(1, 2), cos, sin)
+        # Heads that share keys and values are more queries of one head: without a causal mask it is the same, and no key is
+        # copied for each of them.
+        by_head = query.shape
+        query = query.reshape(*key.shape[:2], -1, self.head_dim)
 
         # The L queries are few, and so are their scores, whatever the language model uses for its own: SDPA serves every
         # backbone but those that soft-cap, which it cannot express.
@@ -295,6 +304,7 @@ class TaLlavaCrossAttention(nn.Module):
             softcap=self.softcap,
             is_causal=False,
         )
+        output = output.transpose(1, 2).reshape(by_head).transpose(1, 2)
         return self.o_proj(output.reshape(*prefix.shape[:-1], -1))
 
 
@@ -378,8 +388,8 @@ class PrefixReader:
         self.text_adapter, self.vision_adapter = text_adapter, vision_adapter
         self.columns, self.instruction_rotary, self.prefix_rotary = columns, instruction_rotary, prefix_rotary
         # Made once, not at every insertion.
-        self.text_masks = _reading_masks(has_prefix, instruction_mask)
-        self.visual = None if visual is None else (visual[0], *_reading_masks(has_prefix, visual[1]))
+        self.text_masks = reading_masks(has_prefix, instruction_mask)
+        self.visual = None if visual is None else (visual[0], *reading_masks(has_prefix, visual[1]))
 
     def __call__(self, hidden_states: torch.Tensor, source: str) -> torch.Tensor:
         """Returns `hidden_states` `(B, S, d)` after the prefix in it has read from `source`, `"text"` or `"vision"`."""
@@ -400,7 +410,7 @@ class PrefixReader:
         return replace_prefix(hidden_states, self.columns, updated)
 
 
-def _reading_masks(has_prefix: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def reading_masks(has_prefix: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Of a `mask` `(B, length)` of what may be read: which rows read at all, `(B, 1, 1)`, and the mask for attention,
     `(B, 1, 1, length)`. A row that has nothing to read keeps its prefix; attention over no key would give nan, so it is
@@ -601,7 +611,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
         Returns:
             `torch.FloatTensor` of shape `(number of real images, M, vision width)`.
         """
-        return self._run_vision_tower(pixel_values, image_mask)[1]
+        return self._run_vision_tower(pixel_values, image_mask, features_only=True)[1]
 
     @torch.no_grad()
     def encode_image(self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None = None) -> TaLlavaEncodedImages:
@@ -676,9 +686,12 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
         return True
 
     def _run_vision_tower(
-        self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None, **kwargs
+        self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None, features_only: bool = False, **kwargs
     ) -> tuple[BaseModelOutputWithPooling, torch.Tensor]:
-        """Outputs of the vision tower for the real images, and the features that the config selects from them."""
+        """
+        Outputs of the vision tower for the real images, and the features that the config selects from them; with
+        `features_only` the outputs are good for nothing else.
+        """
         if not pixel_values.is_floating_point():
             raise ValueError(
                 f"`pixel_values` must be floating point (normalised images), got {pixel_values.dtype}. Let the processor "
@@ -698,12 +711,15 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
         if image_mask is not None:
             pixel_values = pixel_values[image_mask.flatten().bool()]
         self._install_hooks()
-        kwargs["output_hidden_states"] = True
-        vmtc = compression_of_call(self.config, self.vision_tower, pixel_values, self.config.vision_feature_layer)
+        layer = self.config.vision_feature_layer % (self.config.vision_config.num_hidden_layers + 1)
+        kwargs["output_hidden_states"] = [layer] if features_only else True
+        if features_only and blocks_of(self.vision_tower):
+            kwargs["num_blocks"] = layer
+        vmtc = compression_of_call(self.config, self.vision_tower, pixel_values, layer)
         if vmtc is not None:
             kwargs["vmtc"] = vmtc
         outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
-        features = outputs.hidden_states[self.config.vision_feature_layer]
+        features = outputs.hidden_states[layer]
         # CODEPATH: a tower with a class token, such as CLIP, drops it here; SigLIP has none.
         if self.config.vision_feature_select_strategy == "default" and has_class_token(self.vision_tower):
             features = features[:, 1:]
@@ -772,9 +788,15 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
                 'Pass `gradient_checkpointing_kwargs={"use_reentrant": False}`.'
             )
 
-        visual_tokens = None
+        visual_tokens = num_images = None
         is_prefill = self._is_prefill(past_key_values, images is not None)
         if is_prefill:
+            if (
+                not torch.compiler.is_compiling()
+            ):  # here, where there is nothing yet that a GPU would have to finish first
+                num_images = count_images(
+                    inputs_embeds.shape[0], pixel_values, image_mask, vision_features, encoded_images
+                )
             inputs_embeds, visual_tokens, prefix_reader = self._prepare_prefix(
                 input_ids, inputs_embeds, pixel_values, vision_features, encoded_images, image_mask, attention_mask
             )
@@ -788,10 +810,8 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        if is_prefill and outputs.past_key_values is not None and not torch.compiler.is_compiling():
-            outputs.past_key_values.num_images = count_images(
-                inputs_embeds.shape[0], pixel_values, image_mask, vision_features, encoded_images
-            )
+        if num_images is not None and outputs.past_key_values is not None:
+            outputs.past_key_values.num_images = num_images
         return TaLlavaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
@@ -1069,16 +1089,26 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin): 
                 past_key_values.num_images = num_images  # here too, since a compiled forward cannot
             else:
                 num_past_images = getattr(past_key_values, "num_images", None)
-                # Its rows may have been repeated, selected or put in another order.
-                if any(num_images) and num_past_images is not None and not set(num_images) <= set(num_past_images):
+                if any(num_images) and num_past_images is not None:
+                    # Its rows may have been repeated, selected or put in another order.
+                    same_rows = len(num_images) == len(num_past_images)
+                    known = num_images == num_past_images if same_rows else set(num_images) <= set(num_past_images)
+                    if not known:
+                        raise ValueError(
+                            f"The prompts have {num_images} images now, those in `past_key_values` {num_past_images}. The "
+                            "prefix reads images before all text: for new ones, begin with an empty cache."
+                        )
+                new_ids = input_ids[:, past_length:] if input_ids.shape[1] > past_length else input_ids
+                num_placeholders = int((new_ids == self.config.image_token_id).sum(dim=1).max())
+                if num_placeholders >= self.config.num_prefix_tokens:
                     raise ValueError(
-                        f"The prompts have {num_images} images now, those in `past_key_values` {num_past_images}. The "
-                        "prefix reads images before all text: for new ones, begin with an empty cache."
+                        f"What follows `past_key_values` has {num_placeholders} placeholder tokens (id "
+                        f"{self.config.image_token_id}) in a row, as a prompt with images begins with. The prefix reads "
+                        "images before all text: for new ones, begin with an empty cache; else leave images and "
+                        "placeholders out, or give the whole conversation."
                     )
                 if num_past_images is None or any(num_past_images):
-                    self._check_next_turn(
-                        input_ids[:, past_length:] if input_ids.shape[1] > past_length else input_ids
-                    )
+                    self._check_next_turn(new_ids)
                 # Even a compiled forward, which does not see that the prefix is in the cache, now needs no image.
                 model_kwargs = {name: value for name, value in model_kwargs.items() if name not in _IMAGE_ARGUMENTS}
         return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)

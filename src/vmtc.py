@@ -481,13 +481,22 @@ def _new_instance(factory: Any, parent: Any) -> nn.Module:
 def compressing_block_class(block_class: Any) -> type[nn.Module]:
     """
     Subclass of the block class of a tower (CLIP, SigLIP, DINOv2) that compresses between attention and MLP where `vmtc`
-    says so, and else is its parent.
+    says so, and else is its parent. With `num_blocks` the blocks after so many hand on what they are given.
     """
 
     class CompressingBlock(block_class):
         block_index: int
 
-        def forward(self, hidden_states, attention_mask=None, vmtc: TowerCompression | None = None, **kwargs):
+        def forward(
+            self,
+            hidden_states,
+            attention_mask=None,
+            vmtc: TowerCompression | None = None,
+            num_blocks: int | None = None,
+            **kwargs,
+        ):
+            if num_blocks is not None and self.block_index >= num_blocks:
+                return hidden_states
             if vmtc is None:
                 return super().forward(hidden_states, attention_mask, **kwargs)
             stage = vmtc.stages.get(self.block_index)

@@ -33,6 +33,7 @@ from transformers import (
 
 from ta_llava import TaLlavaConfig, TaLlavaForConditionalGeneration
 from ta_llava.cost import clip_large, full_size_config
+from ta_llava.vmtc import blocks_of
 
 
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
@@ -201,6 +202,19 @@ def test_visual_tokens_are_the_patches_of_the_tower(tower):
     assert torch.equal(model.get_vision_features(images), patches)
     model.set_visual_budget(4)
     assert model.get_vision_features(images).shape == (2, 4, 24)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tower", TOWERS)
+def test_only_blocks_that_are_needed_run_but_all_states_can_be_had(tower):
+    model, images, runs = build_model(tower=tower), random_images(2)[:, 0], []
+    for index, block in enumerate(blocks_of(model.model.vision_tower)):
+        block.mlp.register_forward_hook(lambda *_, index=index: runs.append(index))
+    features = model.get_vision_features(images)
+    assert runs == [0, 1]
+    outputs = model.get_image_features(images)
+    assert runs == [0, 1, 0, 1, 2] and [states.shape[-1] for states in outputs.hidden_states] == [24] * 4
+    assert torch.equal(outputs.hidden_states[-2][:, -9:], features)
 
 
 # --- the model -----------------------------------------------------------------------------------------------------

@@ -319,6 +319,30 @@ def test_images_of_a_later_turn_need_a_fresh_prefill(gemma):
             )
 
 
+def test_a_new_prompt_does_not_go_on_from_the_cache_of_another(gemma):
+    """Its image would not be looked at, and its placeholders be read as words."""
+    options = {**GENERATION, "return_dict_in_generate": True}
+    ids = torch.tensor([prompt_ids()])
+    first = gemma.generate(ids, pixel_values=random_images(1), **options)
+    with pytest.raises(ValueError, match=f"has {NUM_PREFIX_TOKENS} placeholder tokens"):
+        gemma.generate(ids, pixel_values=random_images(1, seed=9), past_key_values=first.past_key_values, **options)
+
+
+def test_rows_with_other_numbers_of_images_are_refused(gemma):
+    options = {**GENERATION, "return_dict_in_generate": True}
+    ids, images = torch.tensor([prompt_ids(), prompt_ids()]), random_images(2, 2)
+    mask = torch.tensor([[1, 1], [1, 0]])
+    first = gemma.generate(ids, pixel_values=images, image_mask=mask, **options)
+    with pytest.raises(ValueError, match=r"have \[1, 2\] images now, those in `past_key_values` \[2, 1\]"):
+        gemma.generate(
+            **next_turn(first.sequences),
+            pixel_values=images,
+            image_mask=mask.flip(0),
+            past_key_values=first.past_key_values,
+            **options,
+        )
+
+
 def test_a_cache_that_forward_has_filled_knows_its_images_too(gemma):
     text = torch.tensor([prompt_ids()])[:, NUM_PREFIX_TOKENS:]
     cache = gemma(text, use_cache=True).past_key_values

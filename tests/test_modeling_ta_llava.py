@@ -33,6 +33,7 @@ from ta_llava.modeling_ta_llava import (
     eager_attention_forward,
     find_response_start,
     non_padding_columns,
+    reading_masks,
     replace_prefix,
 )
 
@@ -100,15 +101,14 @@ def test_replace_prefix_writes_only_its_columns():
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_adapter_attention_against_loops(softcap):
-    """Grouped-query cross-attention with soft-capping, one number at a time."""
+    """Grouped-query cross-attention with soft-capping, one number at a time; heads that share keys are below each other."""
     torch.manual_seed(0)
     query, key, value = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
     mask = torch.tensor([[1, 1, 0, 1, 1], [0, 1, 0, 0, 1]]).bool()
-    module = nn.Module()
-    module.num_key_value_groups = 2
     output, _ = eager_attention_forward(
-        module, query, key, value, mask[:, None, None, :], scaling=0.3, softcap=softcap
+        nn.Module(), query.reshape(2, 2, 6, 8), key, value, mask[:, None, None, :], scaling=0.3, softcap=softcap
     )
+    output = output.transpose(1, 2).reshape(query.shape)
     for row in range(2):
         for head in range(4):
             for token in range(3):
@@ -119,7 +119,15 @@ def test_adapter_attention_against_loops(softcap):
                     scores.append(score if mask[row, position] else torch.tensor(-torch.inf))
                 weights = torch.softmax(torch.stack(scores), dim=0)
                 expected = sum(weights[position] * value[row, head // 2, position] for position in range(5))
-                torch.testing.assert_close(output[row, token, head], expected, atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(output[row, head, token], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_reading_masks_leave_no_row_without_a_key():
+    """Rows that read, that have nothing to read, and that have no prefix."""
+    mask = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 0]]).bool()
+    reads, attention_mask = reading_masks(torch.tensor([True, True, False]), mask)
+    assert reads.flatten().tolist() == [True, False, False] and reads.shape == (3, 1, 1)
+    assert attention_mask[:, 0, 0].tolist() == [[True, False, True], [True] * 3, [True] * 3]
 
 
 def reference_prefix(model, ids: list[int], images: torch.Tensor) -> list[torch.Tensor]:
