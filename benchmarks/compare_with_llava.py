@@ -319,11 +319,12 @@ class Systems:
         return {LLAVA: llava, Q_FORMER: qformer, TA_LLAVA: ta_llava}
 
 
-def build_systems(setup: Setup, dtype: torch.dtype, device: torch.device) -> Systems:
+def build_systems(setup: Setup, dtype: torch.dtype, device: torch.device, attention: str | None = None) -> Systems:
     """
     All systems with random weights. The backbones are one set of tensors; each system keeps its own kind of projector:
     LLaVA two layers, TA-LLaVA one. With a Gemma-2 language model a stock LLaVA leaves out `final_logit_softcapping`, in
-    TA-LLaVA's disfavour: it is one `tanh` over the logits of one column.
+    TA-LLaVA's disfavour: it is one `tanh` over the logits of one column. `attention` is the implementation in the language
+    models; by default that which the library takes, which is eager for Gemma-2.
     """
     parts = {
         "vision_config": setup.vision_config,
@@ -346,7 +347,9 @@ def build_systems(setup: Setup, dtype: torch.dtype, device: torch.device) -> Sys
         )
         qformer = QFormer(qformer_config, setup.text_config["hidden_size"]).to(dtype).eval()
     # Before 5.23 the library lets Gemma-2 use SDPA, which cannot soft-cap; TA-LLaVA does not.
-    llava.model.language_model.set_attn_implementation(ta_llava.model.language_model.config._attn_implementation)
+    attention = attention or ta_llava.model.language_model.config._attn_implementation
+    for model in (llava, ta_llava):
+        model.model.language_model.set_attn_implementation(attention)
     llava.tie_weights()
     share_parameters(llava.model.vision_tower, ta_llava.model.vision_tower)
     share_parameters(llava.model.language_model, ta_llava.model.language_model)
@@ -430,9 +433,15 @@ def check_length(name: str, what: str, found: int, expected: int) -> None:
 
 
 def run_tower(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Features of N images before the projector, `(N, M, vision width)`: the same calls in both models."""
-    outputs = model.model.vision_tower(pixel_values, output_hidden_states=True, return_dict=True)
-    return outputs.hidden_states[model.config.vision_feature_layer][:, 1:]
+    """
+    Features of N images before the projector, `(N, M, vision width)`, as each model makes them: stock LLaVA runs the blocks
+    behind the one whose output it takes, too.
+    """
+    if isinstance(model, TaLlavaForConditionalGeneration):
+        return model.get_vision_features(pixel_values)
+    layer = model.config.vision_feature_layer % (model.config.vision_config.num_hidden_layers + 1)
+    outputs = model.model.vision_tower(pixel_values, output_hidden_states=[layer], return_dict=True)
+    return outputs.hidden_states[layer][:, 1:]
 
 
 def run_prefill(
@@ -631,13 +640,14 @@ def measure(
     num_images: int,
     repeats: int,
     kernels: bool = False,
+    warm_up: bool = False,
     progress: str | None = None,
 ) -> Measurement:
-    """Medians of all rounds, of which the first of several warms up and does not count."""
+    """Medians of all rounds; with `warm_up`, and before several, there is one more that does not count."""
     parameter = next(systems.llava.parameters())
     inputs = make_inputs(setup, batch_size, num_images, parameter.dtype, parameter.device)
     num_rounds = repeats * setup.rounds_per_repeat
-    num_warmup_rounds = int(num_rounds > 1)
+    num_warmup_rounds = int(warm_up or num_rounds > 1)
     turns = list(systems.models)
     samples = defaultdict(list)
     for index in tqdm(range(num_warmup_rounds + num_rounds), desc=progress, unit="round"):
@@ -804,12 +814,17 @@ def main() -> None:
         "--repeats",
         type=int,
         default=7,
-        help="rounds that a median is over (10 times as many for tiny); before several, one more warms up",
+        help="rounds that a median is over (10 times as many for tiny); before several, and at first, one more warms up",
     )
     parser.add_argument("--threads", type=int, help="threads of torch; its own choice by default")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], help="default: float32, bfloat16 for gemma-2-2b and vicuna-7b"
+    )
+    parser.add_argument(
+        "--attention",
+        choices=["eager", "sdpa", "flex_attention", "flash_attention_2"],
+        help="of the language models; the library's choice by default, which is eager for Gemma-2",
     )
     parser.add_argument("--kernel-time", action="store_true", help="also profile the prefill's kernels (cuda)")
     parser.add_argument(
@@ -830,7 +845,7 @@ def main() -> None:
         setup = SETUPS[name]
         dtype = getattr(torch, arguments.dtype or setup.dtype)
         # Not in inference mode: parameters that are born in it take slower paths.
-        systems = build_systems(setup, dtype, device)
+        systems = build_systems(setup, dtype, device, arguments.attention)
         check_backbones(systems)
         result = results[name] = {
             "machine": describe_machine(dtype, device),
@@ -847,6 +862,7 @@ def main() -> None:
                     num_images,
                     arguments.repeats,
                     arguments.kernel_time,
+                    warm_up=not result["records"],
                     progress=f"{name}, batch {batch_size}, images {num_images}",
                 )
                 weight_bytes = systems.weight_bytes(setup.depth(device))
