@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-real test-versions lint train-tiny train-llava-tiny train-small evaluate-tiny tables bench bench-full space test-space test-quantization dist clean
+.PHONY: help demo test test-real test-versions lint train-tiny train-llava-tiny train-small evaluate-tiny tables bench bench-full space space-folder test-space test-quantization dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -86,6 +86,18 @@ $(VENV)-space/installed: setup.cfg pyproject.toml constraints.txt
 
 space: $(VENV)-space/installed  ## run the demo: a page on which to ask about images and see what the models look at
 	$(VENV)-space/bin/python hub_card/space/app.py
+
+SPACE_FOLDER ?= build/space
+
+space-folder:  ## write the demo with the package and its models into build/space, to be uploaded as a Space
+	mkdir -p $(SPACE_FOLDER)
+	rm -rf $(SPACE_FOLDER)/ta_llava
+	cp -RL hub_card/space/. $(SPACE_FOLDER)
+	cp -RL src $(SPACE_FOLDER)/ta_llava
+	cp -RL checkpoints $(SPACE_FOLDER)/ta_llava
+	mkdir $(SPACE_FOLDER)/ta_llava/hub_card
+	cp hub_card/*.jinja $(SPACE_FOLDER)/ta_llava/hub_card
+	find $(SPACE_FOLDER) -name __pycache__ -prune -exec rm -r {} +
 
 test-space: $(VENV)-space/installed  ## click through the demo in a browser (on Debian: apt-get install chromium)
 	$(VENV)-space/bin/python -m pytest -q -rs tests/test_space.py

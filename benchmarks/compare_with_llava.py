@@ -37,6 +37,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ta_llava import TaLlavaConfig, TaLlavaForConditionalGeneration
+from ta_llava.vmtc import CACHE
 
 
 NUM_TEXT_TOKENS = 40
@@ -468,21 +469,21 @@ def run_prefill(
     else:
         visual_tokens = (project or model.model.multi_modal_projector)(features)
         images = {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=list(visual_tokens))}}
-    logits = model(input_ids=input_ids, past_key_values=cache, logits_to_keep=1, **images).logits
+    logits = model(input_ids=input_ids, logits_to_keep=1, **{CACHE: cache}, **images).logits
     return logits.argmax(dim=-1), cache
 
 
 def run_text_only(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
     """First token `(B, 1)` by the language model and its head alone."""
     cache = DynamicCache(config=model.config.text_config)
-    states = model.model.language_model(input_ids=input_ids, past_key_values=cache).last_hidden_state
+    states = model.model.language_model(input_ids=input_ids, **{CACHE: cache}).last_hidden_state
     return model.lm_head(states[:, -1:]).argmax(dim=-1)
 
 
 def run_decode(model: PreTrainedModel, token: torch.Tensor, cache: DynamicCache) -> None:
     """Greedy steps after a prefill; the cache grows with them."""
     for _ in range(NUM_DECODE_TOKENS):
-        token = model(input_ids=token, past_key_values=cache, logits_to_keep=1).logits.argmax(dim=-1)
+        token = model(input_ids=token, logits_to_keep=1, **{CACHE: cache}).logits.argmax(dim=-1)
 
 
 def count_cache_bytes(cache: DynamicCache) -> int:

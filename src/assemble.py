@@ -27,7 +27,7 @@ from .error_messages import check_source, one_line
 from .export import check_new_folder
 from .modeling_ta_llava import TaLlavaForConditionalGeneration
 from .processing_ta_llava import TaLlavaProcessor
-from .safe_loading import load_config, read_safetensors
+from .safe_loading import check_image_size, load_config, read_safetensors
 from .vmtc import count_visual_tokens
 from .vmtc_cmai_patch import VmtcCmaiLlavaConfig, VmtcCmaiLlavaForConditionalGeneration, VmtcCmaiLlavaProcessor
 
@@ -416,6 +416,7 @@ def _text_config(source: str | Path, gguf: dict[str, str]) -> Any:
 def _example_of(source: str | Path, image_processor: Any) -> torch.Tensor:
     """An image as the tower gets it, `(1, 3, H, W)`."""
     try:
+        check_image_size(image_processor)
         return torch.as_tensor(image_processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"])
     except Exception as error:  # it may be one for other things than images
         raise ValueError(f"The image processor in {source} does not work: {one_line(error)}") from error

@@ -218,8 +218,9 @@ def push(
     typer.echo(f"Pushed {pushed.url}\nThe revision to pin is {pushed.revision}.")
     if pushed.kept_card:
         typer.echo(
-            "The repo has a README.md that is not as this command writes it, so it was kept, but for the revision in its "
-            "example. --overwrite-card replaces it by a new one, `hf upload REPO FOLDER/README.md README.md` by yours.",
+            "The repo has a README.md that was edited, or with training or results that a new one would not have, so it was "
+            "kept, but for the revision in its example. --overwrite-card replaces it by a new one, with the results that "
+            "--results names, `hf upload REPO FOLDER/README.md README.md` by yours.",
             err=True,
         )
 

@@ -25,8 +25,11 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
+from .cmai import attention_weights, focus_scores, head_averaged_scores, inhibition_ratio
 from .configuration_ta_llava import TaLlavaConfig
 from .error_messages import check_source, config_of
+from .safe_loading import check_image_size
+from .vmtc import CACHE
 from .vmtc_cmai_patch import VmtcCmaiLlavaConfig
 
 
@@ -140,6 +143,7 @@ def read_config(source: str | Path) -> tuple[Any, int]:
         image_processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError):  # a config alone
         return config, config.vision_config.image_size
+    check_image_size(image_processor)
     return config, torch.as_tensor(
         image_processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"]
     ).shape[-1]
@@ -151,7 +155,7 @@ def count_cost(config: Any, text_tokens: int = 40, num_images: int = 1, image_si
 
     Args:
         config ([`TaLlavaConfig`], [`VmtcCmaiLlavaConfig`] or `LlavaConfig`):
-            What CMAI itself adds is not counted.
+            What CMAI adds is counted with the language model.
         text_tokens (`int`): Of the prompt.
         num_images (`int`): Of the row.
         image_size (`int`, *optional*): Pixels of a side. Defaults to that of the vision tower.
@@ -163,7 +167,7 @@ def count_cost(config: Any, text_tokens: int = 40, num_images: int = 1, image_si
         with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
             outputs = _Row(model)(pixel_values, text_tokens)
         counts, total = counter.get_flop_counts(), counter.get_total_flops()
-        cache = outputs.past_key_values
+        cache = getattr(outputs, CACHE)
         cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         num_tokens = cache.get_seq_length()
         parameters, operations = {}, {}
@@ -197,7 +201,34 @@ class _Row(nn.Module):
         self.model = model
 
     def forward(self, pixel_values: torch.Tensor, text_tokens: int) -> Any:
-        return run(self.model, pixel_values, text_tokens)
+        outputs = run(self.model, pixel_values, text_tokens)
+        if getattr(self.model.config, "use_cmai", False):
+            inhibit(self.model.config, getattr(outputs, CACHE).get_seq_length() - text_tokens, text_tokens)
+        return outputs
+
+
+def inhibit(config: VmtcCmaiLlavaConfig, visual_tokens: int, text_tokens: int) -> None:
+    """The matrix products of CMAI in the prefill of a row, which `run` is without: it leaves out the model's own forward."""
+    text_config = config.text_config
+    heads, key_heads, num_layers = (
+        text_config.num_attention_heads,
+        text_config.num_key_value_heads,
+        text_config.num_hidden_layers,
+    )
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+    query = torch.empty(1, heads, text_tokens, head_dim)
+    key = torch.empty(1, key_heads, visual_tokens + text_tokens, head_dim)
+    allowed = torch.ones(1, text_tokens, visual_tokens + text_tokens, dtype=torch.bool)
+    for layer_idx in range(num_layers):
+        if config.cmai_focus == "none" or inhibition_ratio(layer_idx, num_layers, config.cmai_max_ratio) == 0:
+            continue
+        if config.cmai_attention == "weights":
+            averaged = attention_weights(query, key, 1, allowed).mean(dim=1)
+        else:
+            averaged = head_averaged_scores(query, key, 1)
+        if config.cmai_focus != "tia":
+            own, neighbours = averaged.split([visual_tokens, text_tokens], dim=-1)
+            focus_scores(own, neighbours, own)
 
 
 def run(model: Any, pixel_values: torch.Tensor, text_tokens: int, labels: bool = False) -> Any:

@@ -1,7 +1,7 @@
 """What the tooling shares where a model is named that is not there, or not as it must be."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,24 @@ def check_source(source: str | Path) -> None:
         parent = str(Path(name).parent)
         raise ValueError(
             f"There is no folder {name!r}. If a repo on the Hub is meant, start this where there is no folder {parent!r}."
+        )
+
+
+def check_complete(what: str, missing: Iterable[str]) -> None:
+    """
+    Checks that a model has all its weights: the library makes up those that are missing, and only logs it.
+
+    Args:
+        what (`str`): The model, for the message.
+        missing (`Iterable[str]`): The `missing_keys` of `output_loading_info`.
+
+    Raises:
+        `ValueError`: It lacks some.
+    """
+    if names := sorted(missing):
+        raise ValueError(
+            f"{what} lacks {len(names)} weights, such as {names[0]!r}, and would work with random ones. Are files missing, "
+            "or is config.json that of another model?"
         )
 
 

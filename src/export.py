@@ -6,13 +6,14 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProcessor
 from transformers.utils import has_file, logging
 
 from .complete_files import complete_folder_or_not_at_all
 from .configuration_ta_llava import TaLlavaConfig
-from .error_messages import config_of, loading_from, one_line
+from .error_messages import check_complete, config_of, loading_from, one_line
 from .model_card import CARD, find_card, is_unedited, tells_same_training, write_eval_results, write_model_card
+from .safe_loading import check_image_size
 from .vmtc_cmai_patch import VmtcCmaiLlavaConfig
 
 
@@ -93,8 +94,7 @@ def write_export(model: str | Path, processor: Any, files: dict[str, str], folde
         weights, info = AutoModelForImageTextToText.from_pretrained(
             model, dtype="auto", trust_remote_code=False, output_loading_info=True
         )
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"{model} lacks {len(missing)} weights, such as {missing[0]!r}.")
+    check_complete(str(model), info["missing_keys"])
     with complete_folder_or_not_at_all(folder) as unfinished:
         has_bars = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()  # a second one, after that of loading
@@ -138,8 +138,11 @@ def check_processor(processor: Any, model: str | Path) -> None:
     Checks that a conversation with an image can be prepared.
 
     Raises:
-        `ValueError`: The processor of `model` has no chat template or padding token, or the template fails.
+        `ValueError`: The processor of `model` has no chat template or padding token, the template fails, or images would
+            become larger than any model's.
     """
+    if isinstance(processor, LlavaProcessor):
+        check_image_size(processor.image_processor)
     for what, value in (("chat template", processor.chat_template), ("padding token", processor.tokenizer.pad_token)):
         if value is None:
             raise ValueError(f"The processor in {str(model)!r} has no {what}; is a file of it missing?")

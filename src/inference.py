@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from .compress import compressed_parts
-from .error_messages import config_of, loading_from
+from .error_messages import check_complete, config_of, loading_from
 from .export import check_processor
 from .image_loading import load_rgb_image
 from .safe_loading import read_safetensors
@@ -26,6 +26,27 @@ _FOLDERS = [Path(__file__).parent / "checkpoints", Path(__file__).parent.parent 
 _SHIPPED = next((folder for folder in _FOLDERS if folder.is_dir()), _FOLDERS[0])
 DEFAULT_MODEL = _SHIPPED / "ta-llava-tiny"
 DEFAULT_LLAVA = _SHIPPED / "llava-tiny"  # for VMTC and CMAI
+
+# Arguments of `generate()` for the likeliest token at each step and one answer a question, whatever the model's
+# generation_config.json says; which tokens end an answer or are never written is left to that.
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "exponential_decay_length_penalty": None,
+    "sequence_bias": None,
+    "guidance_scale": None,
+    "watermarking_config": None,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "constraints": None,
+    "force_words_ids": None,
+    "prompt_lookup_num_tokens": None,
+    "assistant_early_exit": None,
+    "return_dict_in_generate": False,
+}
 
 
 def load(
@@ -42,10 +63,12 @@ def load(
             CMAI off, if it is 0. What is not given stays as the config says.
 
     Raises:
-        `ValueError`: Nothing can be loaded from there, or not with VMTC and CMAI; the message says what is missing.
+        `ValueError`: Nothing can be loaded from there, or not with VMTC and CMAI, or not all weights; the message says what
+            is missing.
     """
     on_gpu = torch.cuda.is_available()
-    model_class, kwargs = AutoModelForImageTextToText, {}
+    model_class: Any = AutoModelForImageTextToText
+    kwargs: dict[str, Any] = {}
     if num_visual_tokens is not None or cmai_max_ratio is not None:
         _, config, processor = compressed_parts(model, num_visual_tokens, cmai_max_ratio)
         model_class, kwargs = VmtcCmaiLlavaForConditionalGeneration, {"config": config}
@@ -58,7 +81,9 @@ def load(
         # Of a model that bitsandbytes has quantised, the library would widen some weights and leave others.
         is_quantised = getattr(config, "quantization_config", None) is not None
         dtype = "auto" if on_gpu or is_quantised else torch.float32
-        loaded = read_safetensors(model_class.from_pretrained, model, dtype=dtype, trust_remote_code=False, **kwargs)
+        kwargs |= {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
+        loaded, info = read_safetensors(model_class.from_pretrained, model, **kwargs)
+    check_complete(str(model), info["missing_keys"])
     check_processor(processor, model)
     return loaded.to("cuda" if on_gpu else "cpu").eval(), processor
 
@@ -110,7 +135,7 @@ def answer(
                 return_tensors="pt",
                 processor_kwargs={"padding": True, "padding_side": "left"},
             ).to(model.device)
-            output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+            output = model.generate(**inputs, max_new_tokens=max_new_tokens, **GREEDY)
             new_tokens = output[:, inputs["input_ids"].shape[1] :]
             bar.update(len(batch))
             yield from (text.strip() for text in processor.post_process_image_text_to_text(new_tokens))

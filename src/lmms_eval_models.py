@@ -20,7 +20,7 @@ from transformers import BatchFeature
 from transformers.utils import logging
 
 from .image_loading import load_rgb_image
-from .inference import DEFAULT_LLAVA, DEFAULT_MODEL, load
+from .inference import DEFAULT_LLAVA, DEFAULT_MODEL, GREEDY, load
 
 
 try:
@@ -183,7 +183,7 @@ class _Model(lmms):
             prompts.append(self._prompt(text, len(images_of_row)))
             images += images_of_row
         inputs = self._encode(prompts, images)
-        output = self.model.generate(**inputs, **settings)
+        output = self.model.generate(**inputs, **{**GREEDY, **settings})
         answers = self.processor.post_process_image_text_to_text(output[:, inputs["input_ids"].shape[1] :])
         for stop in stops:
             answers = [answer.partition(stop)[0] for answer in answers]

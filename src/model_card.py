@@ -34,6 +34,7 @@ from .configuration_ta_llava import TaLlavaConfig
 from .cost import LANGUAGE_MODEL, Cost, count_cost, in_millions, read_config, scaled
 from .error_messages import one_line
 from .modeling_ta_llava import TaLlavaForConditionalGeneration
+from .vmtc import count_visual_tokens
 from .vmtc_cmai_patch import VmtcCmaiLlavaConfig, VmtcCmaiLlavaForConditionalGeneration
 
 
@@ -65,6 +66,30 @@ _LICENCES = {
     r"meta-llama/(Meta-)?Llama-3\.1-.*": "llama3.1",
     r"meta-llama/Llama-3\.2-.*": "llama3.2",
     r"meta-llama/Llama-3\.3-.*": "llama3.3",
+}
+# Where each is to be read, and what it asks those to write who pass the weights on.
+_TERMS = {
+    "gemma": (
+        "https://ai.google.dev/gemma/terms",
+        "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
+    ),
+    "llama2": (
+        "https://ai.meta.com/llama/license/",
+        "Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. All Rights Reserved.",
+    ),
+    "llama3": (
+        "https://www.llama.com/llama3/license/",
+        "Built with Meta Llama 3. Meta Llama 3 is licensed under the Meta Llama 3 Community License, Copyright © Meta "
+        "Platforms, Inc. All Rights Reserved.",
+    ),
+    **{
+        f"llama3.{minor}": (
+            f"https://www.llama.com/llama3_{minor}/license/",
+            f"Built with Llama. Llama 3.{minor} is licensed under the Llama 3.{minor} Community License, Copyright © Meta "
+            "Platforms, Inc. All Rights Reserved.",
+        )
+        for minor in (1, 2, 3)
+    },
 }
 # Of a task with several, the one that its paper compares models by comes first.
 _LEADING_METRICS = ("f1", "accuracy", "success_rate")
@@ -142,9 +167,10 @@ def write_model_card(model: str | Path, name: str, results: Sequence[str | Path]
         phases=phases,
         results=evaluations,
         licence=licence,
+        terms=_TERMS.get(licence or ""),
         is_shipped=is_shipped,
-        # `compress` sets it for weights that were trained without.
-        is_untrained_vmtc=config.use_vmtc and config.vmtc_merge_weights == "normalized" and not phases,
+        # `compress` sets it for weights that were trained without; they may have been trained with it since.
+        may_be_untrained_vmtc=config.use_vmtc and config.vmtc_merge_weights == "normalized" and not phases,
     )
     card = str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text.rstrip()}\n"))
     return f"{card}\n<!-- ta-llava {_digest(card)}: `ta-llava push` writes this card anew unless it was edited -->\n"
@@ -153,15 +179,21 @@ def write_model_card(model: str | Path, name: str, results: Sequence[str | Path]
 def write_eval_results(model: str | Path, results: Sequence[str | Path] = ()) -> dict[str, str]:
     """
     The scores of a model on benchmarks of the Hub, as it wants them: a file of YAML for each evaluation that names its
-    benchmark (`ta-llava evaluate --benchmark`), besides those that `model` has already. Args and errors are those of
-    [`write_model_card`].
+    benchmark (`ta-llava evaluate --benchmark`), besides those that `model` has already. An evaluation of another model, of
+    one that is not recorded, or with other settings than the config's, is left out, with a warning. Args and errors are
+    those of [`write_model_card`].
 
     Returns:
         `dict`: The content of each file, by its path in the repo.
     """
     files = {f"{EVAL_RESULTS_FOLDER}/{path.name}": _read_text(path) for path in _find_eval_results(model)}
     for evaluation in _read_evaluations(model, results):
-        if evaluation["benchmark"] is not None:
+        if evaluation["benchmark"] is not None and evaluation["not_as_it_is"] is not None:
+            logger.warning(
+                f"The score on {evaluation['benchmark']} is left out of {EVAL_RESULTS_FOLDER}: "
+                f"{evaluation['not_as_it_is']}. Evaluate {model} as it is."
+            )
+        elif evaluation["benchmark"] is not None:
             dataset, _, task = evaluation["benchmark"].partition(":")
             notes = evaluation["title"]
             entry = EvalResultEntry(dataset, task or "default", evaluation["value"], notes=notes)
@@ -233,8 +265,17 @@ def is_unedited(card: str) -> bool:
 
 def tells_same_training(card: str, new_card: str) -> bool:
     """Whether all that a card says of training is in another, which was written where less may be known of it."""
-    section = re.search(r"^## Training\n(.*?)^## ", card.replace("\r\n", "\n"), re.MULTILINE | re.DOTALL)
-    return section is None or set(section[1].splitlines()) <= set(new_card.splitlines())
+    return "Training" not in lost_sections(card, new_card)
+
+
+def lost_sections(card: str, new_card: str) -> list[str]:
+    """Which of training and results a card tells more of than another, which was written where less may be known."""
+    lost = []
+    for title in ("Training", "Results"):
+        section = re.search(rf"^## {title}\n(.*?)^## ", card.replace("\r\n", "\n"), re.MULTILINE | re.DOTALL)
+        if section is not None and not set(section[1].splitlines()) <= set(new_card.splitlines()):
+            lost.append(title)
+    return lost
 
 
 def _read_text(path: Path) -> str:
@@ -379,7 +420,7 @@ def _read_evaluations(model: str | Path, results: Sequence[str | Path]) -> list[
     evaluations = []
     for key, path in {**found, **named}.items():
         try:
-            evaluations.append(_read_results(path, model, config.model_type, patches))
+            evaluations.append(_read_results(path, model, config, patches))
         except ValueError as error:
             if key in named:
                 raise
@@ -387,12 +428,12 @@ def _read_evaluations(model: str | Path, results: Sequence[str | Path]) -> list[
     return evaluations
 
 
-def _read_results(path: Path, model: str | Path, model_type: str, patches: int) -> dict[str, Any]:
+def _read_results(path: Path, model: str | Path, config: Any, patches: int) -> dict[str, Any]:
     """The table of an evaluation, and its last row, which is over all questions, as metadata."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         task, scores, settings = content["task"], content["scores"], content["settings"]
-        cannot_be = _why_of_another(content, model_type, patches)
+        cannot_be = _why_of_another(content, config.model_type, patches)
         dataset, described = _dataset_of(task, settings), _settings_of(settings)
         evaluated = settings.get("model")
         of_another = []
@@ -403,6 +444,7 @@ def _read_results(path: Path, model: str | Path, model_type: str, patches: int) 
         metrics = {name: summary[name] for name in columns if name not in ("questions", "prior")}
         evaluation = {
             "benchmark": content.get("benchmark"),
+            "not_as_it_is": _why_not_as_it_is(settings, model, config, patches),
             "value": next((metrics[name] for name in _LEADING_METRICS if name in metrics), None),
             "title": ", ".join([describe_evaluation(task, settings), *of_another]),
             "columns": columns,
@@ -441,6 +483,23 @@ def _why_of_another(content: dict[str, Any], model_type: str, patches: int) -> s
     if budget is not None and budget > patches:
         return f"it was evaluated with {budget} visual tokens, but an image has {patches} patches here"
     return None
+
+
+def _why_not_as_it_is(settings: dict[str, Any], model: str | Path, config: Any, patches: int) -> str | None:
+    """Why a score that may be of this model is not known to be of it as its config says; `None` if it is."""
+    if settings.get("model") is None:
+        return "which model was evaluated is not recorded"
+    if settings["model"] != full_path(model):
+        return f"{settings['model']} was evaluated"
+    if config.model_type == TaLlavaConfig.model_type:
+        return None  # which has none of these settings
+    own = {
+        "visual_tokens": count_visual_tokens(config, patches),
+        "cmai": config.cmai_max_ratio if config.use_cmai else 0,
+    }
+    if all(settings.get(key) in (None, value) for key, value in own.items()):
+        return None
+    return f"it was evaluated with {', '.join(_settings_of(settings))}, and has {', '.join(_settings_of(own))}"
 
 
 def _cell(value: Any) -> str:

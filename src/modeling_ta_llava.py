@@ -32,7 +32,12 @@ from torch import nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+    ModelOutput,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple, is_tracing, logging
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
@@ -40,8 +45,10 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 from .configuration_ta_llava import TaLlavaConfig
 from .safe_loading import SafetensorsMixin
 from .vmtc import (
+    CACHE,
     VisualBudgetMixin,
     blocks_of,
+    cache_of_call,
     compression_of_call,
     has_class_token,
     make_compressible,
@@ -68,7 +75,7 @@ class TaLlavaModelOutputWithPast(BaseModelOutputWithPast):  # trf-ignore: TRF057
 
 
 @dataclass
-class TaLlavaCausalLMOutputWithPast(ModelOutput):  # trf-ignore: TRF057
+class TaLlavaCausalLMOutputWithPast(CausalLMOutputWithPast):  # trf-ignore: TRF057
     r"""
     Outputs of [`TaLlavaForConditionalGeneration`].
 
@@ -76,17 +83,12 @@ class TaLlavaCausalLMOutputWithPast(ModelOutput):  # trf-ignore: TRF057
         Next-token cross entropy over the labels that are not -100.
     logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
         Prediction scores before softmax, prefix columns included.
-    past_key_values (`Cache`, *optional*):
+    past_key_values, since 5.24 of the library `cache` (`Cache`, *optional*):
         The ordinary cache of the language model; the first `num_prefix_tokens` columns of a row hold its prefix.
     image_hidden_states (`torch.FloatTensor` of shape `(batch_size, images, visual_tokens, hidden_size)`, *optional*):
         The visual tokens V that the prefix read; without meaning where a row has fewer images than others.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
 
 
@@ -454,7 +456,7 @@ class TaLlavaPreTrainedModel(VisualBudgetMixin, SafetensorsMixin, PreTrainedMode
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["TaLlavaAdapter"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     # What quantisation leaves as it is; matched from the start of a module's name, in the head and without it.
     _keep_in_fp32_modules = [r"(model\.)?((text|vision)_adapter|(prefix|image_index)_embedding|multi_modal_projector)"]
 
@@ -737,6 +739,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
         inputs_embeds: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
         encoded_images: TaLlavaEncodedImages | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> tuple | TaLlavaModelOutputWithPast:
         r"""
@@ -758,11 +761,14 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
             encoded_images ([`TaLlavaEncodedImages`], *optional*):
                 Instead of `pixel_values` and `image_mask`: what `encode_image` has computed of the images before, of B
                 rows, or of one for all.
+            cache (`Cache`, *optional*):
+                Another name of `past_key_values`, that of the library since 5.24.
 
         Raises:
             `ValueError`: Wrong number of placeholders or images, images of a wrong shape, dtype or device, or in several
             forms, or a sequence longer than the context of the language model.
         """
+        cache = cache_of_call(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of `input_ids` or `inputs_embeds`.")
         if input_ids is not None and input_ids.dtype not in (torch.int64, torch.int32):
@@ -789,7 +795,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
             )
 
         visual_tokens = num_images = None
-        is_prefill = self._is_prefill(past_key_values, images is not None)
+        is_prefill = self._is_prefill(cache, images is not None)
         if is_prefill:
             if (
                 not torch.compiler.is_compiling()
@@ -806,28 +812,29 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            **{CACHE: cache},
             **kwargs,
         )
-        if num_images is not None and outputs.past_key_values is not None:
-            outputs.past_key_values.num_images = num_images
+        cache = getattr(outputs, CACHE)
+        if num_images is not None and cache is not None:
+            cache.num_images = num_images
         return TaLlavaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: cache},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=visual_tokens,
         )
 
     @staticmethod
-    def _is_prefill(past_key_values: Cache | None, has_images: bool) -> bool:
+    def _is_prefill(cache: Cache | None, has_images: bool) -> bool:
         """Whether the sequence starts at its beginning, where the prefix is; else it is in the cache already."""
-        if past_key_values is None:
+        if cache is None:
             return True
         if torch.compiler.is_compiling():  # the length of a static cache is a tensor; generate() prefills with images
             return has_images
-        return bool(past_key_values.get_seq_length() == 0)
+        return bool(cache.get_seq_length() == 0)
 
     def _prepare_prefix(
         self,
@@ -1081,14 +1088,14 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin): 
                 f"A prompt with images cannot be prefilled in chunks of {generation_config.prefill_chunk_size} tokens: the "
                 "prefix must see the whole instruction. Pass `prefill_chunk_size=None`."
             )
-        past_key_values = model_kwargs.get("past_key_values")
-        if past_key_values is not None and is_first_iteration:
+        cache = model_kwargs.get(CACHE)
+        if cache is not None and is_first_iteration:
             num_images = count_images(input_ids.shape[0], **model_kwargs)
-            past_length = int(past_key_values.get_seq_length())
+            past_length = int(cache.get_seq_length())
             if past_length == 0:
-                past_key_values.num_images = num_images  # here too, since a compiled forward cannot
+                cache.num_images = num_images  # here too, since a compiled forward cannot
             else:
-                num_past_images = getattr(past_key_values, "num_images", None)
+                num_past_images = getattr(cache, "num_images", None)
                 if any(num_images) and num_past_images is not None:
                     # Its rows may have been repeated, selected or put in another order.
                     same_rows = len(num_images) == len(num_past_images)
@@ -1114,7 +1121,7 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin): 
         return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
 
     def _assisted_decoding(self, input_ids, *args, **kwargs):
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE)
         if cache is not None and cache.get_seq_length() > 0:
             raise ValueError(
                 "Assisted and prompt-lookup decoding cannot go on from a filled `past_key_values`: the library would read "
@@ -1171,6 +1178,7 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin): 
         labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_token_type_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> tuple | TaLlavaCausalLMOutputWithPast:
         r"""
@@ -1210,6 +1218,7 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin): 
             inputs_embeds=inputs_embeds,
             vision_features=vision_features,
             encoded_images=encoded_images,
+            cache=cache,
             **kwargs,
         )
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -1226,7 +1235,7 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin): 
         return TaLlavaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,

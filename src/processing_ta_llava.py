@@ -27,6 +27,7 @@ from transformers.tokenization_utils_base import LARGE_INTEGER, TextInput
 from transformers.video_utils import VideoInput
 
 from .image_loading import cut_to_aspect_ratio, load_rgb_image, sample_frames
+from .safe_loading import check_image_size, check_sizes
 
 
 class TaLlavaProcessor(ProcessorMixin):  # trf-ignore: TRF057
@@ -70,6 +71,8 @@ class TaLlavaProcessor(ProcessorMixin):  # trf-ignore: TRF057
         chat_template: str | None = None,
         **kwargs,
     ):
+        check_image_size(image_processor)
+        check_sizes("processor", {"num_prefix_tokens": num_prefix_tokens})
         if image_token_id is None:
             image_token_id = tokenizer.convert_tokens_to_ids(image_token)
             if image_token_id is None or image_token_id == tokenizer.unk_token_id:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, RepoFile
+from huggingface_hub.constants import EVAL_RESULTS_FOLDER
 from huggingface_hub.errors import (
     FileMetadataError,
     GatedRepoError,
@@ -20,20 +21,24 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
+from transformers.utils import logging
 
 from .error_messages import one_line
 from .export import check_export, write_export
-from .model_card import CARD, download_card, is_unedited, pin_revision, pinned_revision, renew_pin
+from .model_card import CARD, download_card, is_unedited, lost_sections, pin_revision, pinned_revision, renew_pin
 
 
-# What an earlier model in the repo may have left, and `from_pretrained` would find first or add to ours: adapters, templates
-# and tokens, weights.
+logger = logging.get_logger(__name__)
+
+# What an earlier model in the repo may have left, and `from_pretrained` would find first, add to ours or take for a variant:
+# adapters, templates and tokens, weights. And a pickle of its training, which could run code.
 _STALE = [
     "adapter_config.json",
     "added_tokens.json",
     "additional_chat_templates/*",
     "chat_template.json",
     "special_tokens_map.json",
+    "training_args.bin",
     *(
         pattern.format(*weights)
         for weights in (
@@ -42,9 +47,12 @@ _STALE = [
             ("adapter_model", "safetensors"),
             ("adapter_model", "bin"),
         )
-        for pattern in ("{}.{}", "{}-?????-of-?????.{}", "{}.{}.index.json")
+        for pattern in ("{}.{}", "{}.*.{}", "{}-?????-of-?????.{}", "{}-?????-of-?????.*.{}", "{}.{}.index*.json")
     ),
 ]
+
+# What git does not take, and full names of refs, which are no branches.
+_NO_BRANCH = re.compile(r"^$|^[-/.]|^refs/|[\s~^:?*\[\\\x00-\x1f\x7f]|\.\.|//|/\.|@\{|\.lock(/|$)|[/.]$")
 
 # What the client raises where the Hub does not answer; HTTPError is that of the HTTP library, which is not always the same.
 _NO_ANSWER = (HTTPError, ConnectionError, TimeoutError, LocalEntryNotFoundError, FileMetadataError)
@@ -56,7 +64,8 @@ class Publication:
     Args:
         url (`str`): Of the commit.
         revision (`str`): Hash of the commit that has weights and code, to load just them.
-        kept_card (`bool`): Whether the repo's `README.md` was left as it is, but for the commit that its example names.
+        kept_card (`bool`): Whether the repo's `README.md` was left as it is, but for the commit that its example names: it
+            was edited, or tells of training or results that a new one would not.
     """
 
     url: str
@@ -78,7 +87,9 @@ def push_model(
     commit; the model card follows in a second one, and its example loads the first.
 
     A card that somebody wrote or edited, in the repo or in the folder `model`, stays as it is, but for the commit in its
-    example.
+    example. So does one in the repo with training or results that a new one would not have, which may be recorded there
+    alone, if no `results` are given and the commit in its example has the weights and settings that are pushed: of others,
+    what it tells is no longer true. What a new one has lost is warned of.
 
     Args:
         model (`str` or `Path`): Folder or Hub repo of a TA-LLaVA, or of a LLaVA with VMTC and CMAI.
@@ -89,16 +100,19 @@ def push_model(
         overwrite_card (`bool`): Write a new card, whatever `model` and the repo have.
 
     Raises:
-        `ValueError`: Before anything is uploaded, if nobody is logged in, the repo has no possible name or may not be
-            written, `model` is no such model or lacks weights, or `private` is asked of a repo that is public. Later, if
-            the Hub does not answer or another push changes the repo meanwhile; the same call then does the rest.
+        `ValueError`: Before anything is uploaded, if nobody is logged in, the repo or the branch has no possible name, the
+            repo may not be written, `model` is no such model or lacks weights, or `private` is asked of a repo that is
+            public. Later, if the Hub does not answer or another push changes the repo meanwhile; the same call then does
+            the rest.
     """
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ValueError(f"A repo on the Hub cannot be called {repo_id!r}: {one_line(error)}") from error
-    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
-        raise ValueError(f"{revision} is a commit, to which nothing can be added. Name a branch.")
+    if revision is not None and re.fullmatch("[0-9a-fA-F]{7,40}", revision):
+        raise ValueError(f"{revision} is the name of a commit, to which nothing can be added. Name a branch.")
+    if revision is not None and _NO_BRANCH.search(revision):
+        raise ValueError(f"A branch on the Hub cannot be called {revision!r}.")
     api = HfApi()
     with _hub_errors(repo_id):
         user = api.whoami()["name"]
@@ -134,15 +148,28 @@ def push_model(
                 delete_patterns=_STALE,
                 parent_commit=head,
             )
-            pin = commit.oid
-            if pin == head and old_card is not None:  # all was there, maybe since the revision that the card names
-                earlier = pinned_revision(old_card, repo_id)
-                if earlier is not None and _list_files(api, repo_id, earlier) == _list_files(api, repo_id, head):
-                    pin = earlier
-            if old_card is None or is_unedited(old_card) or overwrite_card:
-                card, kept_card = pin_revision(new_card, repo_id, pin), False
-            else:
-                card, kept_card = renew_pin(old_card, repo_id, pin), True
+            earlier = None if old_card is None else pinned_revision(old_card, repo_id)
+            before = None if earlier is None else _list_files(api, repo_id, earlier)
+            after = _list_files(api, repo_id, commit.oid)
+            # All was there, maybe since the revision that the card names.
+            pin = earlier if earlier is not None and commit.oid == head and before == after else commit.oid
+            card, kept_card = pin_revision(new_card, repo_id, pin), False
+            if old_card is not None and not overwrite_card:
+                lost, same_model = lost_sections(old_card, new_card), _of_model(before) == _of_model(after)
+                kept_card = not is_unedited(old_card) or (bool(lost) and same_model and not results)
+                if kept_card:
+                    card = renew_pin(old_card, repo_id, pin)
+                # Of another model a new section in place of the old one is no loss.
+                elif lost := [title for title in lost if same_model or f"\n## {title}\n" not in new_card]:
+                    logger.warning(
+                        f"The {CARD} of {repo_id} is written anew, without what it had under {' and '.join(lost)}; the "
+                        "commits before have it. --results names evaluations of the model that was pushed now."
+                    )
+            scores = sorted(path for path, _ in after or () if path.startswith(f"{EVAL_RESULTS_FOLDER}/"))
+            if commit.oid != head and (others := [path for path in scores if path not in files]):
+                logger.warning(
+                    f"{repo_id} has {others[0]} from before, maybe the score of an earlier model. If so, delete it there."
+                )
             if card != old_card:
                 api.upload_file(
                     repo_id=repo_id,
@@ -162,6 +189,11 @@ def _list_files(api: HfApi, repo_id: str, revision: str) -> set[tuple[str, str]]
     except RevisionNotFoundError:
         return None
     return {(entry.path, entry.blob_id) for entry in entries if isinstance(entry, RepoFile) and entry.path != CARD}
+
+
+def _of_model(files: set[tuple[str, str]] | None) -> set[tuple[str, str]]:
+    """Those that an answer depends on, but for the code."""
+    return {(path, blob) for path, blob in files or () if path.endswith((".json", ".jinja", ".safetensors"))}
 
 
 @contextmanager

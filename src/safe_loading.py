@@ -13,7 +13,8 @@
 # limitations under the License.
 """
 What a checkpoint of unknown origin may not do: have its weights read from pickles, which can run code, or from files that
-are not its own, and ask for sizes that no model has, which fill the memory before anything is found wrong.
+are not its own, and ask for sizes that no model has, or that its weights do not have, which fill the memory before
+anything is found wrong.
 """
 
 import json
@@ -23,6 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.image_utils import SizeDict
 from transformers.utils import (
     ADAPTER_SAFE_WEIGHTS_NAME,
     ADAPTER_WEIGHTS_NAME,
@@ -36,6 +38,7 @@ from transformers.utils import (
     has_file,
     is_peft_available,
 )
+from transformers.utils.hub import cached_files
 
 
 # Several times those of the largest models there are. Names of other kinds of config are looked up by these.
@@ -50,7 +53,21 @@ _LARGEST_SIZES = {
     "vocab_size": 10_000_000,
     "max_position_embeddings": 100_000_000,
     "image_size": 100_000,
+    "patch_size": 1_000,
+    "num_channels": 1_000,
+    "projection_dim": 100_000,
+    "num_labels": 100_000,
+    "num_experts": 100_000,
+    "num_local_experts": 100_000,
+    "n_routed_experts": 100_000,
+    "num_prefix_tokens": 10_000,
+    "num_additional_image_tokens": 10_000,
 }
+# Of every other integer, unless its name has one of these in it: they fill no memory.
+_LARGEST_INTEGER = 100_000_000
+_MAY_BE_LARGER = ("theta", "window", "max_length", "seed")
+_LARGEST_IMAGE_SIDE = 10_000  # pixels that an image processor may make, several times those of any vision tower
+_IMAGE_SIZES = ("size", "crop_size", "pad_size")
 
 
 def load_config(source: str | Path, **kwargs: Any) -> Any:
@@ -78,7 +95,8 @@ def check_sizes(name: str, config: Any) -> None:
         config (`dict`): Its fields, parts of the part included. What is no `dict` was made in Python, and passes.
 
     Raises:
-        `ValueError`: A size, or a list of them, is larger than any model's; or the config gives fields other names.
+        `ValueError`: A size, or a list of them, is larger than any model's; or the config gives fields other names. What
+            is no field of this kind of config is not looked at: nothing is made of it.
     """
     if isinstance(config, (list, tuple)):
         for value in config:
@@ -89,20 +107,47 @@ def check_sizes(name: str, config: Any) -> None:
         raise ValueError(
             f"`{name}` has an `attribute_map`, but only code may give the fields of a config other names."
         )
-    model_type = config.get("model_type")
-    other_names = CONFIG_MAPPING[model_type].attribute_map if model_type in CONFIG_MAPPING else {}
+    config_class = _class_of(config)
+    other_names = getattr(config_class, "attribute_map", {})
     for field, largest in _LARGEST_SIZES.items():
         for key in {field, other_names.get(field, field)}:
-            value = config.get(key)
-            sizes = [len(value), *value] if isinstance(value, (list, tuple)) else [value]
-            for size in sizes:
-                if isinstance(size, (int, float)) and size > largest:
-                    what = "is" if size is value else "has"
-                    raise ValueError(
-                        f"`{key}` of `{name}` {what} {size}, but no model has more than {largest}. Is the config damaged?"
-                    )
+            _check_size(name, key, config.get(key), largest)
     for key, value in config.items():
+        is_field = config_class is None or hasattr(config_class, other_names.get(key, key))
+        if is_field and isinstance(value, int) and not any(part in key for part in _MAY_BE_LARGER):
+            _check_size(name, key, value, _LARGEST_INTEGER)
         check_sizes(f"{name}.{key}", value)
+
+
+def check_image_size(image_processor: Any) -> None:
+    """
+    Checks how large images become by an image processor that makes all of one size, before it makes one.
+
+    Raises:
+        `ValueError`: A side is longer than any model's.
+    """
+    for name in _IMAGE_SIZES:
+        size = getattr(image_processor, name, None)
+        sides = list(dict(size).values()) if isinstance(size, (dict, SizeDict)) else size
+        _check_size("image_processor", name, sides, _LARGEST_IMAGE_SIDE)
+
+
+def _check_size(name: str, key: str, value: Any, largest: int) -> None:
+    sizes = [len(value), *value] if isinstance(value, (list, tuple)) else [value]
+    for size in sizes:
+        if isinstance(size, (int, float)) and size > largest:
+            what = "is" if size is value else "has"
+            raise ValueError(
+                f"`{key}` of `{name}` {what} {size}, but no model has more than {largest}. Is the config damaged?"
+            )
+
+
+def _class_of(config: dict[str, Any]) -> Any:
+    """The class of a config, if the library has one of its type."""
+    model_type = config.get("model_type")
+    if model_type not in CONFIG_MAPPING:  # whose `get` does not load what is not loaded yet
+        return None
+    return CONFIG_MAPPING[model_type]
 
 
 def read_safetensors(from_pretrained: Callable, source: Any, *args: Any, **kwargs: Any) -> Any:
@@ -111,8 +156,8 @@ def read_safetensors(from_pretrained: Callable, source: Any, *args: Any, **kwarg
     of an adapter. What will be read is looked at before.
 
     Raises:
-        `ValueError`: The weights are pickles, and the message says how to convert them, or files outside of that folder;
-            see also [`check_sizes`].
+        `ValueError`: The weights are pickles, and the message says how to convert them, files outside of that folder, or
+            far less than the config asks for; see also [`check_sizes`].
     """
     if kwargs.pop("use_safetensors", None) is False:
         raise ValueError("`use_safetensors` is False, but only safetensors are read: pickles can run code.")
@@ -122,8 +167,8 @@ def read_safetensors(from_pretrained: Callable, source: Any, *args: Any, **kwarg
     base = _check_adapter(source, location)
     is_gguf = kwargs.get("gguf_file") is not None
     if not is_gguf:
-        _check_config(base, kwargs.get("config"), location)
-        _check_shards(base, variant, location)
+        config = _check_config(base, kwargs.get("config"), location)
+        _check_amount(base, config, _check_shards(base, variant, location), location)
     try:
         return from_pretrained(source, *args, use_safetensors=True, **kwargs)
     except OSError as error:
@@ -191,8 +236,8 @@ def _check_adapter(source: Any, location: dict[str, Any]) -> Any:
     return json.loads(Path(settings).read_text(encoding="utf-8")).get("base_model_name_or_path") or source
 
 
-def _check_config(source: Any, config: Any, location: dict[str, Any]) -> None:
-    """Checks the config that the model will have; `config` is that which `from_pretrained` was given."""
+def _check_config(source: Any, config: Any, location: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the config that the model will have, checked; `config` is that which `from_pretrained` was given."""
     if isinstance(config, PreTrainedConfig):
         config = config.to_dict()
     else:
@@ -201,6 +246,7 @@ def _check_config(source: Any, config: Any, location: dict[str, Any]) -> None:
             raise ValueError(f"{source} has no {CONFIG_NAME}, so it is no checkpoint.")
     check_sizes("config", config)
     _check_named_weights("config", config)
+    return config
 
 
 def _check_named_weights(name: str, config: Any) -> None:
@@ -216,17 +262,22 @@ def _check_named_weights(name: str, config: Any) -> None:
         _check_named_weights(f"{name}.{key}", value)
 
 
-def _check_shards(source: Any, variant: str | None, location: dict[str, Any]) -> None:
-    """Checks that the index of the weights, if they have one, names safetensors in its own folder."""
+def _check_shards(source: Any, variant: str | None, location: dict[str, Any]) -> list[str]:
+    """
+    Checks that the index of the weights, if they have one, names safetensors in its own folder.
+
+    Returns:
+        The files of the weights in that folder; none if it has no safetensors, or `source` is itself one.
+    """
     if os.path.isfile(source):
         _check_ending(source)
-        return
+        return []
     if _first_of(source, [SAFE_WEIGHTS_NAME], variant, location):
-        return
+        return [_with_variant(SAFE_WEIGHTS_NAME, variant)]
     name = _with_variant(SAFE_WEIGHTS_INDEX_NAME, variant)
     found = cached_file(str(source), name, _raise_exceptions_for_missing_entries=False, **location)
     if found is None:
-        return
+        return []
     index = Path(found)
     try:
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -238,6 +289,40 @@ def _check_shards(source: Any, variant: str | None, location: dict[str, Any]) ->
         _check_ending(shard)
         if path.parts[0] == os.pardir:
             raise ValueError(f"{index} names {shard!r}, which is outside of its folder.")
+    return sorted(shards)
+
+
+def _check_amount(source: Any, config: dict[str, Any], names: list[str], location: dict[str, Any]) -> None:
+    """Checks that files can hold the weights: what they lack would be made, and fill the memory, before it is missed."""
+    files = (
+        cached_files(str(source), names, _raise_exceptions_for_missing_entries=False, **location) if names else None
+    )
+    num_bytes, num_weights = sum(os.path.getsize(file) for file in files or []), _least_weights(config)
+    if files and num_weights > 8 * num_bytes:  # a bit each, less than any quantisation leaves
+        raise ValueError(
+            f"The config of {source} asks for at least {num_weights} weights, but its files have {num_bytes} bytes: its "
+            "weights are damaged or cut off, or config.json is. Get its files again."
+        )
+
+
+def _least_weights(config: Any) -> int:
+    """No more weights than a model of this config has, in that of its parts which has most."""
+    if isinstance(config, (list, tuple)):
+        return max(map(_least_weights, config), default=0)
+    if not isinstance(config, dict):
+        return 0
+    config_class = _class_of(config)
+    other_names = getattr(config_class, "attribute_map", {})
+
+    def size(field: str) -> int:
+        name = other_names.get(field, field)
+        value = config.get(name, config.get(field, getattr(config_class, name, 0)))
+        return value if isinstance(value, int) else 0  # one for each layer, or none
+
+    rows = size("vocab_size") + size("num_hidden_layers") * (size("hidden_size") + size("intermediate_size"))
+    if patch_size := size("patch_size"):
+        rows += size("num_channels") * patch_size**2 + (size("image_size") // patch_size) ** 2
+    return max([size("hidden_size") * rows, *map(_least_weights, config.values())])
 
 
 def _check_ending(file: Any) -> None:
@@ -271,4 +356,4 @@ def _how_to_convert(pickles: str, safetensors: str) -> str:
     )
 
 
-__all__ = ["SafetensorsMixin", "check_sizes", "load_config", "read_safetensors"]
+__all__ = ["SafetensorsMixin", "check_image_size", "check_sizes", "load_config", "read_safetensors"]

@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +38,7 @@ from transformers.utils import cached_file, has_file, is_bitsandbytes_available
 
 from .complete_files import complete_folder_or_not_at_all, temporary_name, write_text
 from .configuration_ta_llava import TaLlavaConfig
-from .error_messages import check_source, config_of, how_to_install, one_line, why_not_loaded
+from .error_messages import check_complete, check_source, config_of, how_to_install, one_line, why_not_loaded
 from .safe_loading import read_safetensors
 from .training_data import Collator, iterate_images, prepare_dataset
 from .vision_feature_cache import VisionFeatureCache
@@ -384,7 +383,8 @@ def train(recipe: Recipe) -> Path:
         `Path`: `output_dir`, with model (or PEFT adapter) and processor.
 
     Raises:
-        `ValueError`: See [`check_recipe`] and [`prepare_dataset`]; or the output folder holds something else.
+        `ValueError`: See [`check_recipe`] and [`prepare_dataset`]; or the output folder holds something else, or the model
+            lacks weights.
     """
     if not recipe.model:
         raise ValueError("The recipe has no `model` to start from. Give it, e.g. by --model FOLDER.")
@@ -666,11 +666,8 @@ def _load_data(settings: DataSettings, processor: Any, bad_samples_file: Path) -
 
 def _load_model(recipe: Recipe) -> Any:
     """In float32, in which the weights that are trained must be kept; mixed precision is the Trainer's."""
-    load = partial(
-        read_safetensors, AutoModelForImageTextToText.from_pretrained, recipe.model, trust_remote_code=False
-    )
     if not recipe.load_in_4bit:
-        return load(dtype=torch.float32)
+        return _load_complete(recipe.model, dtype=torch.float32)
     others = [name for part in ("projector", "prefix", "adapters", "vision_tower") for name in _names_of(part)]
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -678,7 +675,19 @@ def _load_model(recipe: Recipe) -> Any:
         bnb_4bit_compute_dtype=torch.bfloat16,
         llm_int8_skip_modules=[*(f"model.{name}" for name in others), "lm_head"],  # matched from the start
     )
-    return load(quantization_config=quantization)
+    return _load_complete(recipe.model, quantization_config=quantization)
+
+
+def _load_complete(source: str | Path, **kwargs: Any) -> Any:
+    model, info = read_safetensors(
+        AutoModelForImageTextToText.from_pretrained,
+        source,
+        trust_remote_code=False,
+        output_loading_info=True,
+        **kwargs,
+    )
+    check_complete(str(source), info["missing_keys"])
+    return model
 
 
 def _names_of(part: str) -> tuple[str, ...]:
@@ -699,7 +708,7 @@ def merge_adapter(adapter: str | Path, out: str | Path, model: str | None = None
 
     Raises:
         `ValueError`: `out` is not new; `adapter` is none of LoRA, is damaged, or does not fit its model; or that is not
-            there.
+            there, or lacks weights.
     """
     from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
     from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -723,7 +732,7 @@ def merge_adapter(adapter: str | Path, out: str | Path, model: str | None = None
         raise ValueError(
             f"{adapter} has no {SAFETENSORS_WEIGHTS_NAME}, and only safetensors are read: pickles can run code."
         )
-    base = read_safetensors(AutoModelForImageTextToText.from_pretrained, source, dtype="auto", trust_remote_code=False)
+    base = _load_complete(source, dtype="auto")
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
     try:
         adapted = PeftModel.from_pretrained(base, str(adapter))

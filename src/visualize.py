@@ -19,18 +19,21 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from transformers import AutoImageProcessor, AutoModel
+from transformers.utils import logging
 
 from .cmai import Inhibition
 from .compress import DEFAULT_CMAI_MAX_RATIO
 from .configuration_ta_llava import TaLlavaConfig
-from .error_messages import config_of, one_line
+from .error_messages import check_complete, config_of, one_line
 from .image_loading import load_rgb_image
-from .inference import DEFAULT_LLAVA, DEFAULT_MODEL, load
+from .inference import DEFAULT_LLAVA, DEFAULT_MODEL, GREEDY, load
 from .modeling_ta_llava import apply_rotary, eager_attention_forward
-from .safe_loading import read_safetensors
+from .safe_loading import check_image_size, read_safetensors
 from .vmtc import VmtcStage, compression_of_call, count_visual_tokens, make_compressible, patch_grid
 from .vmtc_cmai_patch import VmtcCmaiLlavaConfig
 
+
+logger = logging.get_logger(__name__)
 
 KEPT, DROPPED = 0, -1
 MARGIN, TITLE_HEIGHT, FONT_SIZE = 8, 22, 14
@@ -38,6 +41,8 @@ HEADING_HEIGHT, HEADING_SIZE, LEGEND_HEIGHT, LEGEND_WIDTH = 30, 18, 26, 160
 MAX_COLUMNS = 4
 # Small images are enlarged to this width, by a whole factor, so that their patches can be seen and titles fit.
 MIN_PANEL_WIDTH = 300
+# For characters that Pillow's own font lacks, which are most: looked for where the system keeps its fonts.
+FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc")
 _TINT, _DARKENING = 150, 200  # of 255
 HEAT_OPACITY = 0.65
 
@@ -276,6 +281,7 @@ def _load_settings(model: str | Path) -> tuple[Any, Any]:
     settings = config_of(model)
     try:
         image_processor = AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
+        check_image_size(image_processor)
     except Exception as error:  # files may be missing or damaged in any way
         raise _cannot_load(model, error) from error
     if settings.model_type not in (TaLlavaConfig.model_type, VmtcCmaiLlavaConfig.model_type):
@@ -304,9 +310,9 @@ def _load_tower(model: str | Path, settings: Any) -> Any:
         )
     except Exception as error:
         raise _cannot_load(model, error) from error
-    missing = sorted(key for key in info["missing_keys"] if key.startswith(("embeddings.", "encoder.")))
-    if missing:
-        raise ValueError(f"The vision tower in {str(model)!r} lacks {len(missing)} weights, such as {missing[0]!r}.")
+    needed = ("embeddings.", "pre_layrnorm.", "encoder.")  # not what comes after the blocks, where VMTC has no part
+    missing = [key for key in info["missing_keys"] if key.startswith(needed)]
+    check_complete(f"The vision tower in {str(model)!r}", missing)
     make_compressible(tower)
     return tower.eval()
 
@@ -365,7 +371,7 @@ def trace_prefix(model: Any, processor: Any, image: Any, question: str, max_new_
         query = attention.q_proj(prefix).unflatten(-1, (-1, attention.head_dim))
         if attention.q_norm is not None:
             query = attention.q_norm(query)
-        query = apply_rotary(query.transpose(1, 2), cos, sin)
+        query = apply_rotary(query.transpose(1, 2), cos, sin).reshape(*key.shape[:2], -1, attention.head_dim)
         scaling, softcap = attention.scaling, attention.softcap
         weights = eager_attention_forward(attention, query, key, value, mask, scaling, softcap=softcap)[1]
         maps.append(weights[0].float().mean(dim=(0, 1)).cpu())
@@ -650,7 +656,7 @@ def _ask(
     """Pixel values of the image, and the tokens of the greedy answer."""
     inputs = prompt_inputs(processor, image, question, num_visual_tokens).to(model.device)
     budget = {} if num_visual_tokens is None else {"num_visual_tokens": num_visual_tokens}
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **budget)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, **GREEDY, **budget)
     return inputs["pixel_values"], output[0, inputs["input_ids"].shape[1] :]
 
 
@@ -761,7 +767,8 @@ def _compose(
         right = max(right, *(box[2] for box in boxes), 0)
     picture = Image.new("RGB", (right + MARGIN, bottom + (LEGEND_HEIGHT if legend else 0)), "white")
     draw = ImageDraw.Draw(picture)
-    font, heading_font = ImageFont.load_default(FONT_SIZE), ImageFont.load_default(HEADING_SIZE)
+    texts = [text for heading, panels in sections for text in (heading, *(title for title, _ in panels))]
+    font, heading_font = _load_fonts("".join(texts))
     for heading, top, panels, boxes in placed:
         if heading:
             heading = _shorten(heading, heading_font, right - MARGIN)
@@ -780,6 +787,30 @@ def _compose(
         picture.paste(bar, (left, bottom + 2))
         draw.text((left + LEGEND_WIDTH + MARGIN, bottom), legend[1], fill="black", font=font)
     return picture
+
+
+def _load_fonts(text: str) -> list[Any]:
+    """A font in both sizes: the first that has all characters of a text, or else that of Pillow."""
+    default = [ImageFont.load_default(size) for size in (FONT_SIZE, HEADING_SIZE)]
+    absent = _absent(text, default[0])
+    if not absent:
+        return default
+    for name in FONTS:
+        try:
+            fonts = [ImageFont.truetype(name, size) for size in (FONT_SIZE, HEADING_SIZE)]
+        except OSError:  # is not installed
+            continue
+        if not _absent(text, fonts[0]):
+            return fonts
+    # An error, since warnings are turned off where the models are loaded.
+    logger.error(f"The picture has boxes for {absent}: no font has them. Install {' or '.join(FONTS)}.")
+    return default
+
+
+def _absent(text: str, font: Any) -> str:
+    """The characters of a text that a font draws as those that are none."""
+    box = bytes(font.getmask("\uffff"))
+    return "".join(each for each in dict.fromkeys("".join(text.split())) if bytes(font.getmask(each)) == box)
 
 
 def _shorten(text: str, font: Any, width: int) -> str:

@@ -21,7 +21,7 @@ decides (importance, similarity) is computed in float32, ties are broken by inde
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from huggingface_hub.dataclasses import strict, validated_field
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 from transformers.utils.generic import maybe_autocast
 
@@ -460,6 +461,17 @@ def stage_attention_forward(
 
 AttentionInterface.register("vmtc_sdpa", stage_attention_forward)
 AttentionMaskInterface.register("vmtc_sdpa", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+# What the library calls a cache in arguments and outputs; since 5.24 it is `cache`.
+CACHE = "cache" if any(each.name == "cache" for each in fields(BaseModelOutputWithPast)) else "past_key_values"
+
+
+def cache_of_call(past_key_values: Any, cache: Any) -> Any:
+    """The cache that was given to `forward`, by either name. Raises `ValueError` for two."""
+    if past_key_values is not None and cache is not None:
+        raise ValueError("Give `past_key_values` or `cache`, not both: they are two names for the same.")
+    return past_key_values if cache is None else cache
 
 
 def pass_as_parent(subclass: Any, factory: Any) -> Any:

@@ -20,6 +20,7 @@ A stock LLaVA checkpoint loads as it is. With both flags off the model is `Llava
 stop attending to the image tokens it has least to do with (`cmai.py`).
 """
 
+from dataclasses import fields
 from typing import Any, Literal
 
 import torch
@@ -50,11 +51,13 @@ from transformers.utils import can_return_tuple
 
 from .cmai import Inhibition, prepare_cache, route_attention, text_token_mask
 from .image_loading import open_images
-from .safe_loading import SafetensorsMixin, check_sizes
+from .safe_loading import SafetensorsMixin, check_image_size, check_sizes
 from .vmtc import (
+    CACHE,
     VisualBudgetMixin,
     VmtcConfig,
     at_least_1,
+    cache_of_call,
     compression_of_call,
     count_visual_tokens,
     make_compressible,
@@ -70,8 +73,9 @@ def share(value: float) -> None:
         raise ValueError(f"must be from 0 to 1, got {value}.")
 
 
+# What is ignored in this file, TRF057, asks for docstrings that are put together from those of the library.
 @strict
-class VmtcCmaiLlavaConfig(VmtcConfig, LlavaConfig):
+class VmtcCmaiLlavaConfig(VmtcConfig, LlavaConfig):  # trf-ignore: TRF057
     r"""
     Configuration of a [`VmtcCmaiLlavaForConditionalGeneration`]: that of a LLaVA, the fields of [`VmtcConfig`], and those
     below. A `config.json` of a stock LLaVA loads too, with all of it off.
@@ -140,7 +144,7 @@ class VmtcCmaiLlavaConfig(VmtcConfig, LlavaConfig):
         return {**config_dict, "model_type": cls.model_type}, kwargs
 
 
-class VmtcCmaiLlavaPreTrainedModel(VisualBudgetMixin, SafetensorsMixin, LlavaPreTrainedModel):
+class VmtcCmaiLlavaPreTrainedModel(VisualBudgetMixin, SafetensorsMixin, LlavaPreTrainedModel):  # trf-ignore: TRF057
     config: VmtcCmaiLlavaConfig
     config_class = VmtcCmaiLlavaConfig
     model_tags = ["vmtc", "cmai", "llava"]  # of a repo that `push_to_hub` makes
@@ -162,10 +166,12 @@ class VmtcCmaiLlavaPreTrainedModel(VisualBudgetMixin, SafetensorsMixin, LlavaPre
 def _check_config(config: VmtcCmaiLlavaConfig) -> None:
     """Finds, before anything is built, fields that do not go together and an attention that cannot be used."""
     config.validate()  # arguments of `from_pretrained` were set after the config was made
+    # CODEPATH: a stock LLaVA is without CMAI.
     if config.use_cmai:
         route_attention(config.text_config)
 
 
+# trf-ignore: TRF057
 class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignore: TRF013
     """LLaVA without its language modelling head, with VMTC in the vision tower and CMAI in the language model."""
 
@@ -174,11 +180,12 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         super().__init__(config)
         make_compressible(self.vision_tower)
         text_config = self.language_model.config
+        # trf-ignore: TRF051
         if getattr(text_config, "attn_logit_softcapping", None) and "sdpa" in text_config._attn_implementation:
             # SDPA cannot soft-cap. Before 5.23 the library lets Gemma-2 use it all the same, and drops the capping.
             self.language_model.set_attn_implementation("eager")
 
-    def get_image_features(
+    def get_image_features(  # trf-ignore: TRF057
         self,
         pixel_values: torch.Tensor,
         vision_feature_layer: int | list[int] | None = None,
@@ -215,6 +222,7 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         vmtc = compression_of_call(config, self.vision_tower, pixel_values, vision_feature_layer, num_visual_tokens)
         if vmtc is not None:
             kwargs["vmtc"] = vmtc
+        # CODEPATH: the paper's models have no down-sampling; it is the baseline.
         if config.spd_factor == 1:
             return super().get_image_features(
                 pixel_values=pixel_values,
@@ -267,6 +275,7 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
         features = torch.cat([outputs.hidden_states[layer] for layer in layers], dim=-1)
         features = features[:, 1:] if select_strategy == "default" else features
+        # CODEPATH: as in `get_image_features`.
         if self.config.spd_factor == 1:
             return outputs, features
         height, width = patch_grid(self.config, pixel_values)
@@ -315,7 +324,7 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         return (inputs_embeds == self.get_input_embeddings()(token).to(inputs_embeds.dtype)).all(dim=-1)
 
     @can_return_tuple
-    def forward(
+    def forward(  # trf-ignore: TRF057
         self,
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -330,6 +339,7 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         num_visual_tokens: int | None = None,
         vision_features: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> tuple | LlavaModelOutputWithPast:
         r"""
@@ -346,6 +356,7 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
             `ValueError`: Placeholders that do not match the visual tokens, images given twice or of a wrong shape, or a
                 cache that was filled without CMAI.
         """
+        cache = cache_of_call(past_key_values, cache)
         has_images = mm_encoder_outputs is not None and mm_encoder_outputs.get("image") is not None
         given = {
             "pixel_values": pixel_values is not None,
@@ -372,18 +383,19 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
             self._check_placeholders(is_image, mm_encoder_outputs["image"].pooler_output)
         if use_cache is not None:
             kwargs["use_cache"] = use_cache
+        # CODEPATH: a stock LLaVA is without CMAI.
         if self.config.use_cmai:
-            past_key_values, kwargs["cmai"] = self._prepare_inhibition(
-                input_ids, inputs_embeds, attention_mask, past_key_values, use_cache, has_images
+            cache, kwargs["cmai"] = self._prepare_inhibition(
+                input_ids, inputs_embeds, attention_mask, cache, use_cache, has_images
             )
         outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             return_dict=True,
+            **{CACHE: cache},
             **kwargs,
         )
         if self.config.use_cmai and kwargs["cmai"].num_calls == 0:
@@ -398,7 +410,7 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
         attention_mask: Any,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         use_cache: bool | None,
         has_images: bool,
     ) -> tuple[Cache | None, Inhibition]:
@@ -406,13 +418,13 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         route_attention(self.config.text_config)
         checkpointing = self.training and getattr(self.language_model, "gradient_checkpointing", False)
         use_cache = self.config.text_config.use_cache if use_cache is None else use_cache
-        if past_key_values is None and use_cache and not checkpointing:
-            past_key_values = DynamicCache(config=self.config.text_config)
-        cache = None if checkpointing else past_key_values
+        if cache is None and use_cache and not checkpointing:
+            cache = DynamicCache(config=self.config.text_config)
+        filled = None if checkpointing else cache
         past_length: Any = 0
-        if cache is not None:
-            prepare_cache(cache, self.config.text_config)
-            past_length = cache.get_seq_length()
+        if filled is not None:
+            prepare_cache(filled, self.config.text_config)
+            past_length = filled.get_seq_length()
         columns: Any = input_ids if inputs_embeds is None else inputs_embeds
         batch_size, num_columns = columns.shape[:2]
         is_image: torch.Tensor | None = None
@@ -422,10 +434,14 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
             tokens = text_token_mask(attention_mask, num_columns, past_length, columns.device)
             is_image = self._is_placeholder(input_ids, columns)
             is_text = ~is_image if tokens is None else tokens & ~is_image
-        return past_key_values, Inhibition(self.config, is_image, is_text, past_length, cache)
+        return cache, Inhibition(self.config, is_image, is_text, past_length, filled)
 
 
-class VmtcCmaiLlavaForConditionalGeneration(
+# What both kinds of outputs have; how the cache and what is of the images are called depends on the version of the library.
+_NAMES_OF_OUTPUTS = [field.name for field in fields(LlavaCausalLMOutputWithPast) if field.name not in ("loss", "logits")]
+
+
+class VmtcCmaiLlavaForConditionalGeneration(  # trf-ignore: TRF057
     VmtcCmaiLlavaPreTrainedModel, LlavaForConditionalGeneration, GenerationMixin
 ):
     """LLaVA with VMTC and CMAI and a language modelling head, for generation and training."""
@@ -437,6 +453,7 @@ class VmtcCmaiLlavaForConditionalGeneration(
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
+    # trf-ignore: TRF057
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> tuple | BaseModelOutputWithPooling:
         """See [`VmtcCmaiLlavaModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
@@ -480,7 +497,7 @@ class VmtcCmaiLlavaForConditionalGeneration(
         return super()._get_candidate_generator(*args, **kwargs)
 
     @can_return_tuple
-    def forward(
+    def forward(  # trf-ignore: TRF057
         self,
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -496,6 +513,7 @@ class VmtcCmaiLlavaForConditionalGeneration(
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         num_visual_tokens: int | None = None,
         vision_features: torch.Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> tuple | LlavaCausalLMOutputWithPast:
         r"""
@@ -531,6 +549,7 @@ class VmtcCmaiLlavaForConditionalGeneration(
             mm_encoder_outputs=mm_encoder_outputs,
             num_visual_tokens=num_visual_tokens,
             vision_features=vision_features,
+            cache=cache,
             **kwargs,
         )
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -544,14 +563,8 @@ class VmtcCmaiLlavaForConditionalGeneration(
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
-        return LlavaCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-        )
+        handed_on = {name: getattr(outputs, name) for name in _NAMES_OF_OUTPUTS}
+        return LlavaCausalLMOutputWithPast(loss=loss, logits=logits, **handed_on)
 
 
 class VmtcCmaiLlavaImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -568,7 +581,7 @@ class VmtcCmaiLlavaProcessorKwargs(ProcessingKwargs, total=False):  # type: igno
     images_kwargs: VmtcCmaiLlavaImagesKwargs
 
 
-class VmtcCmaiLlavaProcessor(VisualBudgetMixin, LlavaProcessor):
+class VmtcCmaiLlavaProcessor(VisualBudgetMixin, LlavaProcessor):  # trf-ignore: TRF057
     r"""
     Processor of a LLaVA that writes as many placeholders as the model makes visual tokens. That of a stock LLaVA loads
     as it is; what changes the number of tokens in the model's config must be given here too.
@@ -598,6 +611,8 @@ class VmtcCmaiLlavaProcessor(VisualBudgetMixin, LlavaProcessor):
         spd_factor: int = 1,
         **kwargs,
     ):
+        check_image_size(image_processor)
+        check_sizes("processor", {"num_additional_image_tokens": num_additional_image_tokens})
         self.use_vmtc = use_vmtc
         self.vmtc_num_visual_tokens = vmtc_num_visual_tokens
         self.vmtc_keep_ratio = vmtc_keep_ratio
@@ -613,7 +628,7 @@ class VmtcCmaiLlavaProcessor(VisualBudgetMixin, LlavaProcessor):
             **kwargs,
         )
 
-    def __call__(
+    def __call__(  # trf-ignore: TRF057
         self,
         images: ImageInput | None = None,
         text: TextInput | list[TextInput] | None = None,

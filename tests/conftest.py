@@ -3,10 +3,12 @@
 import os
 import subprocess
 import venv
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 from transformers import (
     AutoProcessor,
     CLIPVisionConfig,
@@ -156,14 +158,33 @@ def processor():
     return AutoProcessor.from_pretrained(SHIPPED_MODEL)
 
 
-@pytest.fixture(scope="session")
-def python_without_the_package(tmp_path_factory) -> Path:
-    """An environment with the libraries of this one; an editable install does not reach through the path it is given."""
-    folder = tmp_path_factory.mktemp("environment")
+def make_environment(folder: Path, *packages: str) -> Path:
+    """The Python of a new environment with these packages of this one and what they require, and nothing else."""
     venv.create(folder, with_pip=False)
     site_packages = next(folder.glob("lib/python*/site-packages"))
-    (site_packages / "libraries.pth").write_text(str(Path(torch.__file__).parents[1]))
+    done, todo = set(), [Requirement(package) for package in packages]
+    while todo:
+        requirement = todo.pop()
+        if str(requirement) in done:
+            continue
+        done.add(str(requirement))
+        try:
+            package = distribution(requirement.name)
+        except PackageNotFoundError:  # is for another platform, or an extra that is not installed
+            continue
+        for name in {file.parts[0] for file in package.files or ()} - {"..", "__pycache__"}:
+            if not (site_packages / name).is_symlink():
+                (site_packages / name).symlink_to(package.locate_file(name))
+        extras = ["", *requirement.extras]
+        needed = map(Requirement, package.requires or ())
+        todo += [each for each in needed if not each.marker or any(each.marker.evaluate({"extra": x}) for x in extras)]
     return folder / "bin" / "python"
+
+
+@pytest.fixture(scope="session")
+def python_without_the_package(tmp_path_factory) -> Path:
+    """The Python of an environment with what models on the Hub need, and no more."""
+    return make_environment(tmp_path_factory.mktemp("environment"), "transformers", "torch", "pillow")
 
 
 def run_without_the_package(python: Path, folder: Path, script: str, *arguments: str, **variables: str) -> list[str]:

@@ -221,15 +221,15 @@ def copied(tmp_path):
     return Path(shutil.copytree(SHIPPED_MODEL, tmp_path / "model", ignore=shutil.ignore_patterns("*.py")))
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """Of an evaluation."""
+@pytest.fixture
+def results(copied, tmp_path_factory):
+    """Of an evaluation of that model."""
     folder = tmp_path_factory.mktemp("results")
     content = {
         "task": "easy-vqa",
         "scores": {"all": {"questions": 2, "accuracy": 0.5}},
         "note": "Exact match.",
-        "settings": {"data": None, "num_questions": 2},
+        "settings": {"data": None, "num_questions": 2, "model": str(copied)},
         "benchmark": "me/easy-vqa",
     }
     (folder / "results.json").write_text(json.dumps(content))

@@ -4,6 +4,8 @@ import shutil
 import pytest
 from conftest import EXAMPLE_IMAGE, FIXTURES, ROOT, SHIPPED_MODEL
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
 
 from ta_llava.compress import compress_llava
 from ta_llava.inference import DEFAULT_LLAVA, DEFAULT_MODEL, answer, load
@@ -37,6 +39,48 @@ def test_answers_come_as_they_are_found(shipped):
     assert next(answers) == "red"
     with pytest.raises(ValueError, match="none.png"):
         next(answers)
+
+
+# What a generation_config.json may say that makes an answer another one than the greedy one, or more than one.
+NOT_GREEDY = [
+    {"num_beams": 4, "num_return_sequences": 3},
+    {"num_beams": 4, "length_penalty": 50.0},
+    {"do_sample": True, "temperature": 5.0, "num_return_sequences": 2},
+    {"repetition_penalty": 50.0, "no_repeat_ngram_size": 1},
+    {"guidance_scale": -3.0},
+    {"sequence_bias": [[[20], 1e9]], "exponential_decay_length_penalty": [0, 1e9]},
+    {"watermarking_config": {"bias": 1e9}},
+    {"prompt_lookup_num_tokens": 2},
+    {"penalty_alpha": 0.6, "top_k": 4},
+    {"return_dict_in_generate": True, "output_scores": True},
+    {"dola_layers": "low"},
+    {"constraints": []},
+    {"force_words_ids": [[20]]},
+    {"assistant_early_exit": 1},
+]
+
+
+@pytest.mark.parametrize("model", [DEFAULT_MODEL, DEFAULT_LLAVA])
+def test_answers_are_greedy_whatever_the_checkpoint_generates_by(model):
+    loaded, processor = load(model)
+    stock = loaded.generation_config
+    expected = list(answer(loaded, processor, QUESTIONS))
+    for settings in NOT_GREEDY:
+        loaded.generation_config = GenerationConfig(**{**stock.to_dict(), **settings})
+        assert list(answer(loaded, processor, QUESTIONS)) == expected, settings
+
+
+def test_a_checkpoint_says_which_tokens_are_never_written(shipped):
+    """And which end an answer: these belong to the model."""
+    model, processor = shipped
+    stock = model.generation_config
+    token = processor.tokenizer("teal", add_special_tokens=False)["input_ids"][0]
+    settings = {**stock.to_dict(), "suppress_tokens": [*(stock.suppress_tokens or []), token]}
+    model.generation_config = GenerationConfig(**settings)
+    try:
+        assert list(answer(model, processor, QUESTIONS[:1])) != ["teal"]
+    finally:
+        model.generation_config = stock
 
 
 def test_images_in_memory(shipped):
@@ -127,3 +171,72 @@ def test_a_config_that_does_not_fit_the_weights(tmp_path):
         (folder / "config.json").write_text(json.dumps({**config, field: value}))
         with pytest.raises(ValueError, match="No model could be loaded"):
             load(folder)
+
+
+def copy_without(folder, source, *parts: str) -> int:
+    """A copy of a checkpoint that lacks the weights of some parts; returns how many."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.py"))
+    weights = load_file(source / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if not any(part in name for part in parts)}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    return len(weights) - len(kept)
+
+
+@pytest.mark.parametrize(
+    ("source", "parts", "flags"),
+    [
+        (DEFAULT_MODEL, ["multi_modal_projector", "vision_adapter"], {}),
+        (DEFAULT_LLAVA, ["multi_modal_projector"], {}),
+        (DEFAULT_LLAVA, ["multi_modal_projector"], {"num_visual_tokens": 16}),
+    ],
+)
+def test_missing_weights_are_not_made_up(tmp_path, source, parts, flags):
+    count = copy_without(tmp_path / "model", source, *parts)
+    with pytest.raises(ValueError, match=rf"model lacks {count} weights, such as '.*{parts[0]}.*random ones"):
+        load(tmp_path / "model", **flags)
+
+
+def test_more_layers_than_there_are_weights_for(tmp_path):
+    folder = shutil.copytree(SHIPPED_MODEL, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] += 1
+    config["text_config"].pop("layer_types", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"lacks \d+ weights, such as 'model.language_model.layers.8"):
+        load(folder)
+
+
+@pytest.mark.parametrize("model", [DEFAULT_MODEL, DEFAULT_LLAVA])
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (
+            {"size": {"height": 60000, "width": 64}},
+            "`size` of `image_processor` has 60000, but no model has more than",
+        ),
+        ({"size": {"shortest_edge": 60000}}, "`size` of `image_processor` has 60000, but"),
+        (
+            {"do_center_crop": True, "crop_size": {"height": 64, "width": 60000}},
+            "`crop_size` of `image_processor` has",
+        ),
+    ],
+)
+def test_images_of_a_size_that_no_model_has(tmp_path, model, size, message):
+    folder = shutil.copytree(model, tmp_path / "model")
+    settings = json.loads((folder / "processor_config.json").read_text())
+    settings["image_processor"].update(size)
+    (folder / "processor_config.json").write_text(json.dumps(settings))
+    for flags in ({}, {"num_visual_tokens": 16}) if model == DEFAULT_LLAVA else ({},):
+        with pytest.raises(ValueError, match=message):
+            load(folder, **flags)
+
+
+@pytest.mark.parametrize(
+    ("model", "field"), [(DEFAULT_MODEL, "num_prefix_tokens"), (DEFAULT_LLAVA, "num_additional_image_tokens")]
+)
+def test_placeholders_that_no_model_has(tmp_path, model, field):
+    folder = shutil.copytree(model, tmp_path / "model")
+    settings = json.loads((folder / "processor_config.json").read_text())
+    (folder / "processor_config.json").write_text(json.dumps({**settings, field: 10**9}))
+    with pytest.raises(ValueError, match=f"`{field}` of `processor` is 1000000000, but no model has more than 10000"):
+        load(folder, **({} if model == DEFAULT_MODEL else {"num_visual_tokens": 16}))

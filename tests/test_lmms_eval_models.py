@@ -14,6 +14,7 @@ import torch
 import yaml
 from conftest import EXAMPLE_IMAGE, FIXTURES, ROOT, SHIPPED_MODEL
 from PIL import Image
+from transformers import GenerationConfig
 
 from ta_llava import evaluate
 from ta_llava.easy_vqa_data import _llava_sample
@@ -197,6 +198,21 @@ def test_generation_settings(plugin, gen_kwargs, expected):
 def test_beams_and_sampling_are_those_of_generate(any_model):
     requests = ask(any_model, [{"num_beams": 3, "max_new_tokens": 8}, {"temperature": 0.01, "max_new_tokens": 8}])
     assert list(any_model.generate_until(requests)) == ["teal", "yes"]
+
+
+def test_only_the_task_says_how_answers_are_generated(any_model, monkeypatch):
+    """What it leaves out is as in greedy decoding, not as the checkpoint's generation_config.json has it."""
+    requests = ask(any_model, [GREEDY] * len(DOCUMENTS))
+    expected = list(any_model.generate_until(requests))
+    settings = {"num_return_sequences": 3, "num_beams": 4, "repetition_penalty": 50.0, "no_repeat_ngram_size": 1}
+    stock, seen = any_model.model.generation_config, []
+    monkeypatch.setattr(any_model.model, "generation_config", GenerationConfig(**{**stock.to_dict(), **settings}))
+    assert list(any_model.generate_until(requests)) == expected
+    generate = any_model.model.generate
+    monkeypatch.setattr(any_model.model, "generate", lambda **kwargs: seen.append(kwargs) or generate(**kwargs))
+    own = {"num_beams": 2, "repetition_penalty": 1.5, "length_penalty": 0.5, "temperature": 0.01}
+    assert len(list(any_model.generate_until(ask(any_model, [own], DOCUMENTS[:1])))) == 1
+    assert own.items() <= seen[0].items() and seen[0]["do_sample"]
 
 
 def test_images_stand_where_the_text_says(plugin):

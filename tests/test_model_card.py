@@ -83,18 +83,32 @@ def test_the_card_of_a_compressed_llava(tmp_path):
     assert "the 64 visual tokens of an image become **16**" in card and "up to **60 %**" in card
     assert "| language model | Llama, 6 layers of width 128, 75 tokens | 1.19 M |" in section(card, "Architecture")
     assert "56 tokens in the language model" in section(card, "Architecture")
-    assert "trained with neither VMTC nor CMAI" in section(card, "Training")
+    assert UNRECORDED in section(card, "Training")
     assert "yang2024" in card and "tu_ta_llava" not in card
 
 
-@pytest.mark.parametrize("config", [build_config(), build_llava_config(use_vmtc=False, use_cmai=False)])
-def test_nothing_is_invented_of_a_model_that_records_nothing(config, counted, tmp_path):
+# Of a model with VMTC and CMAI that has no `training_summary.json`; it may have been trained with them all the same.
+UNRECORDED = (
+    "No training of it with VMTC or CMAI is recorded: unless there was some, its weights are those of a model that was "
+    "trained with neither."
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "training"),
+    [
+        (build_config(), ""),
+        (build_llava_config(use_vmtc=False, use_cmai=False), ""),
+        (build_llava_config(), UNRECORDED),
+    ],
+)
+def test_nothing_is_invented_of_a_model_that_records_nothing(config, training, counted, tmp_path):
     save_config(tmp_path / "model", config)
     card = write_model_card(tmp_path / "model", "my-model")
     assert set(ModelCard(card).data.to_dict()) == {"library_name", "pipeline_tag", "tags"}
-    assert not section(card, "Training") and not section(card, "Results")
+    assert section(card, "Training").strip() == training and not section(card, "Results")
     assert "easy-VQA" not in card and "Apache-2.0. For the weights" in section(card, "Licence")
-    assert "**VMTC** is on" not in card and "**CMAI** is on" not in card
+    assert ("**VMTC** is on" in card) == ("**CMAI** is on" in card) == bool(training)
     with HubServer() as hub, pytest.MonkeyPatch.context() as patch:
         hub.connect(patch, tmp_path / "home")
         ModelCard(card).validate()
@@ -115,6 +129,7 @@ def test_nothing_is_invented_of_a_model_that_records_nothing(config, counted, tm
             ["google/gemma-4-E2B-it"],
             None,
         ),  # Apache-2.0, so this pattern is not for it
+        ("", "meta-llama/Meta-Llama-3-8B", None, ["meta-llama/Meta-Llama-3-8B"], "llama3"),
         ("", "meta-llama/Llama-3.1-8B", None, ["meta-llama/Llama-3.1-8B"], "llama3.1"),
         ("", "lmsys/vicuna-7b-v1.1", None, ["lmsys/vicuna-7b-v1.1"], None),
         ("here/tower", "/home/me/gemma", "./google/gemma-2-2b-it", None, None),  # folders of this machine
@@ -134,6 +149,25 @@ def test_base_models_and_licences(vision, text, base, models, licence, counted, 
     assert (data.base_model, data.license) == (models, licence)
     for name in models or ():
         assert f"[{name}](https://huggingface.co/{name})" in section(card, "Training")
+    # Who passes the weights on must say so, and where the terms are.
+    terms = {
+        "gemma": (
+            "https://ai.google.dev/gemma/terms",
+            "provided under and subject to the Gemma Terms of Use found at",
+        ),
+        "llama2": ("https://ai.meta.com/llama/license/", "Llama 2 is licensed under the LLAMA 2 Community License"),
+        "llama3": (
+            "https://www.llama.com/llama3/license/",
+            "Built with Meta Llama 3. Meta Llama 3 is licensed under the",
+        ),
+        "llama3.1": (
+            "https://www.llama.com/llama3_1/license/",
+            "Built with Llama. Llama 3.1 is licensed under the Llama 3.1",
+        ),
+    }
+    link, notice = terms.get(licence, ("", ""))
+    assert f"[`{licence}`]({link}) holds for them." in card if link else "holds for them" not in card
+    assert notice in section(card, "Licence")
 
 
 def test_all_phases_of_training(counted, tmp_path, monkeypatch):
@@ -225,7 +259,11 @@ def test_results_of_evaluations(counted, tmp_path, caplog):
     )
 
 
-def test_scores_on_benchmarks_of_the_hub(tmp_path):
+def test_each_licence_has_its_terms():
+    assert set(model_card._LICENCES.values()) == model_card._TERMS.keys()
+
+
+def test_scores_on_benchmarks_of_the_hub(tmp_path, caplog):
     model = tmp_path / "model"
     save_config(model, build_llava_config())
     (model / ".eval_results").mkdir()
@@ -238,7 +276,7 @@ def test_scores_on_benchmarks_of_the_hub(tmp_path):
             "average": {"questions": 32, "success_rate": 0.75},
         },
     }
-    named = [("pope", 16, "me/pope:adversarial"), ("pope", None, "me/pope:adversarial"), ("json", None, "me/mine")]
+    named = [("pope", 9, "me/pope:adversarial"), ("pope", None, "me/pope:adversarial"), ("json", None, "me/mine")]
     named += [("if16", None, "me/if16"), ("json", None, None)]
     for number, (task, visual_tokens, benchmark) in enumerate(named):
         folder = model / str(number)
@@ -248,10 +286,11 @@ def test_scores_on_benchmarks_of_the_hub(tmp_path):
         (folder / "results.json").write_text(json.dumps(content))
     files = write_eval_results(model)
     found = {name: parse_eval_result_entries(yaml.safe_load(text)) for name, text in files.items()}
-    pope, tokens = "POPE on a, 2 questions", "16 visual tokens"
+    pope, tokens = "POPE on a, 2 questions", "9 visual tokens"
+    assert not caplog.text
     assert found == {
         ".eval_results/hle.yaml": [EvalResultEntry("cais/hle", "hle", 1)],
-        ".eval_results/pope-adversarial-POPE-on-a-2-questions-16-visual-tokens.yaml": [
+        ".eval_results/pope-adversarial-POPE-on-a-2-questions-9-visual-tokens.yaml": [
             EvalResultEntry("me/pope", "adversarial", 0.25, notes=f"{pope}, {tokens}")
         ],
         ".eval_results/pope-adversarial-POPE-on-a-2-questions.yaml": [
@@ -262,6 +301,35 @@ def test_scores_on_benchmarks_of_the_hub(tmp_path):
             EvalResultEntry("me/if16", "default", 0.75, notes="IF16 on a, 2 questions")
         ],
     }
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "reason"),
+    [
+        ({}, {}, None),
+        ({}, {"visual_tokens": 9, "cmai": 0.6}, None),
+        ({"use_vmtc": False, "use_cmai": False}, {"visual_tokens": 36, "cmai": 0}, None),
+        ({}, {"model": None}, "which model was evaluated is not recorded"),
+        ({}, {"model": "other/stock"}, "other/stock was evaluated"),
+        ({}, {"visual_tokens": 16}, "it was evaluated with 16 visual tokens, and has 9 visual tokens, CMAI 0.6"),
+        ({}, {"cmai": 0.0}, "it was evaluated with CMAI 0.0, and has 9 visual tokens, CMAI 0.6"),
+        (
+            {"use_cmai": False},
+            {"visual_tokens": 9, "cmai": 0.6},
+            "it was evaluated with 9 visual tokens, CMAI 0.6, and has 9 visual tokens, CMAI 0",
+        ),
+    ],
+)
+def test_a_score_is_published_of_the_model_as_it_is_only(counted, tmp_path, caplog, config, settings, reason):
+    model, results = tmp_path / "model", tmp_path / "results"
+    save_config(model, build_llava_config(**config))
+    results.mkdir()
+    content = json.loads(evaluation(None, {"model": str(model), **settings}))
+    (results / "results.json").write_text(json.dumps({**content, "benchmark": "me/mine"}))
+    assert len(write_eval_results(model, [results])) == (reason is None)
+    message = f"The score on me/mine is left out of .eval_results: {reason}. Evaluate {model} as it is."
+    assert not caplog.text if reason is None else message in caplog.text
+    assert "| all | 2 | 50.00% |" in write_model_card(model, "my-model", [results])  # which names what was evaluated
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from conftest import EXAMPLE_IMAGE, SHIPPED_LLAVA, SHIPPED_MODEL, run_without_the_package
 from hub_server import HubServer
 from huggingface_hub import HfApi, ModelCard, constants
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from test_assemble import save_language_model, save_tower
 from test_export import copy_without_a_weight
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -272,6 +272,89 @@ def test_the_example_of_an_edited_card_loads_what_was_pushed(hub, compressed, tm
     assert push(tmp_path / "other", "alice/edited")[0] == 0 and hub.history("alice/edited") == history
 
 
+@pytest.fixture
+def measured(tmp_path):
+    """Folders of results, each of another number of questions, by that number."""
+
+    def write(number: int):
+        folder = tmp_path / f"results-{number}"
+        folder.mkdir()
+        content = {
+            "task": "easy-vqa",
+            "scores": {"all": {"questions": number, "accuracy": 0.5}},
+            "note": "Exact match.",
+        }
+        (folder / "results.json").write_text(json.dumps({**content, "settings": {"num_questions": number}}))
+        return folder
+
+    return write
+
+
+def test_results_that_only_the_card_has_are_kept(hub, compressed, measured, caplog):
+    def card() -> str:
+        return hub.files("alice/results")["README.md"].decode()
+
+    assert push(compressed, "alice/results", "--results", measured(2))[0] == 0
+    history = hub.history("alice/results")
+    code, out, error = push(compressed, "alice/results")
+    assert code == 0 and "results that a new one would not have, so it was kept" in error
+    assert hub.history("alice/results") == history and f"The revision to pin is {history[1].oid}." in out
+
+    # With other code they are of the same model.
+    old = hub.add("alice/results", {"vmtc.py": "old"})
+    hub.add("alice/results", {"README.md": model_card.pin_revision(card(), "alice/results", old)})
+    assert "so it was kept" in push(compressed, "alice/results")[2]
+    head = hub.history("alice/results")[1].oid
+    assert head != old and model_card.pinned_revision(card(), "alice/results") == head
+    assert "| all | 2 | 50.00% |" in card() and model_card.is_unedited(card())
+
+    assert "written anew" not in caplog.text
+    assert "kept" not in push(compressed, "alice/results", "--results", measured(3))[2]
+    assert "| all | 3 | 50.00% |" in card() and "| all | 2 |" not in card()
+    message = "The README.md of alice/results is written anew, without what it had under Results; the commits before"
+    assert message in caplog.text
+    caplog.clear()
+    assert "kept" not in push(compressed, "alice/results", "--overwrite-card")[2]
+    assert "No evaluation of it is recorded" in card() and "written anew" not in caplog.text
+
+
+def test_training_that_only_the_card_has_is_kept(hub, compressed, tmp_path):
+    folder = shutil.copytree(compressed, tmp_path / "trained")
+    recipe = {"model": "me/start", "output_dir": "phase1", "train": ["projector"], "data": {"path": "captions.json"}}
+    recipe |= {"global_batch_size": 8, "training_arguments": {}}
+    summary = {"recipe": recipe, "data": {"kept": 10}, "log": [{"step": 2, "train_loss": 0.5}]}
+    (folder / "training_summary.json").write_text(json.dumps(summary))
+    assert push(folder, "alice/trained")[0] == 0
+    assert "so it was kept" in push(compressed, "alice/trained")[2]
+    assert "| phase1 | projector | captions.json |" in hub.files("alice/trained")["README.md"].decode()
+
+
+def test_results_of_an_earlier_model_are_not_kept(hub, compressed, measured, tmp_path, monkeypatch, caplog):
+    assert push(compressed, "alice/newer", "--results", measured(2))[0] == 0
+    hub.add("alice/newer", {".eval_results/hle.yaml": "- dataset: {id: cais/hle, task_id: hle}\n  value: 1\n"})
+    compress_llava(SHIPPED_LLAVA, tmp_path / "other", 9, 0.5)
+
+    def fail(*_, **__):
+        raise HTTPError("The connection was lost.")
+
+    with monkeypatch.context() as patch:  # the new weights get there, the card does not
+        patch.setattr(HfApi, "upload_file", fail)
+        assert push(tmp_path / "other", "alice/newer")[0] == 1
+    assert "alice/newer has .eval_results/hle.yaml from before, maybe the score of an earlier model." in caplog.text
+    assert "| all | 2 | 50.00% |" in hub.files("alice/newer")["README.md"].decode()
+    caplog.clear()
+    code, _, error = push(tmp_path / "other", "alice/newer")
+    assert code == 0 and "kept" not in error and ".eval_results" not in caplog.text
+    assert "No evaluation of it is recorded" in hub.files("alice/newer")["README.md"].decode()
+    assert "is written anew, without what it had under Results" in caplog.text
+
+    # Those of the new model are in place of those of the old one, and nothing is lost.
+    assert push(tmp_path / "other", "alice/newer", "--results", measured(3))[0] == 0
+    caplog.clear()
+    assert push(compressed, "alice/newer", "--results", measured(4))[0] == 0
+    assert "written anew" not in caplog.text
+
+
 def test_a_local_folder_of_that_name_is_not_the_repo(hub, compressed, tmp_path, monkeypatch):
     hub.add("alice/here", {"README.md": "of the repo"})
     (tmp_path / "alice" / "here").mkdir(parents=True)
@@ -285,7 +368,11 @@ def test_weights_of_an_earlier_model_are_removed(hub, compressed):
     names = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
     stale = {"adapter_config.json", *names, *(f"{name}.index.json" for name in names)}
     stale |= {"chat_template.json", "additional_chat_templates/tools.jinja", "special_tokens_map.json"}
-    stale |= {"{}-00002-of-00003.{}".format(*name.split(".")) for name in names}
+    for name in names:
+        stem, ending = name.split(".")
+        stale |= {f"{stem}-00002-of-00003.{ending}", f"{stem}.fp16.{ending}", f"{stem}.fp16-00001-of-00002.{ending}"}
+        stale |= {f"{stem}-00001-of-00002.fp16.{ending}", f"{name}.index.fp16.json"}
+    stale |= {"training_args.bin"}
     others = {"notes.txt", "model-notes.safetensors", "lora/adapter_config.json", "lora/adapter_model.safetensors"}
     hub.add("alice/stale", dict.fromkeys(stale | others, "old"))
     assert push(compressed, "alice/stale")[0] == 0
@@ -372,7 +459,12 @@ def test_a_private_repo(hub, compressed):
         (
             "hf_alice",
             ["alice/new", "--revision", "0" * 40],
-            "is a commit, to which nothing can be added. Name a branch.",
+            "is the name of a commit, to which nothing can be added. Name a branch.",
+        ),
+        ("hf_alice", ["alice/new", "--revision", "abcdef1"], "abcdef1 is the name of a commit, to which"),
+        *(
+            ("hf_alice", ["alice/new", "--revision", name], f"A branch on the Hub cannot be called {name!r}.")
+            for name in ("", "a b", "refs/pr/1", "-x", "a..b", "a//b", "a/", "a.lock", "a:b", "a\n")
         ),
         ("hf_alice", ["alice/new", "--results", "nowhere"], "There is no results.json in nowhere."),
     ],
@@ -388,6 +480,14 @@ def test_what_cannot_be_pushed(hub, compressed, monkeypatch, token, arguments, m
     assert message in error
     assert set(hub.repos) == repos
     assert not [request for request in hub.requests[number:] if "/commit/" in request.path]
+
+
+def test_names_of_branches(hub, compressed):
+    assert push(compressed, "alice/branches", "--revision", "feature/v1.2-a_b")[0] == 0
+    for name in ("a b", "refs/pr/1", "abcdef1"):
+        with pytest.raises(HfHubHTTPError, match="Invalid branch name"):
+            HfApi().create_branch("alice/branches", branch=name)
+    assert hub.repos["model", "alice/branches"].branches.keys() == {"main", "feature/v1.2-a_b"}
 
 
 def test_only_models_of_this_package_are_pushed(hub, tmp_path):

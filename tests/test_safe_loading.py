@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import text_config
+from hub_server import HubServer
 from safetensors.torch import load_file, save_file
-from test_trust import CLIP_LARGE, LLAMA_405B
-from transformers import LlamaForCausalLM
+from test_trust import CLIP_LARGE, GEMMA_2_9B, LLAMA_405B, VICUNA_13B
+from transformers import AutoModel, LlamaForCausalLM
 
 from ta_llava import safe_loading
-from ta_llava.safe_loading import check_sizes, load_config, read_safetensors
+from ta_llava.safe_loading import _least_weights, check_sizes, load_config, read_safetensors
 
 
 INDEX = "model.safetensors.index.json"
@@ -136,6 +137,17 @@ def test_code_of_a_config_is_not_asked_about(tmp_path, monkeypatch):
         ({"max_position_embeddings": 10**9}, "`max_position_embeddings` of `config` is 1000000000, but no model"),
         ({"image_size": [224, 10**9]}, "`image_size` of `config` has 1000000000, but no model has more than 100000"),
         ({"model_type": "gpt2", "n_positions": 10**9}, "`n_positions` of `config` is 1000000000"),
+        ({"num_labels": 10**9}, "`num_labels` of `config` is 1000000000, but no model has more than 100000"),
+        ({"parts": {"num_labels": 10**9}}, "`num_labels` of `config.parts` is 1000000000"),
+        ({"model_type": "qwen3_moe", "num_experts": 10**9}, "`num_experts` of `config` is 1000000000, but no model"),
+        ({"model_type": "deepseek_v3", "n_routed_experts": 10**9}, "`n_routed_experts` of `config` is 1000000000"),
+        ({"model_type": "mixtral", "num_local_experts": 10**9}, "`num_local_experts` of `config` is 1000000000"),
+        (
+            {"model_type": "gemma3n_text", "vocab_size_per_layer_input": 10**9},
+            "`vocab_size_per_layer_input` of `config`",
+        ),
+        ({"parts": {"num_query_tokens": 10**9}}, "`num_query_tokens` of `config.parts` is 1000000000, but no model"),
+        ({"patch_size": [14, 10**5]}, "`patch_size` of `config` has 100000, but no model has more than 1000"),
         ({"parts": [{"hidden_size": 10**9}]}, "`hidden_size` of `config.parts` is 1000000000"),
         (
             {"text_config": {"attribute_map": {"num_hidden_layers": "n"}, "n": 10**9}},
@@ -153,3 +165,59 @@ def test_sizes_are_found_before_a_config_is_made(tmp_path, monkeypatch, fields, 
 def test_lists_and_positions_that_models_have():
     many = {"max_position_embeddings": 10_485_760, "layer_types": ["full_attention"] * 126, "image_size": [336, 336]}
     check_sizes("config", {**LLAMA_405B.to_dict(), **many, "vision_config": CLIP_LARGE.to_dict()})
+
+
+def test_large_numbers_that_are_no_sizes():
+    """What fills no memory, and what a config says besides of how its model was made."""
+    harmless = {"rope_theta": 10**9, "sliding_window": 2**31 - 1, "max_length": 10**30, "trained_tokens": 10**13}
+    check_sizes("config", {**LLAMA_405B.to_dict(), **harmless, "rope_parameters": {"rope_theta": 10**9}})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_hidden_layers": 200, "hidden_size": 16384, "intermediate_size": 100_000},
+        {"num_hidden_layers": 1000},
+        {"vocab_size": 10_000_000, "hidden_size": 4096},
+        {"parts": [{"num_hidden_layers": 200, "hidden_size": 16384}]},
+        {"model_type": "gpt2", "n_layer": 200, "n_embd": 16384},
+        {"model_type": "clip_vision_model", "image_size": 100_000, "patch_size": 1},
+    ],
+)
+def test_far_more_weights_than_the_files_hold(folder, fields):
+    """They would be made before anything is missed. What is not said is as the library has it."""
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **fields}))
+    num_bytes = (folder / "model.safetensors").stat().st_size
+    message = rf"asks for at least \d+ weights, but its files have {num_bytes} bytes: its weights are damaged or"
+    with pytest.raises(ValueError, match=message):
+        read_safetensors(pytest.fail, folder)
+    put_into_shard(folder, "model-00001-of-00001.safetensors")
+    with pytest.raises(ValueError, match=message):
+        read_safetensors(pytest.fail, folder)
+
+
+def test_far_more_weights_than_a_repo_holds(folder, tmp_path, monkeypatch):
+    fields = {"num_hidden_layers": 200, "hidden_size": 16384}
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **fields}))
+    with HubServer() as hub:
+        hub.connect(monkeypatch, tmp_path / "hub")
+        hub.add("alice/model", {path.name: path.read_bytes() for path in folder.iterdir()})
+        with pytest.raises(ValueError, match="The config of alice/model asks for at least"):
+            read_safetensors(pytest.fail, "alice/model")
+
+
+def test_a_weight_may_take_less_than_a_byte(folder):
+    """As after quantisation, here with three of four weights gone."""
+    weights = load_file(folder / "model.safetensors")
+    dropped = sorted(weights, key=lambda name: -weights[name].numel())[:4]
+    save_file(
+        {name: value.half() for name, value in weights.items() if name not in dropped}, folder / "model.safetensors"
+    )
+    assert read(folder).config.num_hidden_layers == 1
+
+
+@pytest.mark.parametrize("config", [LLAMA_405B, GEMMA_2_9B, VICUNA_13B, CLIP_LARGE])
+def test_no_more_weights_are_asked_for_than_there_are(config):
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in AutoModel.from_config(config).parameters())
+    assert count / 10 < _least_weights(config.to_dict()) < count

@@ -1,13 +1,16 @@
 """The demo: what it computes, and clicking through it in a browser."""
 
 import importlib.util
+import os
 import re
 import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXAMPLE_IMAGE, ROOT, make_lively
+from conftest import EXAMPLE_IMAGE, ROOT, make_lively, run_without_the_package
 from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
 
 from ta_llava.inference import DEFAULT_LLAVA, DEFAULT_MODEL, answer, load
@@ -36,13 +39,42 @@ def front_matter() -> dict:
 def test_the_space_installs_what_it_was_written_for():
     requirements = dict(re.findall(r"^([\w-]+)==(.+)$", (SPACE / "requirements.txt").read_text(), re.MULTILINE))
     constraints = dict(re.findall(r"^([\w-]+)==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
-    version = re.search(r"^version = (.+)$", (ROOT / "setup.cfg").read_text(), re.MULTILINE)
     settings = front_matter()
     assert requirements["gradio"] == settings["sdk_version"]
-    assert requirements["ta-llava"] == version[1]
-    assert all(constraints[name] == requirements[name] for name in ("torch", "transformers"))
+    assert requirements.keys() == {"gradio", "torch", "transformers"}  # what is not here would be taken from PyPI
+    assert requirements.items() <= constraints.items()
     assert (SPACE / settings["app_file"]).is_file() and len(settings["short_description"]) <= 60  # the Hub's limit
     assert all((SPACE / "examples" / name).is_file() for name in ("red_circle.png", "teal_triangle.png"))
+
+
+ASK = """
+from pathlib import Path
+
+{imports}
+
+assert Path(DEFAULT_MODEL).is_relative_to(Path.cwd()) and Path(DEFAULT_LLAVA).is_relative_to(Path.cwd())
+for model in (DEFAULT_MODEL, DEFAULT_LLAVA):
+    print(*answer(*load(model), [(["examples/teal_triangle.png"], "what shape is in the image?")]))
+"""
+
+
+def test_the_folder_of_a_space_needs_no_package_but_the_public_ones(python_without_the_package, tmp_path):
+    make = shutil.which("make")
+    if make is None:
+        pytest.skip("there is no make")
+    folder = tmp_path / "space"
+    for _ in range(2):  # also where one is already
+        subprocess.run([make, "--silent", "space-folder", f"SPACE_FOLDER={folder}"], cwd=ROOT, check=True)
+    files = {"README.md", "app.py", "examples", "requirements.txt", "ta_llava"}
+    assert {path.name for path in folder.iterdir()} == files
+    assert not any(path.is_symlink() for path in folder.rglob("*")) and (folder / "ta_llava" / "hub_card").is_dir()
+    imports = re.findall(
+        r"^from ta_llava\.\w+ import (?:\(.+?\)|[^(]+?)$", (SPACE / "app.py").read_text(), re.M | re.S
+    )
+    assert len(imports) >= 5
+    script = ASK.format(imports="\n".join([*imports, "from ta_llava.inference import answer"]))
+    lines = run_without_the_package(python_without_the_package, folder, script, HF_HUB_OFFLINE="1")
+    assert lines == ["triangle", "triangle"]
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +124,9 @@ def test_the_answers_are_those_of_the_models(space, lively, lively_llava):
         text, result, times_shown = complete(lively, space, *settings)
         assert text == expected and result.image_tokens == settings[0] and times_shown > 3
     assert complete(lively, space, None, 0.0)[0] == "triangle"
-    counts = [lively.count_operations(budget, 17, 64) for budget in (64, 36, 16)]
+    counts = [lively.count_operations(budget, 0.0, 17, 64) for budget in (64, 36, 16)]
     assert counts == sorted(counts, reverse=True) and counts[-1] < counts[0] / 2
+    assert counts[2] < lively.count_operations(16, 0.6, 17, 64) < counts[1]
 
 
 def test_two_users_do_not_mix_their_settings(space, lively):
@@ -116,6 +149,12 @@ def test_an_error_in_the_model_reaches_the_page(space, lively):
 
 
 # --- in a browser --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def screenshots(tmp_path_factory) -> Path:
+    """Where pictures of the page are left to be looked at: in the folder `SCREENSHOTS`, if there is such a variable."""
+    return Path(os.environ.get("SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +202,7 @@ def wait_for(page, **answers):
     expect(page.get_by_text("ms for the answer")).to_have_count(3, timeout=30_000)
 
 
-def test_ask_about_an_example_then_another_image_and_budget(page):
+def test_ask_about_an_example_then_another_image_and_budget(page, screenshots):
     from playwright.sync_api import expect
 
     page.get_by_role("row").filter(has_text=QUESTION).click()
@@ -175,6 +214,7 @@ def test_ask_about_an_example_then_another_image_and_budget(page):
     facts = page.get_by_text("tokens for the image")
     assert [text.split()[0] for text in facts.all_inner_texts()] == ["64", "16", "4"]
     first = pictures.nth(2).get_attribute("src")
+    page.screenshot(path=screenshots / "desktop.png", full_page=True)
 
     page.locator("input[type=file]").first.set_input_files(EXAMPLE_IMAGE)
     page.get_by_role("spinbutton", name=re.compile("VMTC")).fill("36")
@@ -184,14 +224,27 @@ def test_ask_about_an_example_then_another_image_and_budget(page):
     expect(pictures).to_have_count(2, timeout=30_000)  # CMAI is off
     expect(facts.nth(1)).to_contain_text("36 tokens")
     assert pictures.nth(0).get_attribute("src") != first
-    # On a phone, nothing is wider than the screen; wide pictures scroll in their boxes.
+
+
+def test_ask_on_a_phone(page, screenshots):
+    """Nothing is wider than the screen; wide pictures scroll in their boxes."""
+    from playwright.sync_api import expect
+
     page.set_viewport_size({"width": 390, "height": 844})
+    page.reload()
+    page.get_by_role("button", name="Ask").wait_for()
+    page.locator("input[type=file]").first.set_input_files(EXAMPLE_IMAGE)
+    expect(page.get_by_role("img").first).to_be_visible()
+    ask(page, QUESTION)
+    wait_for(page, llava="triangle", vmtc="triangle", ta="triangle")
+    expect(page.locator(".picture img")).to_have_count(3, timeout=30_000)
+    page.screenshot(path=screenshots / "phone.png", full_page=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert page.locator(".picture").first.evaluate("box => box.scrollWidth") > 390
     page.set_viewport_size({"width": 1280, "height": 900})
 
 
-def test_bad_input_is_a_message_in_the_page(page, tmp_path):
+def test_bad_input_is_a_message_in_the_page(page, screenshots, tmp_path):
     from playwright.sync_api import expect
 
     ask(page, "  ")
@@ -200,6 +253,7 @@ def test_bad_input_is_a_message_in_the_page(page, tmp_path):
     page.locator("input[type=file]").first.set_input_files(tmp_path / "notes.png")
     ask(page, QUESTION)
     expect(page.get_by_text("notes.png is not an image that can be read")).to_be_visible()
+    page.screenshot(path=screenshots / "message.png")
     # And it goes on.
     page.get_by_role("row").filter(has_text="is there a red shape?").click()
     expect(page.get_by_role("textbox", name="Question")).to_have_value("is there a red shape?")

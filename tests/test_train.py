@@ -651,3 +651,32 @@ def test_processes_without_an_image_do_not_wait_for_ever(recipe, llava, data, tm
     )
     run_processes([recipe], tmp_path, "ddp")
     assert len(losses(recipe.output_dir)) == 4
+
+
+def test_a_model_that_lacks_weights_is_neither_trained_nor_merged(recipe, tmp_path):
+    """They would be random, and what came out would hide it."""
+    from peft import LoraConfig, get_peft_model
+
+    folder = shutil.copytree(MODEL, tmp_path / "model", ignore=shutil.ignore_patterns("*.py"))
+    state = load_file(folder / "model.safetensors")
+    names = [name for name in state if "multi_modal_projector" in name]
+    save_file({name: value for name, value in state.items() if name not in names}, folder / "model.safetensors")
+    message = f"lacks {len(names)} weights, such as '.*multi_modal_projector"
+    with pytest.raises(ValueError, match=message):
+        train(replace(recipe, model=str(folder)))
+
+    base = AutoModelForImageTextToText.from_pretrained(MODEL)
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=r".*language_model.*q_proj"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=message):
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged", str(folder))
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_trained_model_that_was_given_index_embeddings_is_trained_on(recipe, tmp_path):
+    """As the docs say: by `from_pretrained`, and saved."""
+    model = AutoModelForImageTextToText.from_pretrained(MODEL, num_image_index_embeddings=2)
+    model.save_pretrained(tmp_path / "model")
+    AutoProcessor.from_pretrained(MODEL).save_pretrained(tmp_path / "model")
+    folder = train(replace(recipe, model=str(tmp_path / "model"), train=["prefix"]))
+    assert any("image_index_embedding" in name for name in load_file(folder / "model.safetensors"))

@@ -172,6 +172,17 @@ BAD = {
         grow("vision_config", "hidden_size"),
         ["`hidden_size` of `", "vision_config` is 1000000000, but no model has more than 100000."],
     ),
+    "labels": (
+        grow("text_config", "num_labels"),
+        ["`num_labels` of `", "text_config` is 1000000000, but no model has more than 100000."],
+    ),
+    "more weights than files hold": (
+        lambda folder: change_json(
+            folder / "config.json",
+            lambda config: config["text_config"].update(hidden_size=16384, intermediate_size=100_000),
+        ),
+        ["asks for at least ", " weights, but its files have "],
+    ),
     "short weights": (shorten, ["its weights are damaged or cut off (", "not fully covered). Get their files again."]),
     "scrambled weights": (scramble, ["its weights are damaged or cut off (", "index 0). Get their files again."]),
     "tokenizer outside": (take_tokenizer_outside, ["Couldn't instantiate the backend tokenizer"]),

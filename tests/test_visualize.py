@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import EXAMPLE_IMAGE, SHIPPED_MODEL, build_llava, make_lively, text_config
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_cli import run
 from transformers import (
     AutoModel,
@@ -16,6 +17,7 @@ from transformers import (
     CLIPModel,
     CLIPVisionConfig,
     Dinov2Config,
+    GenerationConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -42,6 +44,7 @@ from ta_llava.visualize import (
     CmaiView,
     PrefixView,
     StageView,
+    _load_fonts,
     _split_words,
     cluster_color,
     compose_trace,
@@ -264,7 +267,7 @@ def test_the_map_is_the_mean_of_the_weights_that_the_model_uses(processor, monke
     assert view.layers == [1] and view.attention.shape == (1, 8, 8) and len(weights) == 1
     for row in range(8):
         for column in range(8):
-            values = [float(by_head[prefix, row * 8 + column]) for by_head in weights[0] for prefix in range(4)]
+            values = [float(query[row * 8 + column]) for by_head in weights[0] for query in by_head]
             assert float(view.attention[0, row, column]) == pytest.approx(sum(values) / len(values), abs=1e-6)
     assert view.attention.std() > 0.001  # not the same everywhere, which any mixture of patches would be
 
@@ -486,6 +489,18 @@ def test_long_questions_do_not_run_out_of_the_picture():
     assert (pixels[:HEADING_HEIGHT, -MARGIN:] == 255).all() and (pixels[:HEADING_HEIGHT] < 128).any()
 
 
+def test_characters_that_no_font_has_are_named(monkeypatch):
+    matplotlib = pytest.importorskip("matplotlib")
+    messages: list[str] = []
+    monkeypatch.setattr("ta_llava.visualize.logger.error", messages.append)
+    monkeypatch.setattr(
+        "ta_llava.visualize.FONTS", ("none.ttf", f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf")
+    )
+    fonts = [_load_fonts(text) for text in ("a red square?", "a форма?", "a 图像?")]
+    assert [font.getname()[0] for font, _ in fonts] == ["Aileron", "DejaVu Sans", "Aileron"]
+    assert len(messages) == 1 and "boxes for 图像:" in messages[0]
+
+
 # --- models --------------------------------------------------------------------------------------------------------
 
 VISION = {"hidden_size": 24, "num_hidden_layers": 5, "num_attention_heads": 3, "image_size": 24, "patch_size": 4}
@@ -511,6 +526,35 @@ def test_a_vision_tower_alone(tmp_path, name):
     assert [view.title.split(" (")[0] for view in views] == ["36 -> 30", "30 -> 24", "24 -> 18"]
     _, views = visualize(EXAMPLE_IMAGE, tmp_path, 6)
     assert views[-1].num_kept + views[-1].num_merged == 6
+
+
+def test_a_vision_tower_that_lacks_a_norm_is_a_message(tmp_path):
+    """Of what comes before the blocks too."""
+    save_with_image_processor(make_lively(AutoModel.from_config(MODELS["clip tower"])), tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    names = [name for name in weights if "pre_layrnorm" in name]
+    save_file({name: value for name, value in weights.items() if name not in names}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="The vision tower in .* lacks 2 weights, such as 'pre_layrnorm"):
+        visualize(EXAMPLE_IMAGE, tmp_path)
+
+
+def test_images_of_a_size_that_no_tower_has_are_a_message(tmp_path):
+    save_with_image_processor(make_lively(AutoModel.from_config(MODELS["clip tower"])), tmp_path)
+    CLIPImageProcessorPil(size={"height": 60000, "width": 24}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="No vision tower could be loaded .*`size` of `image_processor` has 60000"):
+        visualize(EXAMPLE_IMAGE, tmp_path)
+
+
+def test_the_traced_answer_is_greedy_whatever_the_checkpoint_generates_by(shipped):
+    model, processor = shipped
+    expected = trace_prefix(model, processor, EXAMPLE_IMAGE, "describe the image.").answer
+    stock = model.generation_config
+    settings = {"num_beams": 4, "num_return_sequences": 3, "repetition_penalty": 50.0, "no_repeat_ngram_size": 1}
+    model.generation_config = GenerationConfig(**{**stock.to_dict(), **settings})
+    try:
+        assert trace_prefix(model, processor, EXAMPLE_IMAGE, "describe the image.").answer == expected
+    finally:
+        model.generation_config = stock
 
 
 @pytest.mark.parametrize("is_stock", [True, False])

@@ -26,7 +26,7 @@ from transformers import TextIteratorStreamer
 
 from ta_llava.cost import count_cost
 from ta_llava.image_loading import load_rgb_image
-from ta_llava.inference import DEFAULT_LLAVA, DEFAULT_MODEL, load
+from ta_llava.inference import DEFAULT_LLAVA, DEFAULT_MODEL, GREEDY, load
 from ta_llava.visualize import (
     draw_inhibition,
     draw_prefix,
@@ -130,10 +130,11 @@ class Models:
         inputs = prompt_inputs(processor, image, question, budget).to(model.device)
         ids = inputs["input_ids"][0]
         image_tokens = int((ids == model.config.image_token_id).sum())
-        operations = self.count_operations(budget, len(ids) - image_tokens, inputs["pixel_values"].shape[-1])
-        result = Result("", image_tokens, len(ids) - image_tokens, operations)
+        text_tokens, image_size = len(ids) - image_tokens, inputs["pixel_values"].shape[-1]
+        operations = self.count_operations(budget, ratio, text_tokens, image_size)
+        result = Result("", image_tokens, text_tokens, operations)
         streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        arguments = {**inputs, "streamer": streamer, "max_new_tokens": MAX_NEW_TOKENS, "do_sample": False}
+        arguments = {**inputs, "streamer": streamer, "max_new_tokens": MAX_NEW_TOKENS, **GREEDY}
         arguments |= {"num_visual_tokens": budget} if is_llava else {}
         seconds: list[float] = []
         errors: list[Exception] = []
@@ -160,11 +161,12 @@ class Models:
         yield result
 
     @cache  # noqa: B019 - there is one object, for as long as the app runs
-    def count_operations(self, budget: int | None, text_tokens: int, image_size: int) -> int:
-        """Of the prefill of the LLaVA with `budget` visual tokens, or of the TA-LLaVA."""
+    def count_operations(self, budget: int | None, ratio: float, text_tokens: int, image_size: int) -> int:
+        """Of the prefill of the LLaVA with `budget` visual tokens and CMAI up to `ratio`, or of the TA-LLaVA."""
         config = deepcopy(self.ta_llava.config if budget is None else self.llava.config)
         if budget is not None:
             config.vmtc_num_visual_tokens = budget
+            config.use_cmai, config.cmai_max_ratio = ratio > 0, ratio
         return sum(count_cost(config, text_tokens, image_size=image_size).operations.values())
 
     @torch.no_grad()
@@ -236,7 +238,7 @@ def picture_html(title: str, picture: Image.Image | None) -> str:
 
 CSS = """
 .picture { overflow-x: auto; }
-.picture img { max-width: max(100%, 900px); height: auto; }
+.picture img { max-width: max(100%, 700px); height: auto; }
 """
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 
@@ -256,6 +258,12 @@ def build_app(models: Models) -> gr.Blocks:
                     0, 1, value=0.6, step=0.05, label="CMAI: share of them inhibited in the last layer (0: off)"
                 )
                 button = gr.Button("Ask", variant="primary")
+        outputs: list[Any] = []
+        with gr.Row():
+            for name in ("LLaVA", "VMTC + CMAI", "TA-LLaVA"):
+                with gr.Column(min_width=240):
+                    outputs.append(gr.Textbox(label=name, interactive=False))
+                    outputs.append(gr.Markdown())
         gr.Examples(
             [
                 [str(EXAMPLES / "red_circle.png"), "what shape is in the image?"],
@@ -264,12 +272,6 @@ def build_app(models: Models) -> gr.Blocks:
             ],
             [image, question],
         )
-        outputs: list[Any] = []
-        with gr.Row():
-            for name in ("LLaVA", "VMTC + CMAI", "TA-LLaVA"):
-                with gr.Column(min_width=240):
-                    outputs.append(gr.Textbox(label=name, interactive=False))
-                    outputs.append(gr.Markdown())
         outputs += [gr.HTML() for _ in PICTURES]
 
         def answer(*values: Any) -> Iterator[list[Any]]:
