@@ -438,7 +438,9 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
 
 
 # What both kinds of outputs have; how the cache and what is of the images are called depends on the version of the library.
-_NAMES_OF_OUTPUTS = [field.name for field in fields(LlavaCausalLMOutputWithPast) if field.name not in ("loss", "logits")]
+_NAMES_OF_OUTPUTS = [
+    field.name for field in fields(LlavaCausalLMOutputWithPast) if field.name not in ("loss", "logits")
+]
 
 
 class VmtcCmaiLlavaForConditionalGeneration(  # trf-ignore: TRF057
