@@ -1,4 +1,4 @@
-# `make demo` and `make test` work on a fresh machine with Python 3.10 or newer; all else is listed by `make help`.
+# `make demo` and `make test` work on a fresh machine with Python 3.11 or newer; all else is listed by `make help`.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
