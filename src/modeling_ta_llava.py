@@ -39,8 +39,7 @@ from transformers.modeling_outputs import (
     ModelOutput,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import can_return_tuple, is_tracing, logging
-from transformers.utils.output_capturing import maybe_install_capturing_hooks
+from transformers.utils import can_return_tuple, is_tracing, logging, output_capturing
 
 from .configuration_ta_llava import TaLlavaConfig
 from .safe_loading import SafetensorsMixin
@@ -198,7 +197,7 @@ def count_images(
     images = pixel_values if vision_features is None else vision_features
     if encoded_images is not None:
         image_mask = getattr(encoded_images, "image_mask", None)
-    if image_mask is not None:
+    if image_mask is not None and image_mask.dim() == 2:  # another is refused later
         counts = image_mask.long().sum(dim=-1).tolist()
         return counts * batch_size if len(counts) == 1 else counts
     if images is None:
@@ -211,6 +210,14 @@ def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> 
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     first, second = states.chunk(2, dim=-1)
     return states * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def keep_state(index: int) -> bool | list[int]:
+    """
+    What `output_hidden_states` is for the library to keep one hidden state, by its index among all. Before it had the
+    function that is looked for here, it counted those that are named without the first: then all are kept.
+    """
+    return [index] if hasattr(output_capturing, "selected_hidden_states") else True
 
 
 def replace_prefix(hidden_states: torch.Tensor, columns: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
@@ -684,7 +691,9 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
         What the library does at the first call of a tower whose hidden states are asked for, behind a lock that cannot be
         compiled: this way it is done while a graph is being made, not in it.
         """
-        maybe_install_capturing_hooks(self.vision_tower)
+        # In some towers it is a part that has them.
+        if not any(getattr(part, "_output_capturing_hooks_installed", False) for part in self.vision_tower.modules()):
+            output_capturing.maybe_install_capturing_hooks(self.vision_tower)
         return True
 
     def _run_vision_tower(
@@ -712,9 +721,10 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
             pixel_values = pixel_values.flatten(0, 1)
         if image_mask is not None:
             pixel_values = pixel_values[image_mask.flatten().bool()]
-        self._install_hooks()
+        if torch.compiler.is_compiling():
+            self._install_hooks()
         layer = self.config.vision_feature_layer % (self.config.vision_config.num_hidden_layers + 1)
-        kwargs["output_hidden_states"] = [layer] if features_only else True
+        kwargs["output_hidden_states"] = keep_state(layer) if features_only else True
         if features_only and blocks_of(self.vision_tower):
             kwargs["num_blocks"] = layer
         vmtc = compression_of_call(self.config, self.vision_tower, pixel_values, layer)
@@ -797,9 +807,8 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
         visual_tokens = num_images = None
         is_prefill = self._is_prefill(cache, images is not None)
         if is_prefill:
-            if (
-                not torch.compiler.is_compiling()
-            ):  # here, where there is nothing yet that a GPU would have to finish first
+            # For a cache; here, where there is nothing yet that a GPU would have to finish first.
+            if not torch.compiler.is_compiling() and not self.training:
                 num_images = count_images(
                     inputs_embeds.shape[0], pixel_values, image_mask, vision_features, encoded_images
                 )
@@ -941,12 +950,19 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
         markers = torch.stack([self._columns_of(token_id, input_ids, inputs_embeds) for token_id in marker_ids])
         response_start = find_response_start(markers & text_mask, self.config.instruction_scope)
         no_marker = response_start == sequence_length
-        if self.training and not is_tracing(no_marker) and (no_marker & has_prefix).any():
-            logger.warning_once(
-                f"A training example with an image has no response marker (`config.response_marker_ids` {marker_ids}), "
-                "so its prefix reads all of its text, the labels included. Does the chat template of the processor "
-                "write the marker?"
-            )
+        if not is_tracing(no_marker) and (no_marker & has_prefix).any():
+            if self.training:
+                logger.warning_once(
+                    f"A training example with an image has no response marker (`config.response_marker_ids` {marker_ids}), "
+                    "so its prefix reads all of its text, the labels included. Does the chat template of the processor "
+                    "write the marker?"
+                )
+            else:
+                logger.warning_once(
+                    f"A prompt with an image has no response marker (`config.response_marker_ids` {marker_ids}), as chats "
+                    "have it: a model that was trained on chats will not answer it. `processor.apply_chat_template` with "
+                    "`add_generation_prompt=True` writes it."
+                )
         return text_mask & (torch.arange(sequence_length, device=text_mask.device) < response_start[:, None])
 
     def _embed_prefix(self, device: torch.device) -> torch.Tensor:
@@ -1097,13 +1113,14 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin): 
             else:
                 num_past_images = getattr(cache, "num_images", None)
                 if any(num_images) and num_past_images is not None:
-                    # Its rows may have been repeated, selected or put in another order.
+                    # Its rows may have been repeated or selected, as for beams.
                     same_rows = len(num_images) == len(num_past_images)
                     known = num_images == num_past_images if same_rows else set(num_images) <= set(num_past_images)
                     if not known:
                         raise ValueError(
                             f"The prompts have {num_images} images now, those in `past_key_values` {num_past_images}. The "
-                            "prefix reads images before all text: for new ones, begin with an empty cache."
+                            "prefix reads images before all text: for new ones, begin with an empty cache; the same as "
+                            "before may be left out."
                         )
                 new_ids = input_ids[:, past_length:] if input_ids.shape[1] > past_length else input_ids
                 num_placeholders = int((new_ids == self.config.image_token_id).sum(dim=1).max())

@@ -1,13 +1,15 @@
 """Publishes models on the Hugging Face Hub."""
 
+import json
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi, RepoFile
+from huggingface_hub import HfApi, RepoFile, hf_hub_download
 from huggingface_hub.constants import EVAL_RESULTS_FOLDER
 from huggingface_hub.errors import (
     FileMetadataError,
@@ -88,8 +90,8 @@ def push_model(
 
     A card that somebody wrote or edited, in the repo or in the folder `model`, stays as it is, but for the commit in its
     example. So does one in the repo with training or results that a new one would not have, which may be recorded there
-    alone, if no `results` are given and the commit in its example has the weights and settings that are pushed: of others,
-    what it tells is no longer true. What a new one has lost is warned of.
+    alone, unless these are given as `results`, if the commit in its example has the weights and config that are pushed: of
+    others, what it tells is no longer true. What a new one has lost is warned of.
 
     Args:
         model (`str` or `Path`): Folder or Hub repo of a TA-LLaVA, or of a LLaVA with VMTC and CMAI.
@@ -109,7 +111,7 @@ def push_model(
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ValueError(f"A repo on the Hub cannot be called {repo_id!r}: {one_line(error)}") from error
-    if revision is not None and re.fullmatch("[0-9a-fA-F]{7,40}", revision):
+    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
         raise ValueError(f"{revision} is the name of a commit, to which nothing can be added. Name a branch.")
     if revision is not None and _NO_BRANCH.search(revision):
         raise ValueError(f"A branch on the Hub cannot be called {revision!r}.")
@@ -155,8 +157,11 @@ def push_model(
             pin = earlier if earlier is not None and commit.oid == head and before == after else commit.oid
             card, kept_card = pin_revision(new_card, repo_id, pin), False
             if old_card is not None and not overwrite_card:
-                lost, same_model = lost_sections(old_card, new_card), _of_model(before) == _of_model(after)
-                kept_card = not is_unedited(old_card) or (bool(lost) and same_model and not results)
+                lost = lost_sections(old_card, new_card)
+                pinned = _of_model(repo_id, earlier, before)
+                same_model = pinned is not None and pinned == _of_model(repo_id, commit.oid, after)
+                missed = [title for title in lost if not (results and title == "Results")]  # which are given anew
+                kept_card = not is_unedited(old_card) or (bool(missed) and same_model)
                 if kept_card:
                     card = renew_pin(old_card, repo_id, pin)
                 # Of another model a new section in place of the old one is no loss.
@@ -191,9 +196,16 @@ def _list_files(api: HfApi, repo_id: str, revision: str) -> set[tuple[str, str]]
     return {(entry.path, entry.blob_id) for entry in entries if isinstance(entry, RepoFile) and entry.path != CARD}
 
 
-def _of_model(files: set[tuple[str, str]] | None) -> set[tuple[str, str]]:
-    """Those that an answer depends on, but for the code."""
-    return {(path, blob) for path, blob in files or () if path.endswith((".json", ".jinja", ".safetensors"))}
+def _of_model(repo_id: str, revision: str | None, files: Collection[tuple[str, str]] | None) -> Any:
+    """The weights of a commit with these files and its config, but for the version of the library that wrote it."""
+    if files is None:
+        return None
+    weights = {(path, blob) for path, blob in files if path.endswith(".safetensors")}
+    if "config.json" not in {path for path, _ in files}:
+        return weights, None
+    config = json.loads(Path(hf_hub_download(repo_id, "config.json", revision=revision)).read_text(encoding="utf-8"))
+    config.pop("transformers_version", None)
+    return weights, config
 
 
 @contextmanager

@@ -65,9 +65,10 @@ _LARGEST_SIZES = {
 }
 # Of every other integer, unless its name has one of these in it: they fill no memory.
 _LARGEST_INTEGER = 100_000_000
-_MAY_BE_LARGER = ("theta", "window", "max_length", "seed")
+_MAY_BE_LARGER = ("theta", "base", "window", "max_length", "seed")
 _LARGEST_IMAGE_SIDE = 10_000  # pixels that an image processor may make, several times those of any vision tower
 _IMAGE_SIZES = ("size", "crop_size", "pad_size")
+_SIDES = ("height", "width", "shortest_edge", "longest_edge")
 
 
 def load_config(source: str | Path, **kwargs: Any) -> Any:
@@ -86,21 +87,22 @@ def load_config(source: str | Path, **kwargs: Any) -> Any:
     return AutoConfig.from_pretrained(source, **kwargs)
 
 
-def check_sizes(name: str, config: Any) -> None:
+def check_sizes(name: str, config: Any, is_read: bool = True) -> None:
     """
     Checks what a `config.json` says about a part of a model, before its config is made, which may fill the memory already.
 
     Args:
         name (`str`): The part, for the message.
         config (`dict`): Its fields, parts of the part included. What is no `dict` was made in Python, and passes.
+        is_read (`bool`): Whether a config is made of them; of other fields, such as notes on the training, only those are
+            looked at that are called as sizes are.
 
     Raises:
-        `ValueError`: A size, or a list of them, is larger than any model's; or the config gives fields other names. What
-            is no field of this kind of config is not looked at: nothing is made of it.
+        `ValueError`: A size, or a list of them, is larger than any model's; or the config gives fields other names.
     """
     if isinstance(config, (list, tuple)):
         for value in config:
-            check_sizes(name, value)
+            check_sizes(name, value, is_read)
     if not isinstance(config, dict):
         return
     if "attribute_map" in config:
@@ -108,15 +110,17 @@ def check_sizes(name: str, config: Any) -> None:
             f"`{name}` has an `attribute_map`, but only code may give the fields of a config other names."
         )
     config_class = _class_of(config)
+    is_read = is_read or config_class is not None
     other_names = getattr(config_class, "attribute_map", {})
     for field, largest in _LARGEST_SIZES.items():
         for key in {field, other_names.get(field, field)}:
             _check_size(name, key, config.get(key), largest)
     for key, value in config.items():
-        is_field = config_class is None or hasattr(config_class, other_names.get(key, key))
-        if is_field and isinstance(value, int) and not any(part in key for part in _MAY_BE_LARGER):
+        is_field = is_read and (config_class is None or hasattr(config_class, str(other_names.get(key, key))))
+        may_be_larger = any(part in str(key) for part in _MAY_BE_LARGER)
+        if is_field and isinstance(value, int) and not may_be_larger:
             _check_size(name, key, value, _LARGEST_INTEGER)
-        check_sizes(f"{name}.{key}", value)
+        check_sizes(f"{name}.{key}", value, is_field and key != "quantization_config")
 
 
 def check_image_size(image_processor: Any) -> None:
@@ -128,7 +132,7 @@ def check_image_size(image_processor: Any) -> None:
     """
     for name in _IMAGE_SIZES:
         size = getattr(image_processor, name, None)
-        sides = list(dict(size).values()) if isinstance(size, (dict, SizeDict)) else size
+        sides = [dict(size).get(side) for side in _SIDES] if isinstance(size, (dict, SizeDict)) else size
         _check_size("image_processor", name, sides, _LARGEST_IMAGE_SIDE)
 
 
@@ -145,7 +149,7 @@ def _check_size(name: str, key: str, value: Any, largest: int) -> None:
 def _class_of(config: dict[str, Any]) -> Any:
     """The class of a config, if the library has one of its type."""
     model_type = config.get("model_type")
-    if model_type not in CONFIG_MAPPING:  # whose `get` does not load what is not loaded yet
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:  # whose `get` loads nothing new
         return None
     return CONFIG_MAPPING[model_type]
 

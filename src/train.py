@@ -30,6 +30,7 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
     Trainer,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -333,8 +334,11 @@ def add_lora(model: Any, recipe: Recipe) -> Any:
 def last_complete_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint of the Trainer that was written to its end (its state is the last file); warns of others."""
     for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
-        if (path / "trainer_state.json").is_file():
+        try:
+            TrainerState.load_from_json(str(path / "trainer_state.json"))
             return path
+        except (OSError, ValueError):  # is not there, or was cut off itself
+            pass
         warnings.warn(f"{path} was not written to its end; it is not used.")  # noqa: B028  # once, whoever asks
     return None
 

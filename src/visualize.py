@@ -281,7 +281,6 @@ def _load_settings(model: str | Path) -> tuple[Any, Any]:
     settings = config_of(model)
     try:
         image_processor = AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
-        check_image_size(image_processor)
     except Exception as error:  # files may be missing or damaged in any way
         raise _cannot_load(model, error) from error
     if settings.model_type not in (TaLlavaConfig.model_type, VmtcCmaiLlavaConfig.model_type):
@@ -292,6 +291,7 @@ def _load_settings(model: str | Path) -> tuple[Any, Any]:
             )
         feature_layer = getattr(settings, "vision_feature_layer", VmtcCmaiLlavaConfig.vision_feature_layer)
         settings = VmtcCmaiLlavaConfig(vision_config=vision_config, vision_feature_layer=feature_layer)
+    check_image_size(image_processor)
     if not settings.use_vmtc:
         settings.use_vmtc, settings.vmtc_merge_weights = True, "normalized"  # the tower was trained without
     return settings, image_processor
@@ -559,14 +559,14 @@ def draw_inhibition(image: Image.Image, view: CmaiView, patch_size: int) -> Imag
     for word, inhibited in zip(view.words, view.inhibited):
         panels.append(
             (
-                f"\N{LEFT DOUBLE QUOTATION MARK}{word}\N{RIGHT DOUBLE QUOTATION MARK} looks at",
+                f"left to \N{LEFT DOUBLE QUOTATION MARK}{word}\N{RIGHT DOUBLE QUOTATION MARK}",
                 _draw_heat(large, 1 - inhibited / (highest or 1), side),
             )
         )
     most = f"{highest * view.num_layers:.3g} of {view.num_layers}"
     return _compose(
         [(f"{view.question}  ->  {view.answer}", panels)],
-        (f"inhibited by CMAI in  {most} layers", "no layer"),
+        (f"inhibited by CMAI in {most} layers", "no layer"),
     )
 
 

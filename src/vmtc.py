@@ -470,7 +470,10 @@ CACHE = "cache" if any(each.name == "cache" for each in fields(BaseModelOutputWi
 def cache_of_call(past_key_values: Any, cache: Any) -> Any:
     """The cache that was given to `forward`, by either name. Raises `ValueError` for two."""
     if past_key_values is not None and cache is not None:
-        raise ValueError("Give `past_key_values` or `cache`, not both: they are two names for the same.")
+        raise ValueError(
+            "Give `past_key_values` or `cache`, not both: they are two names for the same, of which `generate()` knows the "
+            "first alone before transformers 5.24."
+        )
     return past_key_values if cache is None else cache
 
 

@@ -367,7 +367,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def create_branch(self, kind: str, repo: str, revision: str) -> Response:
         found = self.hub.find(kind, repo, self.user, write=True)
-        if re.search(r"\s|^refs/|^[0-9a-f]{7,40}$", revision):
+        if re.search(r"\s|^refs/|^[0-9a-f]{40}$", revision):
             raise HubError(400, f"Invalid branch name: {revision}")
         if revision in found.branches:
             raise HubError(409, f"Reference already exists: {revision}")

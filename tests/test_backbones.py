@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
     Dinov2Config,
+    Dinov2WithRegistersConfig,
     DynamicCache,
     Gemma2Config,
     LlamaConfig,
@@ -60,11 +61,12 @@ TOWERS = {
     "siglip": (SiglipVisionConfig, {"intermediate_size": 32}),
     "dinov2": (Dinov2Config, {"mlp_ratio": 2}),
 }
+REGISTERS = (Dinov2WithRegistersConfig, {"mlp_ratio": 2, "num_register_tokens": 2})
 
 
 def build_model(language_model: str = "llama", tower: str = "clip", **kwargs) -> TaLlavaForConditionalGeneration:
     text = {"rope_parameters": {"rope_type": "default", "rope_theta": THETA}, **LANGUAGE_MODELS[language_model]}
-    tower_class, vision = TOWERS[tower]
+    tower_class, vision = {**TOWERS, "dinov2_with_registers": REGISTERS}[tower]
     sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "image_size": 12, "patch_size": 4}
     config = TaLlavaConfig(
         vision_config=tower_class(**sizes, **vision),
@@ -202,6 +204,17 @@ def test_visual_tokens_are_the_patches_of_the_tower(tower):
     assert torch.equal(model.get_vision_features(images), patches)
     model.set_visual_budget(4)
     assert model.get_vision_features(images).shape == (2, 4, 24)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [-4, -2, -1, 0, 3])
+@pytest.mark.parametrize("tower", [*TOWERS, "dinov2_with_registers"])
+def test_features_are_the_hidden_state_that_the_config_names(tower, layer):
+    """Also of a tower whose blocks are not known, all of which run."""
+    model = build_model(tower=tower, vision_feature_layer=layer, vision_feature_select_strategy="full")
+    images = random_images(2)[:, 0]
+    states = model.model.vision_tower(images, output_hidden_states=True).hidden_states
+    assert torch.equal(model.get_vision_features(images), states[layer])
 
 
 @torch.no_grad()

@@ -57,6 +57,13 @@ NOT_GREEDY = [
     {"constraints": []},
     {"force_words_ids": [[20]]},
     {"assistant_early_exit": 1},
+    {"encoder_repetition_penalty": 50.0},
+    {"encoder_no_repeat_ngram_size": 1},
+    {"min_new_tokens": 5, "min_length": 80},
+    {"max_time": 1e-9},
+    {"stop_strings": ["a"]},
+    {"token_healing": True},
+    {"prefill_chunk_size": 4},
 ]
 
 

@@ -122,6 +122,11 @@ def test_adapter_attention_against_loops(softcap):
                 torch.testing.assert_close(output[row, head, token], expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_mask_of_images_of_another_shape_is_refused(model):
+    with pytest.raises(ValueError, match=r"`image_mask` has shape \(1,\)"):
+        model(**row_inputs(response=1, images=1), image_mask=torch.ones(1))
+
+
 def test_reading_masks_leave_no_row_without_a_key():
     """Rows that read, that have nothing to read, and that have no prefix."""
     mask = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 0]]).bool()
@@ -766,16 +771,18 @@ def test_reentrant_checkpointing_is_refused(model):
     assert torch.isfinite(model.eval()(**row_inputs()).logits).all()
 
 
-def test_training_without_a_response_marker_is_warned_of(monkeypatch):
-    """The prefix then reads the labels, and what is learned is worthless."""
+def test_a_missing_response_marker_is_warned_of(monkeypatch):
+    """In training the prefix then reads the labels, and what is learned is worthless; else no chat template was used."""
     warnings = []
     monkeypatch.setattr(modeling_ta_llava.logger, "warning_once", warnings.append)
     model = build_model(response_marker_ids=[TURN, 50]).train()
     model(**row_inputs(response=3))
     assert len(warnings) == 1 and "response_marker_ids" in warnings[0]
     model.eval()(**row_inputs(response=3))
+    assert len(warnings) == 2 and "apply_chat_template" in warnings[1]
     build_model().train()(**row_inputs(response=3))
-    assert len(warnings) == 1
+    build_model().eval()(**row_inputs(response=3))
+    assert len(warnings) == 2
 
 
 def test_frozen_parts_stay_and_trained_parts_move(model):

@@ -146,7 +146,10 @@ def test_code_of_a_config_is_not_asked_about(tmp_path, monkeypatch):
             {"model_type": "gemma3n_text", "vocab_size_per_layer_input": 10**9},
             "`vocab_size_per_layer_input` of `config`",
         ),
-        ({"parts": {"num_query_tokens": 10**9}}, "`num_query_tokens` of `config.parts` is 1000000000, but no model"),
+        (
+            {"model_type": "llava", "vision_config": {"num_query_tokens": 10**9}},
+            "`num_query_tokens` of `config.vision_config` is 1000000000, but no model",
+        ),
         ({"patch_size": [14, 10**5]}, "`patch_size` of `config` has 100000, but no model has more than 1000"),
         ({"parts": [{"hidden_size": 10**9}]}, "`hidden_size` of `config.parts` is 1000000000"),
         (
@@ -170,7 +173,13 @@ def test_lists_and_positions_that_models_have():
 def test_large_numbers_that_are_no_sizes():
     """What fills no memory, and what a config says besides of how its model was made."""
     harmless = {"rope_theta": 10**9, "sliding_window": 2**31 - 1, "max_length": 10**30, "trained_tokens": 10**13}
-    check_sizes("config", {**LLAMA_405B.to_dict(), **harmless, "rope_parameters": {"rope_theta": 10**9}})
+    harmless |= {"training": {"tokens": 10**13}, "quantization_config": {"meta": {"samples": 10**12}}}
+    harmless |= {"rope_parameters": {"rope_theta": 10**9, "rope_base": 10**9}, "id2label": {0: "a"}}
+    check_sizes("config", {**LLAMA_405B.to_dict(), **harmless})
+
+
+def test_a_type_that_is_none():
+    check_sizes("config", {"model_type": ["llama"]})
 
 
 @pytest.mark.parametrize(

@@ -541,7 +541,7 @@ def test_a_vision_tower_that_lacks_a_norm_is_a_message(tmp_path):
 def test_images_of_a_size_that_no_tower_has_are_a_message(tmp_path):
     save_with_image_processor(make_lively(AutoModel.from_config(MODELS["clip tower"])), tmp_path)
     CLIPImageProcessorPil(size={"height": 60000, "width": 24}).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="No vision tower could be loaded .*`size` of `image_processor` has 60000"):
+    with pytest.raises(ValueError, match="`size` of `image_processor` has 60000"):
         visualize(EXAMPLE_IMAGE, tmp_path)
 
 
