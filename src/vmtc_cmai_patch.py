@@ -310,10 +310,8 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         if found > 0:
             remedy = (
                 f"That would be {found / len(features):g} for an image. Processor and model must have the same budget: pass "
-                "the same `num_visual_tokens` to both calls, or call `set_visual_budget` on both."
-                if self.config.use_vmtc
-                else f"That would be {found / len(features):g} for an image, but the model has VMTC off: load its processor "
-                "with `use_vmtc=False`, or turn VMTC on by `set_visual_budget`."
+                "the same `num_visual_tokens` to both calls, or call `set_visual_budget` on both. Without VMTC both have "
+                "`use_vmtc=False`."
             )
         raise ValueError(
             f"The text has {found} image placeholders (id {self.config.image_token_id}), but there are {each}. {remedy}"

@@ -162,7 +162,14 @@ def hub(tmp_path_factory):
 @pytest.fixture(scope="module")
 def python_of_a_user(tmp_path_factory) -> Path:
     """The Python of an environment with what adapters and servers need too, and not this package."""
-    packages = "transformers[serving]", "torch", "pillow", "accelerate", "peft"
+    packages = (
+        "transformers[serving]",
+        "torch",
+        "pillow",
+        "accelerate",
+        "peft",
+        "requests",
+    )  # chat of 5.20 needs the last
     return make_environment(tmp_path_factory.mktemp("environment"), *packages)
 
 
