@@ -23,7 +23,7 @@ from transformers import (
 from .chat_templates import VICUNA_CHAT_TEMPLATE, Turns, add_images, recognise_turns
 from .complete_files import complete_folder_or_not_at_all
 from .configuration_ta_llava import TaLlavaConfig
-from .error_messages import check_source, one_line
+from .error_messages import check_complete, check_source, one_line
 from .export import check_new_folder
 from .modeling_ta_llava import TaLlavaForConditionalGeneration
 from .processing_ta_llava import TaLlavaProcessor
@@ -369,8 +369,7 @@ def _load_weights(what: str, source: str | Path, auto_class: Any, **kwargs: Any)
     """A model, all of whose weights were there."""
     from_pretrained = partial(read_safetensors, auto_class.from_pretrained)
     model, info = load_part(what, source, from_pretrained, output_loading_info=True, **kwargs)
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"The {what} in {source} lacks {len(missing)} weights, such as {missing[0]!r}.")
+    check_complete(f"The {what} in {source}", info["missing_keys"])
     return model
 
 
