@@ -14,7 +14,7 @@ from .safe_loading import load_config
 
 def one_line(error: BaseException) -> str:
     """The text of an error without its line breaks, shortened; its kind, if it has no text."""
-    return " ".join(str(error).split())[:500] or type(error).__name__
+    return " ".join(str(error).split())[:1000] or type(error).__name__
 
 
 def why_not_loaded(error: BaseException) -> str:
