@@ -4,12 +4,19 @@ import pytest
 import torch
 from conftest import FIXTURES, IMAGE, ROOT, SHIPPED_MODEL, build_llava_config, random_tokens
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForImageTextToText, Dinov2Config, LlamaConfig
+from transformers import AutoModelForImageTextToText, Dinov2Config, LlamaConfig, LlavaConfig
 from typer.testing import CliRunner
 
 from ta_llava import VmtcCmaiLlavaConfig, VmtcCmaiLlavaForConditionalGeneration
 from ta_llava.cli import app
-from ta_llava.cost import CPU_ATTENTION, LANGUAGE_MODEL, count_cost, full_size_config, read_config
+from ta_llava.cost import (
+    CPU_ATTENTION,
+    LANGUAGE_MODEL,
+    count_cost,
+    full_size_config,
+    read_config,
+    with_vmtc_and_cmai,
+)
 
 
 LLAVA = ROOT / "checkpoints" / "llava-tiny"
@@ -123,6 +130,13 @@ def test_the_command(tmp_path):
     assert rows["parameters"] == ["2.08 M", "7,063 M", "13,351 M"] and rows["- adapters"] == ["", "", ""]
     assert rows["prefill"][0] == "405 MFLOP" and rows["KV cache"][1] == "323 MB"
 
+    costs = json.loads(run.invoke(app, ["cost", "--visual-tokens", "64", "--cmai", "0.6", "--json"]).stdout)
+    compressed, stock, _ = costs.values()
+    assert list(costs) == ["llava-1.5-7b, 64 visual tokens, CMAI 0.6", "llava-1.5-7b", "llava-1.5-13b"]
+    assert (compressed["num_tokens"], stock["num_tokens"]) == (64 + 40, 576 + 40)
+    assert compressed["operations"]["vision tower"] < stock["operations"]["vision tower"]
+    assert compressed["parameters"] == stock["parameters"]
+
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     for source, message in (
         (tmp_path, "is a 'llama' model"),
@@ -131,3 +145,21 @@ def test_the_command(tmp_path):
     ):
         result = run.invoke(app, ["cost", str(source)])
         assert result.exit_code == 1 and message in result.stderr
+    for source, options, message in (
+        (SHIPPED_MODEL, ["--visual-tokens", "16"], "a TA-LLaVA was given"),
+        (LLAVA, ["--visual-tokens", "65"], "an image has 64 patches"),
+        (LLAVA, ["--cmai", "2"], "cmai_max_ratio"),
+    ):
+        result = run.invoke(app, ["cost", str(source), *options])
+        assert result.exit_code == 1 and message in result.stderr
+
+
+@pytest.mark.parametrize("settings", [{"num_visual_tokens": 16}, {"cmai_max_ratio": 0.6}])
+def test_what_vmtc_and_cmai_would_save_a_stock_llava(settings):
+    """As much as in a LLaVA that has them."""
+    ours = read_config(LLAVA)[0]
+    stock = LlavaConfig(**{**ours.to_dict(), "model_type": "llava"})
+    flags = {"use_vmtc": True, "vmtc_num_visual_tokens": 16} if "num_visual_tokens" in settings else {"use_cmai": True}
+    changed = VmtcCmaiLlavaConfig.from_dict({**ours.to_dict(), **flags})
+    assert count_cost(with_vmtc_and_cmai(stock, **settings)) == count_cost(changed) != count_cost(stock)
+    assert not with_vmtc_and_cmai(changed, cmai_max_ratio=0).use_cmai
