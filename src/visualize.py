@@ -186,7 +186,10 @@ def draw_stages(image: Image.Image, views: list[StageView], patch_size: int) -> 
     num_patches = (image.width // patch_size) * (image.height // patch_size)
     panels = [(f"original ({num_patches} patches)", large)]
     panels += [(view.title, _draw_panel(large, view.clusters, side)) for view in views]
-    return _compose([("", panels)])
+    legend = "as in the image: a token of its own; one colour: patches merged into one token"
+    if any(view.num_dropped for view in views):
+        legend += "; dark: dropped"
+    return _compose([("", panels)], (legend,) if views else ())
 
 
 def _draw_panel(image: Image.Image, clusters: list[int], patch_size: int) -> Image.Image:
@@ -746,14 +749,13 @@ def _enlarge(image: Image.Image, patch_size: int) -> tuple[Image.Image, int]:
     return large, patch_size * factor
 
 
-def _compose(
-    sections: list[tuple[str, list[tuple[str, Image.Image]]]], legend: tuple[str, str] | None = None
-) -> Image.Image:
+def _compose(sections: list[tuple[str, list[tuple[str, Image.Image]]]], legend: Sequence[str] = ()) -> Image.Image:
     """
     One picture of sections, one below the other, each a heading, or none, and panels with their titles.
 
     Args:
-        legend (`tuple[str, str]`, *optional*): What the darkest and the brightest heat colour mean, drawn at the bottom.
+        legend (`Sequence[str]`): A line at the bottom; or two texts, what the darkest and the brightest heat colour mean,
+            which get the colours between them.
     """
     placed, bottom, right = [], 0, 0
     for heading, panels in sections:
@@ -779,8 +781,10 @@ def _compose(
             draw.text((left, upper - TITLE_HEIGHT + 3), title, fill="black", font=font)
     if legend:
         left = MARGIN
-        draw.text((left, bottom), legend[0], fill="black", font=font)
-        left += round(font.getlength(legend[0])) + MARGIN
+        text = _shorten(legend[0], font, right - MARGIN)
+        draw.text((left, bottom), text, fill="black", font=font)
+        left += round(font.getlength(text)) + MARGIN
+    if len(legend) > 1:
         bar = Image.fromarray(heat_colors(torch.linspace(0, 1, LEGEND_WIDTH)[None]), "RGB").resize(
             (LEGEND_WIDTH, FONT_SIZE)
         )

@@ -165,7 +165,10 @@ def test_kept_patches_are_unchanged_merged_ones_tinted_and_dropped_ones_dark(siz
 
     factor = max(1, -(-300 // size[0]))
     width, height = size[0] * factor, size[1] * factor
-    assert picture.shape == (2 * (height + TITLE_HEIGHT) + 2 * MARGIN, 4 * (width + MARGIN) + MARGIN, 3)
+    panels_height = 2 * (height + TITLE_HEIGHT + MARGIN)
+    assert picture.shape == (panels_height + LEGEND_HEIGHT, 4 * (width + MARGIN) + MARGIN, 3)
+    legend = picture[panels_height:]
+    assert (legend < 128).any() and (legend[:, -MARGIN:] == 255).all()
     original, *panels = [
         picture[top:bottom, left:right] for left, top, right, bottom in panel_boxes(6, (width, height))
     ]
