@@ -641,7 +641,12 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
         Raises:
             `ValueError`: No image, images of a wrong shape, dtype or device, or more in a row than there are index
             embeddings.
+            `TypeError`: What is given is no tensor.
         """
+        if not isinstance(pixel_values, torch.Tensor):
+            raise TypeError(
+                f"`pixel_values` must be a tensor as the processor makes it of images, got a {type(pixel_values).__name__}."
+            )
         pixel_values = pixel_values.unsqueeze(1) if pixel_values.dim() == 4 else pixel_values
         if pixel_values.dim() != 5:
             raise ValueError(

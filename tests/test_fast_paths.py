@@ -169,6 +169,8 @@ def test_encoded_images_that_do_not_fit(gemma):
         gemma(**batch_of([prompt_ids(5, 1), prompt_ids(8, 2, image=False)]), encoded_images=two)
     with pytest.raises(ValueError, match=r"\(3, 12, 12\): expected \(rows, images, 3"):
         gemma.encode_image(images[0, 0])
+    with pytest.raises(TypeError, match="as the processor makes it of images, got a str"):
+        gemma.encode_image("shape.png")
     with pytest.raises(ValueError, match=r"image_mask.*\(1, 2\).*\(3, 1\)"):
         gemma.encode_image(images, torch.ones(1, 2))
 
