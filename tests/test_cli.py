@@ -83,6 +83,14 @@ def test_a_question_without_quotes_is_shown_with_them():
     assert code == 1 and "none.png" in error and "quotes" not in error
 
 
+def test_a_question_before_the_image_is_shown_behind_it():
+    code, _, error = run("ask", "what color?", EXAMPLE_IMAGE)
+    swapped = shlex.join(["ta-llava", "ask", str(EXAMPLE_IMAGE), "what color?"])
+    assert code == 1 and error.endswith(f"The question comes last: {swapped}\n")
+    code, _, error = run("ask", "none.png", "what color?")
+    assert code == 1 and "comes last" not in error
+
+
 @pytest.mark.parametrize("model_type", ["llava", "llava_llama"])
 def test_a_llava_of_the_original_code_is_refused(tmp_path, model_type):
     folder = tmp_path / "llava-v1.5-7b"
@@ -163,7 +171,7 @@ def test_a_bad_line_of_a_batch_is_named_before_any_work(tmp_path, line, message)
         (["ask", __file__, "what?"], "not a readable image"),
         (["ask", EXAMPLE_IMAGE, " "], "is empty"),
         (["ask", EXAMPLE_IMAGE, "shape " * 600], "context holds 512"),
-        (["ask", "--batch", "none.jsonl"], "none.jsonl"),
+        (["ask", "--batch", "none.jsonl"], "There is no file none.jsonl."),
         (["ask", "--batch", EXAMPLE_IMAGE], "teal_triangle.png is not a text file"),
         (["train", EXAMPLE_IMAGE], "teal_triangle.png cannot be read"),
         (["ask", EXAMPLE_IMAGE, "what?", "--batch", "questions.jsonl"], "not both"),
