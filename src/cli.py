@@ -144,9 +144,10 @@ def _load_images(arguments: list[str]) -> list[Any]:
         except ValueError as error:
             if "://" in argument or os.path.exists(argument):
                 raise
-            if os.path.isfile(arguments[-1]):
-                others = [other for other in arguments if other != argument]
-                swapped = shlex.join(["ta-llava", "ask", *others, argument])
+            if os.path.isfile(arguments[-1]) and not Path(argument).suffix:
+                paths = [each for each in arguments if os.path.isfile(each)]
+                words = [each for each in arguments if not os.path.isfile(each)]
+                swapped = shlex.join(["ta-llava", "ask", *paths, " ".join(words)])
                 raise ValueError(f"{error} The question comes last: {swapped}") from error
             if not images:
                 raise
@@ -678,12 +679,12 @@ def cost(
 
         logging.set_verbosity_error()
         settings = [f"{visual_tokens} visual tokens"] if visual_tokens is not None else []
-        settings += [f"CMAI {cmai}"] if cmai is not None else []
+        settings += [f"CMAI {cmai or 'off'}"] if cmai is not None else []
         configs = {}  # what cannot be read is found before anything is counted
         for name in models or (FULL_SIZE[1:2] if settings else FULL_SIZE[:1]):
-            config, size = read_config(name)
-            config = with_vmtc_and_cmai(config, visual_tokens, cmai) if settings else config
-            configs[", ".join([name, *settings])] = config, size
+            config, size = configs[name] = read_config(name)
+            if settings:
+                configs[", ".join([name, *settings])] = with_vmtc_and_cmai(config, visual_tokens, cmai), size
         configs |= {name: read_config(name) for name in FULL_SIZE[1:]}
         costs = {name: count_cost(config, text_tokens, images, size) for name, (config, size) in configs.items()}
         if as_json:

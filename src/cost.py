@@ -153,7 +153,7 @@ def with_vmtc_and_cmai(
     config: Any, num_visual_tokens: int | None = None, cmai_max_ratio: float | None = None
 ) -> VmtcCmaiLlavaConfig:
     """
-    The config of a LLaVA with VMTC and CMAI turned on, as `compress_llava` would.
+    The config of a LLaVA with VMTC and CMAI as asked for.
 
     Args:
         config ([`VmtcCmaiLlavaConfig`] or `LlavaConfig`): Of the LLaVA.

@@ -781,7 +781,7 @@ def _compose(sections: list[tuple[str, list[tuple[str, Image.Image]]]], legend: 
             draw.text((left, upper - TITLE_HEIGHT + 3), title, fill="black", font=font)
     if legend:
         left = MARGIN
-        text = _shorten(legend[0], font, right - MARGIN)
+        text = legend[0] if len(legend) > 1 else _shorten(legend[0], font, right - MARGIN)
         draw.text((left, bottom), text, fill="black", font=font)
         left += round(font.getlength(text)) + MARGIN
     if len(legend) > 1:

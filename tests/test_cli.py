@@ -73,6 +73,7 @@ def interrupt_import_of(name, interrupt):
 
 def test_version():
     assert run("--version") == (0, f"ta-llava {metadata.version('ta-llava')}\n", "")
+    assert f"\nversion: {metadata.version('ta-llava')}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_a_question_without_quotes_is_shown_with_them():
@@ -87,8 +88,10 @@ def test_a_question_before_the_image_is_shown_behind_it():
     code, _, error = run("ask", "what color?", EXAMPLE_IMAGE)
     swapped = shlex.join(["ta-llava", "ask", str(EXAMPLE_IMAGE), "what color?"])
     assert code == 1 and error.endswith(f"The question comes last: {swapped}\n")
-    code, _, error = run("ask", "none.png", "what color?")
-    assert code == 1 and "comes last" not in error
+    assert run("ask", "what", "color?", EXAMPLE_IMAGE)[2].endswith(f"The question comes last: {swapped}\n")
+    for mistyped in (["none.png", "what color?"], ["none.png", EXAMPLE_IMAGE]):
+        code, _, error = run("ask", *mistyped)
+        assert code == 1 and "comes last" not in error
 
 
 @pytest.mark.parametrize("model_type", ["llava", "llava_llama"])

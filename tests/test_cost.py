@@ -131,8 +131,8 @@ def test_the_command(tmp_path):
     assert rows["prefill"][0] == "405 MFLOP" and rows["KV cache"][1] == "323 MB"
 
     costs = json.loads(run.invoke(app, ["cost", "--visual-tokens", "64", "--cmai", "0.6", "--json"]).stdout)
-    compressed, stock, _ = costs.values()
-    assert list(costs) == ["llava-1.5-7b, 64 visual tokens, CMAI 0.6", "llava-1.5-7b", "llava-1.5-13b"]
+    stock, compressed, _ = costs.values()
+    assert list(costs) == ["llava-1.5-7b", "llava-1.5-7b, 64 visual tokens, CMAI 0.6", "llava-1.5-13b"]
     assert (compressed["num_tokens"], stock["num_tokens"]) == (64 + 40, 576 + 40)
     assert compressed["operations"]["vision tower"] < stock["operations"]["vision tower"]
     assert compressed["parameters"] == stock["parameters"]
