@@ -73,7 +73,7 @@ bench: $(VENV)/installed-dev  ## measure both systems against LLaVA with the sam
 	$(BIN)/python benchmarks/count_training_cost.py
 	$(BIN)/python benchmarks/plot_frames.py --output-dir benchmarks/results
 
-bench-full: $(VENV)/installed-dev  ## the same of TA-LLaVA at the papers' sizes, and where the time goes (14 GB of memory; up to an hour and a half on 2 cores)
+bench-full: $(VENV)/installed-dev  ## the same of TA-LLaVA at the papers' sizes, and where the time goes (14 GB of memory, by estimate; up to an hour and a half on 2 cores)
 	$(BIN)/python benchmarks/compare_with_llava.py --configs gemma-2-2b --images 1 --repeats 2 --output benchmarks/results/compare_with_llava_full.md
 	$(BIN)/python benchmarks/compare_with_llava.py --configs gemma-2-2b --images 4 --repeats 1 --output benchmarks/results/compare_with_llava_4_images.md
 	$(BIN)/python benchmarks/compare_with_llava.py --configs vicuna-7b --images 1 4 --repeats 1 --output benchmarks/results/compare_with_llava_vicuna.md

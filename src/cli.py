@@ -58,6 +58,19 @@ def _options(
     pass
 
 
+_VisualTokens = Annotated[
+    int | None, typer.Option(help="Of a LLaVA: VMTC on, with so many visual tokens per image.", show_default=False)
+]
+_Cmai = Annotated[
+    float | None,
+    typer.Option(
+        help="Of a LLaVA: CMAI on, with this share of the image tokens, in (0, 1], inhibited in the last layer; off with 0. "
+        "What is not given is as the model is set.",
+        show_default=False,
+    ),
+]
+
+
 @app.command()
 def ask(
     question: Annotated[
@@ -69,18 +82,8 @@ def ask(
             help="Folder or Hub repo. Default: the TA-LLaVA that is shipped; with --visual-tokens or --cmai the LLaVA."
         ),
     ] = None,
-    visual_tokens: Annotated[
-        int | None,
-        typer.Option(help="Of a LLaVA: VMTC on, with so many visual tokens per image.", show_default=False),
-    ] = None,
-    cmai: Annotated[
-        float | None,
-        typer.Option(
-            help="Of a LLaVA: CMAI on, with this share of the image tokens, in (0, 1], inhibited in the last layer; off "
-            "with 0. What is not given is as the model is set.",
-            show_default=False,
-        ),
-    ] = None,
+    visual_tokens: _VisualTokens = None,
+    cmai: _Cmai = None,
     batch: Annotated[
         Path | None,
         typer.Option(
@@ -436,16 +439,19 @@ def init_llava(
         from transformers.utils import logging
 
         from .assemble import assemble_llava
+        from .compress import vmtc_cmai_flags
 
         logging.set_verbosity_error()
 
-        fields: dict[str, Any] = {}
-        if visual_tokens is not None:
-            fields |= {"use_vmtc": True, "vmtc_num_visual_tokens": visual_tokens}
-        if cmai is not None:
-            fields |= {"use_cmai": True, "cmai_max_ratio": cmai}
-        fields["chat_template"] = _read_template(chat_template)
-        notes = assemble_llava(out, vision_tower, language_model, gguf_file=gguf_file, seed=seed, **fields)
+        notes = assemble_llava(
+            out,
+            vision_tower,
+            language_model,
+            gguf_file=gguf_file,
+            chat_template=_read_template(chat_template),
+            seed=seed,
+            **vmtc_cmai_flags(visual_tokens, cmai),
+        )
     typer.echo("\n".join([*notes, f"Wrote {out}."]))
 
 
@@ -581,17 +587,8 @@ def evaluate(
     questions: Annotated[
         int | None, typer.Option(min=1, help="Evenly spaced sample of so many, instead of all.", show_default=False)
     ] = None,
-    visual_tokens: Annotated[
-        int | None, typer.Option(help="Of a LLaVA: VMTC on, with so many visual tokens per image.", show_default=False)
-    ] = None,
-    cmai: Annotated[
-        float | None,
-        typer.Option(
-            help="Of a LLaVA: CMAI on, with this share inhibited in the last layer; off with 0. What is not given is as the "
-            "model is set.",
-            show_default=False,
-        ),
-    ] = None,
+    visual_tokens: _VisualTokens = None,
+    cmai: _Cmai = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions asked at a time; does not change an answer.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     strategy: Annotated[
@@ -656,15 +653,8 @@ def cost(
             "TA-LLaVA; with --visual-tokens or --cmai LLaVA-1.5-7B.",
         ),
     ] = None,
-    visual_tokens: Annotated[
-        int | None, typer.Option(help="Of LLaVAs: VMTC on, with so many visual tokens per image.", show_default=False)
-    ] = None,
-    cmai: Annotated[
-        float | None,
-        typer.Option(
-            help="Of LLaVAs: CMAI on, with this share inhibited in the last layer; off with 0.", show_default=False
-        ),
-    ] = None,
+    visual_tokens: _VisualTokens = None,
+    cmai: _Cmai = None,
     text_tokens: Annotated[int, typer.Option(min=1, help="Of the prompt.")] = 40,
     images: Annotated[int, typer.Option(min=1, help="Of the prompt.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Numbers as JSON.")] = False,
@@ -675,7 +665,8 @@ def cost(
 
         from transformers.utils import logging
 
-        from .cost import FULL_SIZE, count_cost, format_cost, read_config, with_vmtc_and_cmai
+        from .compress import with_vmtc_and_cmai
+        from .cost import FULL_SIZE, count_cost, format_cost, read_config
 
         logging.set_verbosity_error()
         settings = [f"{visual_tokens} visual tokens"] if visual_tokens is not None else []

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import LlavaConfig, LlavaProcessor
 
 from .complete_files import complete_folder_or_not_at_all
+from .configuration_ta_llava import TaLlavaConfig
 from .error_messages import check_format, check_source, one_line
 from .export import check_new_folder
 from .safe_loading import check_sizes
@@ -99,13 +100,52 @@ def compressed_parts(
     What `compress_llava` writes beside the weights: the folder of the checkpoint (of a Hub repo, where it was downloaded
     to), and the config and processor with VMTC and CMAI as asked for. Arguments and errors are those of `compress_llava`.
     """
-    if cmai_max_ratio is not None and not 0 <= cmai_max_ratio <= 1:
-        raise ValueError(f"The CMAI ratio must be from 0 to 1, got {cmai_max_ratio}.")
+    flags = vmtc_cmai_flags(num_visual_tokens, cmai_max_ratio)
     folder = _find_source(source)
-    config = _compressed_config(source, folder, num_visual_tokens, cmai_max_ratio)
+    config = _compressed_config(source, folder, flags)
     if folder != Path(source):
         config.base_model_name_or_path = str(source)  # for the model card
     return folder, config, _compressed_processor(source, folder, config, num_visual_tokens)
+
+
+def vmtc_cmai_flags(num_visual_tokens: int | None = None, cmai_max_ratio: float | None = None) -> dict[str, Any]:
+    """
+    The fields of a [`VmtcCmaiLlavaConfig`] that turn VMTC and CMAI on as asked for, or CMAI off with a ratio of 0. What is
+    not given is not among them.
+
+    Raises:
+        `ValueError`: The ratio is not in [0, 1].
+    """
+    if cmai_max_ratio is not None and not 0 <= cmai_max_ratio <= 1:
+        raise ValueError(f"The CMAI ratio must be from 0 to 1, got {cmai_max_ratio}.")
+    flags: dict[str, Any] = {}
+    if num_visual_tokens is not None:
+        flags |= {"use_vmtc": True, "vmtc_num_visual_tokens": num_visual_tokens}
+    if cmai_max_ratio is not None:
+        flags |= {"use_cmai": True, "cmai_max_ratio": cmai_max_ratio} if cmai_max_ratio > 0 else {"use_cmai": False}
+    return flags
+
+
+def with_vmtc_and_cmai(
+    config: Any, num_visual_tokens: int | None = None, cmai_max_ratio: float | None = None
+) -> VmtcCmaiLlavaConfig:
+    """
+    The config of a LLaVA with VMTC and CMAI as asked for.
+
+    Args:
+        config ([`VmtcCmaiLlavaConfig`] or `LlavaConfig`): Of the LLaVA.
+        num_visual_tokens (`int`, *optional*): Turns VMTC on, with so many visual tokens per image.
+        cmai_max_ratio (`float`, *optional*):
+            Turns CMAI on, with this share of image tokens inhibited in the last layer, or off with 0. What is not given
+            stays as it is.
+
+    Raises:
+        `ValueError`: The config is of a TA-LLaVA, or the ratio is not in [0, 1].
+    """
+    if config.model_type == TaLlavaConfig.model_type:
+        raise ValueError("VMTC and CMAI are counted of a LLaVA, but a TA-LLaVA was given.")
+    flags = vmtc_cmai_flags(num_visual_tokens, cmai_max_ratio)
+    return VmtcCmaiLlavaConfig.from_dict({**config.to_dict(), "model_type": VmtcCmaiLlavaConfig.model_type, **flags})
 
 
 # --- what is there -------------------------------------------------------------------------------------------------
@@ -188,20 +228,15 @@ def _link_or_copy(file: Path, target: Path, link: bool) -> None:
 # --- what it becomes -----------------------------------------------------------------------------------------------
 
 
-def _compressed_config(
-    source: str | Path, folder: Path, num_visual_tokens: int | None, cmai_max_ratio: float | None
-) -> VmtcCmaiLlavaConfig:
+def _compressed_config(source: str | Path, folder: Path, flags: dict[str, Any]) -> VmtcCmaiLlavaConfig:
     """
-    The config with VMTC and CMAI as asked for.
+    The config with the `vmtc_cmai_flags`, but for the number of visual tokens.
 
     Raises:
         `ValueError`: No LLaVA, or one that cannot be used with VMTC.
     """
-    flags: dict[str, Any] = {}
-    if num_visual_tokens is not None:  # the number itself is set when the size of the images is known
-        flags |= {"use_vmtc": True, "vmtc_num_visual_tokens": None}
-    if cmai_max_ratio is not None:
-        flags |= {"use_cmai": True, "cmai_max_ratio": cmai_max_ratio} if cmai_max_ratio > 0 else {"use_cmai": False}
+    if "use_vmtc" in flags:  # the number is set when the size of the images is known
+        flags = {**flags, "vmtc_num_visual_tokens": None}
     try:
         stock = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         check_format(stock)

@@ -149,32 +149,6 @@ def read_config(source: str | Path) -> tuple[Any, int]:
     ).shape[-1]
 
 
-def with_vmtc_and_cmai(
-    config: Any, num_visual_tokens: int | None = None, cmai_max_ratio: float | None = None
-) -> VmtcCmaiLlavaConfig:
-    """
-    The config of a LLaVA with VMTC and CMAI as asked for.
-
-    Args:
-        config ([`VmtcCmaiLlavaConfig`] or `LlavaConfig`): Of the LLaVA.
-        num_visual_tokens (`int`, *optional*): Turns VMTC on, with so many visual tokens per image.
-        cmai_max_ratio (`float`, *optional*):
-            Turns CMAI on, with this share of image tokens inhibited in the last layer, or off with 0. What is not given
-            stays as it is.
-
-    Raises:
-        `ValueError`: The config is of a TA-LLaVA.
-    """
-    if config.model_type == TaLlavaConfig.model_type:
-        raise ValueError("VMTC and CMAI are counted of a LLaVA, but a TA-LLaVA was given.")
-    flags: dict[str, Any] = {"model_type": VmtcCmaiLlavaConfig.model_type}
-    if num_visual_tokens is not None:
-        flags |= {"use_vmtc": True, "vmtc_num_visual_tokens": num_visual_tokens}
-    if cmai_max_ratio is not None:
-        flags |= {"use_cmai": True, "cmai_max_ratio": cmai_max_ratio} if cmai_max_ratio else {"use_cmai": False}
-    return VmtcCmaiLlavaConfig.from_dict({**config.to_dict(), **flags})
-
-
 def count_cost(config: Any, text_tokens: int = 40, num_images: int = 1, image_size: int | None = None) -> Cost:
     """
     The cost of one row with images.

@@ -9,14 +9,8 @@ from typer.testing import CliRunner
 
 from ta_llava import VmtcCmaiLlavaConfig, VmtcCmaiLlavaForConditionalGeneration
 from ta_llava.cli import app
-from ta_llava.cost import (
-    CPU_ATTENTION,
-    LANGUAGE_MODEL,
-    count_cost,
-    full_size_config,
-    read_config,
-    with_vmtc_and_cmai,
-)
+from ta_llava.compress import with_vmtc_and_cmai
+from ta_llava.cost import CPU_ATTENTION, LANGUAGE_MODEL, count_cost, full_size_config, read_config
 
 
 LLAVA = ROOT / "checkpoints" / "llava-tiny"
@@ -148,7 +142,7 @@ def test_the_command(tmp_path):
     for source, options, message in (
         (SHIPPED_MODEL, ["--visual-tokens", "16"], "a TA-LLaVA was given"),
         (LLAVA, ["--visual-tokens", "65"], "an image has 64 patches"),
-        (LLAVA, ["--cmai", "2"], "cmai_max_ratio"),
+        (LLAVA, ["--cmai", "2"], "The CMAI ratio must be from 0 to 1, got 2.0."),
     ):
         result = run.invoke(app, ["cost", str(source), *options])
         assert result.exit_code == 1 and message in result.stderr
