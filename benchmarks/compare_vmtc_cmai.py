@@ -270,9 +270,9 @@ def check_models(models: dict[Variant, PreTrainedModel]) -> None:
         addresses = found if addresses is None else addresses
         if found != addresses:
             raise RuntimeError(f"The comparison is not fair: {variant.label} has weights of its own.")
-        for part, prefix in (("vision_tower", ""), ("language_model", "cmai_" * variant.use_cmai)):
+        for part in ("vision_tower", "language_model"):
             implementation = getattr(model.model, part).config._attn_implementation
-            check(f"the attention of the {part}", variant, f"{prefix}sdpa", implementation)
+            check(f"the attention of the {part}", variant, "sdpa", implementation)
 
 
 def check_lengths(models: dict[Variant, PreTrainedModel], inputs: Inputs) -> None:

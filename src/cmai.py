@@ -36,9 +36,10 @@ from transformers.cache_utils import (
     StaticLayer,
     StaticSlidingWindowLayer,
 )
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 from transformers.utils.generic import maybe_autocast
+
+from .vmtc import route_attention
 
 
 # --- the maths -----------------------------------------------------------------------------------------------------
@@ -414,6 +415,7 @@ class Inhibition:
         is_text (`torch.BoolTensor` of shape `(B, S)`): Which hold text; padding is neither.
         past_length (`int` or `torch.Tensor`): Columns in the cache.
         cache (`Cache`, *optional*): Prepared by `prepare_cache`.
+        max_ratio (`float`, *optional*): Instead of the config's `cmai_max_ratio`.
 
     block (`tuple[int, int]`, *optional*): The columns of the first image token and of the first text token after it, if
         all rows have their image tokens in that one block, and text alone from there to the end. Where nothing is padded
@@ -421,7 +423,13 @@ class Inhibition:
     """
 
     def __init__(
-        self, config: Any, is_image: torch.Tensor | None, is_text: torch.Tensor, past_length: Any, cache: Cache | None
+        self,
+        config: Any,
+        is_image: torch.Tensor | None,
+        is_text: torch.Tensor,
+        past_length: Any,
+        cache: Cache | None,
+        max_ratio: float | None = None,
     ):
         self.cache = cache
         self.attention, self.focus, self.discount = config.cmai_attention, config.cmai_focus, config.cmai_discount
@@ -469,7 +477,8 @@ class Inhibition:
             self.row_positions = torch.arange(num_rows - self.query_columns.shape[1], num_rows, device=columns.device)
         # gamma of each layer; 0 where nothing is inhibited.
         num_layers = config.text_config.num_hidden_layers
-        max_ratio = 0.0 if self.focus == "none" or image_columns.shape[1] == 0 else config.cmai_max_ratio
+        max_ratio = config.cmai_max_ratio if max_ratio is None else max_ratio
+        max_ratio = 0.0 if self.focus == "none" or image_columns.shape[1] == 0 else max_ratio
         self.ratios = [inhibition_ratio(layer_idx, num_layers, max_ratio) for layer_idx in range(num_layers)]
         self._views: dict[Any, Any] = {}
 
@@ -735,25 +744,27 @@ def cmai_attention_forward(
     return cmai.attend(attention, module, *args, **kwargs)
 
 
-for _implementation in ("eager", "sdpa"):
-    AttentionInterface.register(f"cmai_{_implementation}", partial(cmai_attention_forward, _implementation))
-    AttentionMaskInterface.register(f"cmai_{_implementation}", ALL_MASK_ATTENTION_FUNCTIONS[_implementation])
+_ROUTES = {implementation: f"cmai_{implementation}" for implementation in ("eager", "sdpa")}
+for _implementation, _name in _ROUTES.items():
+    AttentionInterface.register(_name, partial(cmai_attention_forward, _implementation))
 
 
-def route_attention(text_config: Any) -> None:
+def make_inhibitable(language_model: nn.Module) -> None:
+    """Lets the attention of a language model inhibit what an argument `cmai` says; without one it stays as it is."""
+    route_attention(language_model, _ROUTES)
+
+
+def check_attention(text_config: Any) -> None:
     """
-    Lets the language model's attention go through CMAI, whatever it was set to before.
+    Checks that the language model's attention can inhibit.
 
     Raises:
         `ValueError`: It is set to an implementation that takes no mask of ours.
     """
     implementation = text_config._attn_implementation
-    if implementation is None or implementation.startswith("cmai_"):  # None: not chosen yet
-        return
-    if implementation not in ("eager", "sdpa"):
+    if implementation is not None and implementation not in _ROUTES:  # None: not chosen yet
         raise ValueError(
             f'CMAI does not work with `attn_implementation="{implementation}"` in the language model, which cannot hide '
             'single image tokens from single text tokens. Choose "sdpa" or "eager" for it (e.g. '
             '`attn_implementation={"text_config": "sdpa"}`), or `use_cmai=False`.'
         )
-    text_config._attn_implementation = f"cmai_{implementation}"

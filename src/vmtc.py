@@ -29,7 +29,6 @@ import torch
 from huggingface_hub.dataclasses import strict, validated_field
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 from transformers.utils.generic import maybe_autocast
@@ -53,6 +52,13 @@ def rising_indices(value: list[int] | tuple[int, ...] | None) -> None:
     layers = list(value or ())
     if layers != sorted(set(layers)) or any(layer < 0 for layer in layers):
         raise ValueError(f"must be indices of blocks from 0, in rising order, got {value}.")
+
+
+def one_layer(layers: Any) -> int | None:
+    """The index that `vision_feature_layer` is, or that is all of its list; `None` if there are several."""
+    if isinstance(layers, (list, tuple)) and len(layers) == 1:
+        return layers[0]
+    return layers if isinstance(layers, int) else None
 
 
 @strict
@@ -94,7 +100,7 @@ class VmtcConfig(PreTrainedConfig):
 
     def validate_vmtc(self):
         """Part of `@strict` validation."""
-        if self.use_vmtc and not isinstance(getattr(self, "vision_feature_layer", -1), int):
+        if self.use_vmtc and one_layer(getattr(self, "vision_feature_layer", -1)) is None:
             raise ValueError(
                 f"VMTC works with one `vision_feature_layer`, but the config has {self.vision_feature_layer}: the hidden "
                 "states of several layers have different lengths then. Set one layer, or `use_vmtc=False`."
@@ -460,7 +466,38 @@ def stage_attention_forward(
 
 
 AttentionInterface.register("vmtc_sdpa", stage_attention_forward)
-AttentionMaskInterface.register("vmtc_sdpa", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+class RoutedConfig:
+    """
+    The config of a model as its attention modules are shown it: the same, but some implementations of attention have
+    another name there. The config itself, of which everyone else reads, keeps what the user has set, and may change.
+
+    Args:
+        config (`PreTrainedConfig`): Of the model.
+        routes (`dict[str, str]`): The names that are exchanged, and for what.
+    """
+
+    def __init__(self, config: PreTrainedConfig, routes: dict[str, str]):
+        self._config, self._routes = config, routes
+
+    @property
+    def _attn_implementation(self) -> str | None:
+        implementation = self._config._attn_implementation
+        return self._routes.get(implementation, implementation)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # asked for while it is copied or unpickled, and has no config yet
+            raise AttributeError(name)
+        return getattr(self._config, name)
+
+
+def route_attention(part: nn.Module, routes: dict[str, str]) -> None:
+    """Lets the attention modules in `part` of a model go by other implementations than their config names."""
+    for module in part.modules():
+        # By name, as the library itself finds them.
+        if "Attention" in type(module).__name__ and isinstance(getattr(module, "config", None), PreTrainedConfig):
+            module.config = RoutedConfig(module.config, routes)
 
 
 # What the library calls a cache in arguments and outputs; since 5.24 it is `cache`.
@@ -538,6 +575,7 @@ def make_compressible(tower: Any) -> None:
         block_class: Any = type(block)
         block.__class__ = compressing_block_class(block_class)
         block.block_index = index
+        route_attention(block, {"sdpa": "vmtc_sdpa"})
 
 
 def blocks_of(tower: Any) -> Any:
@@ -557,12 +595,12 @@ def compression_of_call(
     config: Any, tower: Any, pixel_values: torch.Tensor, feature_layer: Any, num_visual_tokens: int | None = None
 ) -> TowerCompression | None:
     """
-    What `vmtc` is to be in a call of `tower(pixel_values, vmtc=...)` whose hidden state `feature_layer` is used; `None`
-    where nothing is compressed.
+    What `vmtc` is to be in a call of `tower(pixel_values, vmtc=...)` whose hidden state `feature_layer` is used, an index or
+    a list of one; `None` where nothing is compressed.
 
     Raises:
-        `ValueError`: A budget that the images do not allow, a `feature_layer` that is not one index, or a tower that is
-            not built like CLIP, SigLIP or DINOv2.
+        `ValueError`: A budget that the images do not allow, a list of several layers, or a tower that is not built
+            like CLIP, SigLIP or DINOv2.
     """
     if not config.use_vmtc and num_visual_tokens is None:
         return None
@@ -570,7 +608,8 @@ def compression_of_call(
     if not config.use_vmtc:
         count_visual_tokens(config, num_patches, num_visual_tokens)  # a budget without VMTC is an error
         return None
-    if not isinstance(feature_layer, int):
+    layer = one_layer(feature_layer)
+    if layer is None:
         raise ValueError(f"VMTC works with one `vision_feature_layer`, got {feature_layer}.")
     blocks = blocks_of(tower)
     if not blocks:
@@ -578,7 +617,7 @@ def compression_of_call(
             f"VMTC does not know the blocks of {type(tower).__name__}: it works with CLIP, SigLIP and DINOv2 without "
             "registers. Set `use_vmtc=False`."
         )
-    num_blocks = feature_layer if feature_layer >= 0 else len(blocks) + 1 + feature_layer
+    num_blocks = layer if layer >= 0 else len(blocks) + 1 + layer
     if not 1 <= num_blocks <= len(blocks):
         raise ValueError(
             f"`vision_feature_layer` is {feature_layer}, but the vision tower has {len(blocks)} blocks, and VMTC needs the "
@@ -587,8 +626,6 @@ def compression_of_call(
     stages = plan_stages(config, num_patches, num_blocks, num_visual_tokens)
     if not stages:
         return None
-    if tower.config._attn_implementation == "sdpa":  # in each call, as it may be set at any time
-        tower.config._attn_implementation = "vmtc_sdpa"
     return TowerCompression(stages, config.vmtc_merge_weights, has_class_token(tower))
 
 

@@ -49,7 +49,7 @@ from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, Unpack
 from transformers.tokenization_utils_base import TextInput
 from transformers.utils import can_return_tuple
 
-from .cmai import Inhibition, prepare_cache, route_attention, text_token_mask
+from .cmai import Inhibition, check_attention, make_inhibitable, prepare_cache, text_token_mask
 from .image_loading import open_images
 from .safe_loading import SafetensorsMixin, check_image_size, check_sizes
 from .vmtc import (
@@ -168,7 +168,7 @@ def _check_config(config: VmtcCmaiLlavaConfig) -> None:
     config.validate()  # arguments of `from_pretrained` were set after the config was made
     # CODEPATH: a stock LLaVA is without CMAI.
     if config.use_cmai:
-        route_attention(config.text_config)
+        check_attention(config.text_config)
 
 
 # trf-ignore: TRF057
@@ -179,6 +179,7 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         _check_config(config)
         super().__init__(config)
         make_compressible(self.vision_tower)
+        make_inhibitable(self.language_model)
         text_config = self.language_model.config
         # trf-ignore: TRF051
         if getattr(text_config, "attn_logit_softcapping", None) and "sdpa" in text_config._attn_implementation:
@@ -416,7 +417,7 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         has_images: bool,
     ) -> tuple[Cache | None, Inhibition]:
         """The cache, made if there is to be one, and what the layers of the language model are to inhibit."""
-        route_attention(self.config.text_config)
+        check_attention(self.config.text_config)
         checkpointing = self.training and getattr(self.language_model, "gradient_checkpointing", False)
         use_cache = self.config.text_config.use_cache if use_cache is None else use_cache
         if cache is None and use_cache and not checkpointing:

@@ -31,7 +31,7 @@ ANSWERS = ["teal", "triangle"]
 # Of the vision tower and of the language model, where one was asked for. Gemma-2 soft-caps its scores, which SDPA cannot.
 ATTENTION = {
     "alice/ta-llava": {"sdpa": ["sdpa", "eager"], "eager": ["eager", "eager"]},
-    "alice/llava": {"sdpa": ["sdpa", "cmai_sdpa"], "eager": ["eager", "cmai_eager"]},
+    "alice/llava": {"sdpa": ["sdpa", "sdpa"], "eager": ["eager", "eager"]},
 }
 REFUSED = {
     "alice/ta-llava": {

@@ -336,11 +336,11 @@ def test_the_implementation_of_attention_is_the_default_one(stock):
         each.config.use_vmtc, each.config.vmtc_num_visual_tokens = True, NUM_VISUAL_TOKENS
         each(**inputs)
         assert each.config._attn_implementation == "sdpa"
-        assert each.model.language_model.config._attn_implementation == "cmai_sdpa"
-        assert each.model.vision_tower.config._attn_implementation == "vmtc_sdpa"
+        assert each.model.language_model.config._attn_implementation == "sdpa"
+        assert each.model.vision_tower.config._attn_implementation == "sdpa"
     model.set_attn_implementation("eager")
     model(**inputs)
-    assert model.model.language_model.config._attn_implementation == "cmai_eager"
+    assert model.model.language_model.config._attn_implementation == "eager"
 
 
 @torch.no_grad()
