@@ -39,7 +39,8 @@ from transformers.modeling_outputs import (
     ModelOutput,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import can_return_tuple, is_tracing, logging, output_capturing
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing, logging, output_capturing
 
 from .configuration_ta_llava import TaLlavaConfig
 from .safe_loading import SafetensorsMixin
@@ -591,7 +592,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
 
     @can_return_tuple
     def get_image_features(  # trf-ignore: TRF057
-        self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None = None, **kwargs
+        self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple | BaseModelOutputWithPooling:
         """
         Visual tokens of images: their vision features, projected to the width of the language model.
@@ -755,7 +756,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
         vision_features: torch.Tensor | None = None,
         encoded_images: TaLlavaEncodedImages | None = None,
         cache: Cache | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TaLlavaModelOutputWithPast:
         r"""
         Args:
@@ -1074,7 +1075,35 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
 
 
 class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin):  # trf-ignore: TRF057
-    """TA-LLaVA with a language modelling head, for generation and training."""
+    r"""
+    TA-LLaVA with a language modelling head, for generation and training. An image, or several, stand before the text as
+    `config.num_prefix_tokens` columns, which read the question and then the image in each prompt.
+
+    Args:
+        config ([`TaLlavaConfig`]):
+            The parts and their settings; the model starts with new weights. `from_pretrained` loads trained ones, and takes
+            fields of the config as arguments.
+
+    Example:
+
+    ```python
+    >>> from ta_llava import TaLlavaForConditionalGeneration, TaLlavaProcessor
+
+    >>> model = TaLlavaForConditionalGeneration.from_pretrained("checkpoints/ta-llava-tiny")
+    >>> processor = TaLlavaProcessor.from_pretrained("checkpoints/ta-llava-tiny")
+    >>> content = [
+    ...     {"type": "image", "path": "examples/teal_triangle.png"},
+    ...     {"type": "text", "text": "what color is the shape?"},
+    ... ]
+    >>> inputs = processor.apply_chat_template(
+    ...     [{"role": "user", "content": content}],
+    ...     add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    ... )
+    >>> output = model.generate(**inputs, max_new_tokens=5)
+    >>> processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    'teal'
+    ```
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
@@ -1086,6 +1115,24 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin): 
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
+
+    def generate(self, inputs=None, generation_config=None, *args, **kwargs):
+        r"""
+        The answers to prompts. The arguments of [`~transformers.GenerationMixin.generate`], such as `max_new_tokens`,
+        `do_sample`, `num_beams` or `streamer`; what the processor makes of a prompt (`**inputs`); and:
+
+        Args:
+            encoded_images ([`TaLlavaEncodedImages`], *optional*):
+                Instead of `pixel_values` and `image_mask`: what `encode_image` has computed of the images before, of each
+                row, or of one for all.
+            vision_features (`torch.FloatTensor` of shape `(B, I, M, vision width)`, *optional*):
+                Instead of `pixel_values`: what `get_vision_features` has computed of the images before.
+
+        Returns:
+            `torch.LongTensor` of shape `(B, S + new tokens)`: the prompts and their answers; or, with
+            `return_dict_in_generate=True`, an output that also has what else was asked for.
+        """
+        return super().generate(inputs, generation_config, *args, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
         # The library gives images to the first forward only, but of their arguments it knows just `pixel_values`.
@@ -1172,7 +1219,7 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin): 
         )
 
     def get_image_features(  # trf-ignore: TRF057
-        self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None = None, **kwargs
+        self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple | BaseModelOutputWithPooling:
         """See [`TaLlavaModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, image_mask, **kwargs)
@@ -1182,7 +1229,34 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin): 
         return self.model.get_vision_features(pixel_values, image_mask)
 
     def encode_image(self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None = None) -> TaLlavaEncodedImages:
-        """See [`TaLlavaModel.encode_image`]."""
+        """
+        All that can be computed of images before there is a question, to ask many questions about them.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(E, I, 3, H, W)`, or `(E, 3, H, W)` for one image a row):
+                Normalised images as the processor writes them.
+            image_mask (`torch.Tensor` of shape `(E, I)`, *optional*):
+                1 for real images, 0 for filler. Defaults to all real.
+
+        Returns:
+            [`TaLlavaEncodedImages`], without gradients, for `generate()` and `forward` as `encoded_images`.
+
+        Raises:
+            `ValueError`, `TypeError`: See [`TaLlavaModel.encode_image`].
+
+        Example:
+
+        ```python
+        >>> encoded = model.encode_image(**processor(images="examples/teal_triangle.png", return_tensors="pt"))
+        >>> content = [{"type": "image"}, {"type": "text", "text": "what color is the shape?"}]
+        >>> inputs = processor.apply_chat_template(
+        ...     [{"role": "user", "content": content}],
+        ...     add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+        ...     processor_kwargs={"images_encoded": True},
+        ... )
+        >>> output = model.generate(**inputs, encoded_images=encoded, max_new_tokens=5)
+        ```
+        """
         return self.model.encode_image(pixel_values, image_mask)
 
     @can_return_tuple
@@ -1201,18 +1275,38 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin): 
         logits_to_keep: int | torch.Tensor = 0,
         mm_token_type_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TaLlavaCausalLMOutputWithPast:
         r"""
-        The arguments of [`TaLlavaModel.forward`], and:
-
         Args:
+            input_ids (`torch.LongTensor` of shape `(B, S)`):
+                Token ids; rows with images begin, after any padding, with `num_prefix_tokens` placeholders.
+            pixel_values (`torch.FloatTensor` of shape `(B, I, 3, H, W)`, or `(B, 3, H, W)` for one image a row):
+                Normalised images. Not looked at when the cache already holds the prefix.
+            image_mask (`torch.Tensor` of shape `(B, I)`, *optional*):
+                1 for real images, 0 for filler. Defaults to all real.
+            attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*):
+                1 for tokens, 0 for padding. The masks that `generate()` prepares are understood too.
+            position_ids (`torch.LongTensor` of shape `(B, S)`, *optional*):
+                Place of each token in its row.
+            past_key_values, cache (`Cache`, *optional*):
+                Two names for the columns before `input_ids`; the second is that of the library since 5.24.
+            inputs_embeds (`torch.FloatTensor` of shape `(B, S, d)`, *optional*):
+                Instead of `input_ids`.
+            vision_features (`torch.FloatTensor` of shape `(B, I, M, vision width)`, *optional*):
+                Instead of `pixel_values`: what `get_vision_features` has computed of the images before.
+            encoded_images ([`TaLlavaEncodedImages`], *optional*):
+                Instead of `pixel_values` and `image_mask`: what `encode_image` has computed of the images before, of B
+                rows, or of one for all.
             labels (`torch.LongTensor` of shape `(B, S)`, *optional*):
                 Token ids to predict, aligned with `input_ids`; -100 where no loss is taken (prefix, instruction, padding).
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
                 Compute logits for the last so many columns only (0: all), or for the given column indices.
             mm_token_type_ids (`torch.LongTensor` of shape `(B, S)`, *optional*):
                 Accepted because processors make it on request, but not needed: `input_ids` tell where the prefix is.
+
+        Raises:
+            `ValueError`: See [`TaLlavaModel.forward`].
 
         Example:
 

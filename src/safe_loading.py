@@ -190,7 +190,33 @@ class SafetensorsMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As that of [`~transformers.PreTrainedModel`], with the errors of [`read_safetensors`]."""
+        """
+        Loads a model from safetensors. The settings of VMTC and CMAI are arguments too.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`):
+                Folder, or repo on the Hub.
+            kwargs:
+                Those of [`~transformers.PreTrainedModel.from_pretrained`], such as `dtype`, `device_map`,
+                `attn_implementation`, `quantization_config` or `revision`. And fields of the model's config, instead of
+                what `config.json` says, for example `use_vmtc=True, vmtc_num_visual_tokens=64`, with
+                `vmtc_merge_weights="normalized"` for a model that was trained without VMTC, and for a LLaVA also
+                `use_cmai=True, cmai_max_ratio=0.6`. LLaVA's processor needs `use_vmtc`, `vmtc_num_visual_tokens`,
+                `vmtc_keep_ratio` and `spd_factor` as well.
+
+        Raises:
+            `ValueError`: See [`read_safetensors`]; or a setting that is not possible.
+
+        Example:
+
+        ```python
+        >>> from ta_llava import VmtcCmaiLlavaForConditionalGeneration
+
+        >>> model = VmtcCmaiLlavaForConditionalGeneration.from_pretrained(
+        ...     "checkpoints/llava-tiny", use_vmtc=True, vmtc_num_visual_tokens=16, use_cmai=True, dtype="auto"
+        ... )
+        ```
+        """
         return read_safetensors(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
 
     def load_adapter(self, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:

@@ -89,6 +89,10 @@ class VmtcConfig(PreTrainedConfig):
             weights sum to 1 in a cluster, which a model needs that was not trained with VMTC.
     """
 
+    # Outputs that the Trainer cannot join: a batch without an image has no features, and a cache is no tensor. By the names
+    # that they have in any version of the library.
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "image_hidden_states", "image_outputs"]
+
     use_vmtc: bool = False
     vmtc_num_visual_tokens: int | None = validated_field(at_least_1, default=None)
     vmtc_keep_ratio: float | int = validated_field(share_above_0, default=0.5)
@@ -494,6 +498,7 @@ class RoutedConfig:
 
 def route_attention(part: nn.Module, routes: dict[str, str]) -> None:
     """Lets the attention modules in `part` of a model go by other implementations than their config names."""
+    module: Any
     for module in part.modules():
         # By name, as the library itself finds them.
         if "Attention" in type(module).__name__ and isinstance(getattr(module, "config", None), PreTrainedConfig):

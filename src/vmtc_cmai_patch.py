@@ -47,7 +47,7 @@ from transformers.models.llava.modeling_llava import (
 )
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, Unpack
 from transformers.tokenization_utils_base import TextInput
-from transformers.utils import can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .cmai import Inhibition, check_attention, make_inhibitable, prepare_cache, text_token_mask
 from .image_loading import open_images
@@ -193,7 +193,7 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         vision_feature_select_strategy: str | None = None,
         image_sizes: torch.Tensor | None = None,
         num_visual_tokens: int | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         """
         Visual tokens of images, compressed if the config says so, projected to the width of the language model.
@@ -342,7 +342,8 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         vision_features: torch.Tensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
-        **kwargs,
+        cmai_max_ratio: float | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaModelOutputWithPast:
         r"""
         The arguments of `LlavaModel.forward`, and:
@@ -353,10 +354,13 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
                 with the same number.
             vision_features (`torch.FloatTensor` of shape `(N, M, vision width)`, *optional*):
                 Instead of `pixel_values`: what `get_vision_features` has computed of the images before.
+            cmai_max_ratio (`float`, *optional*):
+                Share of the image tokens that CMAI inhibits in the last layer in this call, in [0, 1], instead of that of
+                the config. The tokens that follow in a cache may have another one.
 
         Raises:
-            `ValueError`: Placeholders that do not match the visual tokens, images given twice or of a wrong shape, or a
-                cache that was filled without CMAI.
+            `ValueError`: Placeholders that do not match the visual tokens, images given twice or of a wrong shape, a cache
+                that was filled without CMAI, or a `cmai_max_ratio` that is no share or without `use_cmai`.
         """
         cache = cache_of_call(past_key_values, cache)
         has_images = mm_encoder_outputs is not None and mm_encoder_outputs.get("image") is not None
@@ -385,10 +389,12 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
             self._check_placeholders(is_image, mm_encoder_outputs["image"].pooler_output)
         if use_cache is not None:
             kwargs["use_cache"] = use_cache
+        if cmai_max_ratio is not None:
+            self._check_ratio(cmai_max_ratio)
         # CODEPATH: a stock LLaVA is without CMAI.
         if self.config.use_cmai:
             cache, kwargs["cmai"] = self._prepare_inhibition(
-                input_ids, inputs_embeds, attention_mask, cache, use_cache, has_images
+                input_ids, inputs_embeds, attention_mask, cache, use_cache, has_images, cmai_max_ratio
             )
         outputs = super().forward(
             input_ids=input_ids,
@@ -407,6 +413,16 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
             )
         return outputs
 
+    def _check_ratio(self, cmai_max_ratio: float) -> None:
+        """Raises unless a ratio for one call can be used."""
+        if not self.config.use_cmai:
+            raise ValueError(
+                f"`cmai_max_ratio` is {cmai_max_ratio}, but `use_cmai` is off. Turn it on first: "
+                "`model.config.use_cmai = True`."
+            )
+        if not 0 <= cmai_max_ratio <= 1:
+            raise ValueError(f"`cmai_max_ratio` must be from 0 to 1, got {cmai_max_ratio}.")
+
     def _prepare_inhibition(
         self,
         input_ids: torch.Tensor | None,
@@ -415,6 +431,7 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         cache: Cache | None,
         use_cache: bool | None,
         has_images: bool,
+        max_ratio: float | None,
     ) -> tuple[Cache | None, Inhibition]:
         """The cache, made if there is to be one, and what the layers of the language model are to inhibit."""
         check_attention(self.config.text_config)
@@ -436,7 +453,7 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
             tokens = text_token_mask(attention_mask, num_columns, past_length, columns.device)
             is_image = self._is_placeholder(input_ids, columns)
             is_text = ~is_image if tokens is None else tokens & ~is_image
-        return cache, Inhibition(self.config, is_image, is_text, past_length, filled)
+        return cache, Inhibition(self.config, is_image, is_text, past_length, filled, max_ratio)
 
 
 # What both kinds of outputs have; how the cache and what is of the images are called depends on the version of the library.
@@ -448,7 +465,30 @@ _NAMES_OF_OUTPUTS = [
 class VmtcCmaiLlavaForConditionalGeneration(  # trf-ignore: TRF057
     VmtcCmaiLlavaPreTrainedModel, LlavaForConditionalGeneration, GenerationMixin
 ):
-    """LLaVA with VMTC and CMAI and a language modelling head, for generation and training."""
+    r"""
+    LLaVA with VMTC and CMAI and a language modelling head, for generation and training. With both off, as they are unless
+    asked for, it is [`~transformers.LlavaForConditionalGeneration`] bit for bit.
+
+    Args:
+        config ([`VmtcCmaiLlavaConfig`]):
+            The parts and their settings; the model starts with new weights. `from_pretrained` loads trained ones, of any
+            LLaVA too, and takes fields of the config as arguments.
+
+    Example:
+
+    ```python
+    >>> from ta_llava import VmtcCmaiLlavaForConditionalGeneration, VmtcCmaiLlavaProcessor
+
+    >>> flags = {"use_vmtc": True, "vmtc_num_visual_tokens": 64}
+    >>> processor = VmtcCmaiLlavaProcessor.from_pretrained("llava-hf/llava-1.5-7b-hf", **flags)
+    >>> model = VmtcCmaiLlavaForConditionalGeneration.from_pretrained(
+    ...     "llava-hf/llava-1.5-7b-hf", vmtc_merge_weights="normalized", use_cmai=True, **flags
+    ... )
+    >>> inputs = processor(images="photo.jpg", text="USER: <image>\nWhat is this? ASSISTANT:", return_tensors="pt")
+    >>> output = model.generate(**inputs, max_new_tokens=30)
+    >>> processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    ```
+    """
 
     def __init__(self, config: VmtcCmaiLlavaConfig):
         _check_config(config)
@@ -456,6 +496,27 @@ class VmtcCmaiLlavaForConditionalGeneration(  # trf-ignore: TRF057
         self.model = VmtcCmaiLlavaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+    def generate(self, inputs=None, generation_config=None, *args, **kwargs):
+        r"""
+        The answers to prompts. The arguments of [`~transformers.GenerationMixin.generate`], such as `max_new_tokens`,
+        `do_sample`, `num_beams` or `streamer`; what the processor makes of a prompt (`**inputs`); and:
+
+        Args:
+            num_visual_tokens (`int`, *optional*):
+                Visual tokens per image in this call, instead of those of the config. The processor must have been called
+                with the same number. Needs `use_vmtc`.
+            cmai_max_ratio (`float`, *optional*):
+                Share of the image tokens that CMAI inhibits in the last layer, for all tokens of this call, instead of
+                that of the config. In [0, 1]; needs `use_cmai`.
+            vision_features (`torch.FloatTensor` of shape `(N, M, vision width)`, *optional*):
+                Instead of `pixel_values`: what `get_vision_features` has computed of the images before.
+
+        Returns:
+            `torch.LongTensor` of shape `(B, S + new tokens)`: the prompts and their answers; or, with
+            `return_dict_in_generate=True`, an output that also has what else was asked for.
+        """
+        return super().generate(inputs, generation_config, *args, **kwargs)
 
     # trf-ignore: TRF057
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> tuple | BaseModelOutputWithPooling:
@@ -498,6 +559,9 @@ class VmtcCmaiLlavaForConditionalGeneration(  # trf-ignore: TRF057
         # What is looked up in the prompt must not hold placeholders: there is no image for them.
         suppress = SuppressTokensLogitsProcessor([self.config.image_token_id], device=self.device)
         kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or ()), suppress])
+        # An assistant is given the arguments of its model, of which one without CMAI takes no ratio.
+        if not getattr(getattr(kwargs.get("assistant_model"), "config", None), "use_cmai", True):
+            kwargs["model_kwargs"] = {**kwargs["model_kwargs"], "cmai_max_ratio": None}
         return super()._get_candidate_generator(*args, **kwargs)
 
     @can_return_tuple
@@ -518,11 +582,44 @@ class VmtcCmaiLlavaForConditionalGeneration(  # trf-ignore: TRF057
         num_visual_tokens: int | None = None,
         vision_features: torch.Tensor | None = None,
         cache: Cache | None = None,
-        **kwargs,
+        cmai_max_ratio: float | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaCausalLMOutputWithPast:
         r"""
-        The arguments of `LlavaForConditionalGeneration.forward`, and `num_visual_tokens` and `vision_features` of
-        [`VmtcCmaiLlavaModel.forward`]. `generate()` takes them too.
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, S)`):
+                Token ids, with one placeholder (`config.image_token_id`) for each visual token.
+            pixel_values (`torch.FloatTensor` of shape `(N, 3, H, W)`, *optional*):
+                Normalised images of all rows, in the order of their placeholders.
+            attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*):
+                1 for tokens, 0 for padding. The masks that `generate()` prepares are understood too.
+            position_ids (`torch.LongTensor` of shape `(B, S)`, *optional*):
+                Place of each token in its row.
+            past_key_values, cache (`Cache`, *optional*):
+                Two names for the columns before `input_ids`; the second is that of the library since 5.24.
+            inputs_embeds (`torch.FloatTensor` of shape `(B, S, d)`, *optional*):
+                Instead of `input_ids`.
+            vision_feature_layer, vision_feature_select_strategy (*optional*):
+                Instead of those of the config.
+            labels (`torch.LongTensor` of shape `(B, S)`, *optional*):
+                Token ids to predict, aligned with `input_ids`; -100 where no loss is taken.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
+                Compute logits for the last so many columns only (0: all), or for the given column indices.
+            image_sizes (`torch.LongTensor` of shape `(N, 2)`, *optional*):
+                Of images of different sizes, for towers that take them (Pixtral); not with VMTC or `spd_factor`.
+            mm_encoder_outputs (`dict`, *optional*):
+                Instead of `pixel_values`: `{"image": model.get_image_features(...)}`.
+            num_visual_tokens (`int`, *optional*):
+                Visual tokens per image in this call, instead of those of the config. The processor must have been called
+                with the same number. Needs `use_vmtc`.
+            vision_features (`torch.FloatTensor` of shape `(N, M, vision width)`, *optional*):
+                Instead of `pixel_values`: what `get_vision_features` has computed of the images before.
+            cmai_max_ratio (`float`, *optional*):
+                Share of the image tokens that CMAI inhibits in the last layer in this call, in [0, 1], instead of that of
+                the config. Needs `use_cmai`.
+
+        Raises:
+            `ValueError`: See [`VmtcCmaiLlavaModel.forward`].
 
         Example:
 
@@ -554,6 +651,7 @@ class VmtcCmaiLlavaForConditionalGeneration(  # trf-ignore: TRF057
             num_visual_tokens=num_visual_tokens,
             vision_features=vision_features,
             cache=cache,
+            cmai_max_ratio=cmai_max_ratio,
             **kwargs,
         )
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,7 @@ from transformers import (
     SiglipVisionConfig,
     StaticCache,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ta_llava import (
     VmtcCmaiLlavaConfig,
@@ -327,20 +329,78 @@ def test_eager_and_sdpa_agree(backbone, attention):
         assert (last[:, is_image] == 0).all(0).sum() == 5  # below the 0.6-quantile of 9
 
 
-def test_the_implementation_of_attention_is_the_default_one(stock):
+def implementations(model):
+    """What the config says of the whole model, of the language model and of the tower, by whichever way one asks."""
+    config = model.config
+    found = [part._attn_implementation for part in (config, config.text_config, config.vision_config)]
+    parts = (model, model.model.language_model, model.model.vision_tower)
+    assert found == [part.config._attn_implementation for part in parts]
+    return found
+
+
+def used_by(model, inputs, monkeypatch):
+    """Which attention functions of ours run in one pass."""
+    used = set()
+    with monkeypatch.context() as patch:
+        for name in ("cmai_eager", "cmai_sdpa", "vmtc_sdpa"):
+
+            def recording(*args, name=name, attend=ALL_ATTENTION_FUNCTIONS[name], **kwargs):
+                used.add(name)
+                return attend(*args, **kwargs)
+
+            patch.setitem(ALL_ATTENTION_FUNCTIONS, name, recording)
+        model(**inputs)
+    return used
+
+
+@torch.no_grad()
+def test_the_config_says_what_was_set_and_that_is_used(stock, monkeypatch):
     _, folder = stock
-    model = build_llava()
-    loaded = VmtcCmaiLlavaForConditionalGeneration.from_pretrained(folder, use_cmai=True)
+    flags = {"use_vmtc": True, "vmtc_num_visual_tokens": NUM_VISUAL_TOKENS, "use_cmai": True}
     inputs = llava_inputs([llava_prompt()])
-    for each in (model, loaded):
-        each.config.use_vmtc, each.config.vmtc_num_visual_tokens = True, NUM_VISUAL_TOKENS
-        each(**inputs)
-        assert each.config._attn_implementation == "sdpa"
-        assert each.model.language_model.config._attn_implementation == "sdpa"
-        assert each.model.vision_tower.config._attn_implementation == "sdpa"
+    assert implementations(build_llava()) == ["sdpa"] * 3
+    for asked, expected in (
+        (None, ["sdpa", "sdpa", "sdpa"]),
+        ("eager", ["eager", "eager", "eager"]),
+        ({"text_config": "eager"}, ["sdpa", "eager", "sdpa"]),
+        ({"vision_config": "eager"}, ["sdpa", "sdpa", "eager"]),
+    ):
+        model = VmtcCmaiLlavaForConditionalGeneration.from_pretrained(folder, attn_implementation=asked, **flags)
+        model.eval()
+        before = copy.deepcopy(model.config.to_dict())
+        towers = {"vmtc_sdpa"} if expected[2] == "sdpa" else set()
+        for _ in range(2):
+            assert used_by(model, inputs, monkeypatch) == {f"cmai_{expected[1]}", *towers}
+            assert implementations(model) == expected
+        assert model.config.to_dict() == before
+        generate(model, inputs)
+        assert implementations(model) == expected
+        model.set_attn_implementation({"text_config": "sdpa"})
+        assert used_by(model, inputs, monkeypatch) == {"cmai_sdpa", *towers}
+        assert implementations(model)[1:] == ["sdpa", expected[2]]
+
+
+@torch.no_grad()
+def test_a_copy_has_an_attention_of_its_own(monkeypatch):
+    model = build_llava()
+    inputs = llava_inputs([llava_prompt()])
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        copied.set_attn_implementation("eager")
+        assert used_by(copied, inputs, monkeypatch) == {"cmai_eager"}
+        assert implementations(model) == ["sdpa"] * 3
+        assert_close(copied(**inputs).logits, model(**inputs).logits)
+
+
+@torch.no_grad()
+def test_attentions_may_be_asked_for_by_the_config():
+    model = build_llava()
+    inputs = llava_inputs([llava_prompt()])
     model.set_attn_implementation("eager")
     model(**inputs)
-    assert model.model.language_model.config._attn_implementation == "eager"
+    for config in (model.config, model.config.text_config, model.config.vision_config):
+        config.output_attentions = True
+    assert len(model(**inputs).attentions) == 4
+    model.config.validate()
 
 
 @torch.no_grad()
@@ -647,6 +707,96 @@ def test_a_budget_may_be_set_for_a_call_or_for_good():
         model(**inputs, num_visual_tokens=37)
     with pytest.raises(ValueError, match="has 0 image placeholders.*Write `<image>` into the prompt"):
         model(input_ids=torch.tensor([[BOS, 11, 12]]), pixel_values=inputs["pixel_values"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", ["llama", "gemma2"])
+def test_cmais_ratio_may_be_set_for_a_call_or_for_good(backbone):
+    model = build_llava(backbone)
+    inputs = llava_inputs(ROWS)
+    default = model(**inputs).logits
+    modes = ({}, {"num_beams": 2}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True})
+    for ratio in (0.2, 1, 0):
+        logits = model(**inputs, cmai_max_ratio=ratio).logits
+        base = model.model(**inputs, cmai_max_ratio=ratio).last_hidden_state
+        tokens = [generate(model, inputs, cmai_max_ratio=ratio, **mode) for mode in modes]
+        assert model.config.cmai_max_ratio == 0.6
+        assert torch.equal(model(**inputs).logits, default)
+        model.config.cmai_max_ratio = ratio
+        assert torch.equal(model(**inputs).logits, logits)
+        assert torch.equal(model.model(**inputs).last_hidden_state, base)
+        assert all(torch.equal(generate(model, inputs, **mode), each) for mode, each in zip(modes, tokens))
+        model.config.cmai_max_ratio = 0.6
+        assert not torch.allclose(logits, default, atol=1e-3)
+    # An assistant without CMAI is not asked for what it does not have.
+    for use_cmai in (True, False):
+        assistant = copy.deepcopy(model)
+        assistant.config.use_cmai = use_cmai
+        one = llava_inputs(ROWS[:1])
+        tokens = generate(model, one, cmai_max_ratio=0.2)
+        assert torch.equal(generate(model, one, cmai_max_ratio=0.2, assistant_model=assistant), tokens)
+
+
+@torch.no_grad()
+def test_what_follows_in_a_cache_may_have_another_ratio():
+    model = build_llava("llama")
+    ids = torch.tensor([ROWS[0]])
+    pixels = llava_inputs(ROWS[:1])["pixel_values"]
+    cache = DynamicCache()
+    first = model(input_ids=ids[:, :-1], pixel_values=pixels, past_key_values=cache, cmai_max_ratio=0.9).logits
+    kept = copy.deepcopy(cache)
+    last = model(input_ids=ids[:, -1:], past_key_values=cache, cmai_max_ratio=0.9).logits
+    assert_close(torch.cat([first, last], dim=1), model(input_ids=ids, pixel_values=pixels, cmai_max_ratio=0.9).logits)
+    other = model(input_ids=ids[:, -1:], past_key_values=kept, cmai_max_ratio=0.1).logits
+    assert not torch.allclose(other, last, atol=1e-3)
+
+
+def test_a_compiled_decoding_step_takes_a_ratio(monkeypatch):
+    model = build_llava("llama")
+    inputs = llava_inputs(ROWS[:2])
+    monkeypatch.setattr(type(model), "_valid_auto_compile_criteria", lambda *args: True)  # on the CPU too
+    torch._dynamo.reset()
+    config = GenerationConfig(cache_implementation="static", max_new_tokens=6, eos_token_id=EOS, pad_token_id=PAD)
+    config.compile_config = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    for ratio in (0.2, 0.9, 0.5):
+        expected = generate(model, inputs, cmai_max_ratio=ratio, max_new_tokens=6, suppress_tokens=None)
+        compiled = model.generate(**inputs, generation_config=config, do_sample=False, cmai_max_ratio=ratio)
+        assert torch.equal(compiled, expected)
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+def test_a_wrong_ratio_is_refused(call):
+    model = build_llava()
+    inputs = llava_inputs(ROWS)
+    for ratio in (1.2, -0.1):
+        with pytest.raises(ValueError, match=f"`cmai_max_ratio` must be from 0 to 1, got {ratio}"):
+            getattr(model, call)(**inputs, cmai_max_ratio=ratio)
+    model.config.use_cmai = False
+    with pytest.raises(ValueError, match=r"is 0.3, but `use_cmai` is off. .*: `model.config.use_cmai = True`"):
+        getattr(model, call)(**inputs, cmai_max_ratio=0.3)
+
+
+@torch.no_grad()
+def test_a_list_of_one_feature_layer_is_that_layer(tmp_path):
+    model = build_llava(vision_feature_layer=-3)
+    inputs = llava_inputs(ROWS)
+    expected = model(**inputs).logits
+    assert not torch.allclose(model(**inputs, vision_feature_layer=-2).logits, expected, atol=1e-3)
+    listed = build_llava(vision_feature_layer=[-3])
+    assert torch.equal(listed(**inputs).logits, expected)
+    assert torch.equal(generate(listed, inputs), generate(model, inputs))
+    pixels = inputs["pixel_values"]
+    assert torch.equal(listed.get_vision_features(pixels), model.get_vision_features(pixels))
+    assert torch.equal(listed(**inputs, vision_feature_layer=-3).logits, expected)
+    model.config.vision_feature_layer = -2
+    for layers in ([-3], (-3,)):
+        assert torch.equal(model(**inputs, vision_feature_layer=layers).logits, expected)
+    listed.save_pretrained(tmp_path)
+    loaded = VmtcCmaiLlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.config.vision_feature_layer == [-3]
+    assert torch.equal(loaded(**inputs).logits, expected)
+    with pytest.raises(ValueError, match=r"VMTC works with one `vision_feature_layer`, got \[-2, -3\]"):
+        model(**inputs, vision_feature_layer=[-2, -3])
 
 
 @pytest.mark.parametrize(
