@@ -22,7 +22,6 @@ import numpy as np
 from huggingface_hub.utils import httpx
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_processing_backends import PilBackend
-from transformers.image_transforms import get_resize_output_image_size
 from transformers.image_utils import SizeDict
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.utils import is_av_available, is_torchcodec_available
@@ -107,13 +106,15 @@ def resize_first(images: Any, image_processor: Any, **kwargs) -> Any:
     )
     if not does_no_more or not isinstance(size, SizeDict) or not isinstance(images, Image.Image):
         return images
+    width, height = images.size
     if size.height and size.width:
-        height, width = size.height, size.width
+        new_size = size.width, size.height
     elif size.shortest_edge and not size.longest_edge:
-        height, width = get_resize_output_image_size(images, size.shortest_edge, default_to_square=False)
+        longest_edge = int(size.shortest_edge * max(width, height) / min(width, height))  # rounded as the library does
+        new_size = (size.shortest_edge, longest_edge) if width <= height else (longest_edge, size.shortest_edge)
     else:
         return images
-    return images.resize((width, height), image_processor.resample)
+    return images.resize(new_size, image_processor.resample)
 
 
 def sample_frames(video: Any, num_frames: int | None = None) -> list:

@@ -18,7 +18,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from ta_llava import TaLlavaProcessor, VmtcCmaiLlavaProcessor
+from ta_llava import VmtcCmaiLlavaProcessor
 from ta_llava.image_loading import load_rgb_image, open_images, resize_first
 from ta_llava.inference import answer
 from ta_llava.training_data import Collator
