@@ -13,12 +13,17 @@
 # limitations under the License.
 """Images from whatever a user has: paths, URLs, base64 strings, PIL images, arrays and tensors."""
 
+import base64
 import os
+from io import BytesIO
 from typing import Any
 
 import numpy as np
+from huggingface_hub.utils import httpx
 from PIL import Image, ImageOps, UnidentifiedImageError
-from transformers.image_utils import load_image
+from transformers.image_processing_backends import PilBackend
+from transformers.image_utils import SizeDict
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.utils import is_av_available, is_torchcodec_available
 from transformers.video_utils import VideoMetadata, default_sample_indices_fn, load_video
 
@@ -27,27 +32,23 @@ from transformers.video_utils import VideoMetadata, default_sample_indices_fn, l
 # crop would discard is not blown up to gigapixels first.
 _MAX_ASPECT_RATIO = 4
 
+# A server that sends nothing for so many seconds is given up.
+_DOWNLOAD_TIMEOUT = 60
+
 _VIDEO_DECODERS = {"pyav": is_av_available, "torchcodec": is_torchcodec_available}
 
 
 def open_images(images: Any) -> Any:
     """
-    The same, lists in lists included, with an RGB image for every path, URL or base64 string, as `load_image` of the
-    library makes it; what is open already is read to its end and stays as it is.
+    The same, lists in lists included, with what [`load_rgb_image`] makes of every path, URL, base64 string and PIL image.
+    Arrays and tensors stay as they are: the image processor of the library takes them.
 
     Raises:
         `ValueError`: One of them is not a readable image; the message names it.
     """
     if isinstance(images, (list, tuple)):
         return [open_images(image) for image in images]
-    if isinstance(images, (str, os.PathLike)):
-        return ImageOps.exif_transpose(_open_image(os.fspath(images))).convert("RGB")  # as the library does it
-    if isinstance(images, Image.Image):
-        try:
-            images.load()
-        except (OSError, SyntaxError, EOFError) as error:
-            raise _truncated(images, error) from error
-    return images
+    return load_rgb_image(images) if isinstance(images, (str, os.PathLike, Image.Image)) else images
 
 
 def load_rgb_image(image: Any) -> Image.Image:
@@ -55,31 +56,65 @@ def load_rgb_image(image: Any) -> Image.Image:
     An RGB image from whatever a user has: path, URL, base64 string, PIL image, or an array or tensor of shape
     `(H, W)`, `(H, W, C)` or `(C, H, W)` with 1 to 4 channels.
 
-    Transparent images are laid on white (those from URLs and base64 lose their transparency in the library), 16-bit ones
-    scaled to 8 bits, of animated ones the first frame is taken, and the EXIF orientation is applied. Arrays hold integers
-    of 8 or 16 bits, or floats in [0, 1] or [0, 255].
+    Transparent images are laid on white, 16-bit ones scaled to 8 bits, and the EXIF orientation is applied. A PIL image is
+    taken as it is: of an animated one the frame that it shows, which is the first of a file. Arrays hold integers of 8 or
+    16 bits, or floats in [0, 1] or [0, 255].
 
     Raises:
         `ValueError`: What was given is not a readable image; the message names it.
     """
-    if isinstance(image, os.PathLike):
-        image = os.fspath(image)
-    if isinstance(image, str):
-        image = _open_image(image)
+    if isinstance(image, (str, os.PathLike)):
+        image = _open_image(os.fspath(image))
     elif not isinstance(image, Image.Image):
-        image = _image_from_array(image)
+        return _image_from_array(image)
     try:
-        image.seek(0)
-        image = ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, EOFError) as error:
-        raise _truncated(image, error) from error
+        image = ImageOps.exif_transpose(image)  # a copy, of what is read to its end
+    except Exception as error:  # Pillow's readers raise nearly anything
+        name = repr(image.filename) if getattr(image, "filename", "") else f"of size {image.width}x{image.height}"
+        raise ValueError(f"The image {name} cannot be read to its end; is it truncated? ({error})") from error
     if image.mode.startswith("I") or image.mode == "F":
         return _image_from_array(np.asarray(image))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def resize_first(images: Any, image_processor: Any, **kwargs) -> Any:
+    """
+    The PIL image or images, in the size to which the image processor resizes them. The result is the same bit for bit;
+    but the image processor makes an array of all pixels first, which for a large photograph takes longer than the
+    resizing. Returned as they are: arrays, and the images of an image processor that does more or does not use Pillow.
+
+    Args:
+        images (image or list): RGB.
+        image_processor (`BaseImageProcessor`): It gets the images next.
+        kwargs: Settings of the call of `image_processor`.
+    """
+    if isinstance(images, list):
+        return [resize_first(image, image_processor, **kwargs) for image in images]
+    kind, size = type(image_processor), getattr(image_processor, "size", None)
+    does_no_more = (
+        issubclass(kind, PilBackend)
+        and kind.resize is PilBackend.resize
+        and kind._preprocess in (PilBackend._preprocess, LlavaImageProcessorPil._preprocess)
+        and image_processor.do_resize
+        and not image_processor.do_pad
+        and isinstance(image_processor.resample, int)
+        and kwargs.keys().isdisjoint(("size", "resample", "do_resize", "do_pad"))
+    )
+    if not does_no_more or not isinstance(size, SizeDict) or not isinstance(images, Image.Image):
+        return images
+    width, height = images.size
+    if size.height and size.width:
+        new_size = size.width, size.height
+    elif size.shortest_edge and not size.longest_edge:
+        longest_edge = int(size.shortest_edge * max(width, height) / min(width, height))  # rounded as the library does
+        new_size = (size.shortest_edge, longest_edge) if width <= height else (longest_edge, size.shortest_edge)
+    else:
+        return images
+    return images.resize(new_size, image_processor.resample)
 
 
 def sample_frames(video: Any, num_frames: int | None = None) -> list:
@@ -123,38 +158,52 @@ def sample_frames(video: Any, num_frames: int | None = None) -> list:
 
 
 def _open_image(source: str) -> Image.Image:
+    """The image of a path, URL or base64 string, read to its end, in the mode that it has."""
     name = repr(source if len(source) <= 200 else source[:200] + "...")
     if source.startswith(("http://", "https://")):
-        try:
-            return load_image(source)
-        except UnidentifiedImageError as error:
-            raise ValueError(f"What was downloaded from {name} is not an image.") from error
-        except Exception as error:
-            raise ValueError(f"The image {name} could not be downloaded: {error}") from error
+        return _decode(BytesIO(_download(source, name)), f"What was downloaded from {name}")
     if os.path.isfile(source):
         if os.path.getsize(source) == 0:
             raise ValueError(f"The image file {name} is empty (0 bytes).")
-        try:
-            image = Image.open(source)
-            image.load()
-            return image
-        except Image.DecompressionBombError as error:
-            raise ValueError(f"The image {name} is too large: {error} Make it smaller.") from error
-        except Exception as error:  # Pillow's readers raise nearly anything on damaged files
-            raise ValueError(f"The file {name} is not a readable image, or truncated: {error}") from error
+        return _decode(source, f"The file {name}")
     if os.path.isdir(source):
         raise ValueError(f"{name} is a folder, not an image file.")
+    encoded = source.split(",", 1)[-1] if source.startswith("data:image/") else source
     try:
-        return load_image(source)
-    except Exception as error:
+        content = base64.decodebytes(encoded.encode())
+    except ValueError:
+        content = b""
+    try:
+        return _decode(BytesIO(content), f"The base64-encoded image {name}")
+    except ValueError as error:
+        if not isinstance(error.__cause__, UnidentifiedImageError):
+            raise
         raise ValueError(
             f"There is no image file {name}, and it is no http(s) URL or base64-encoded image."
         ) from error
 
 
-def _truncated(image: Image.Image, error: Exception) -> ValueError:
-    name = repr(getattr(image, "filename", "") or f"of size {image.size[0]}x{image.size[1]}")
-    return ValueError(f"The image {name} cannot be read to its end; is it truncated? ({error})")
+def _download(url: str, name: str) -> bytes:
+    try:
+        response = httpx.get(url, follow_redirects=True, timeout=_DOWNLOAD_TIMEOUT)
+    except Exception as error:  # of the network, or of a URL that is none
+        raise ValueError(f"The image {name} could not be downloaded: {error}") from error
+    if not response.is_success:
+        status = f"{response.status_code} {response.reason_phrase}".strip()
+        raise ValueError(f"The image {name} could not be downloaded: {status}")
+    return response.content
+
+
+def _decode(file: str | BytesIO, what: str) -> Image.Image:
+    try:
+        image = Image.open(file)
+        image.load()
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{what} is too large: {error} Make it smaller.") from error
+    except Exception as error:  # Pillow's readers raise nearly anything on damaged files
+        reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"{what} is not a readable image, or truncated: {reason}") from error
+    return image
 
 
 def _image_from_array(array: Any) -> Image.Image:
@@ -206,4 +255,4 @@ def cut_to_aspect_ratio(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + min(width, limit), top + min(height, limit)))
 
 
-__all__ = ["cut_to_aspect_ratio", "load_rgb_image", "open_images"]
+__all__ = ["cut_to_aspect_ratio", "load_rgb_image", "open_images", "resize_first"]

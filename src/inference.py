@@ -16,7 +16,7 @@ from transformers import (
 from .compress import compressed_parts
 from .error_messages import check_complete, config_of, loading_from
 from .export import check_processor
-from .image_loading import load_rgb_image
+from .image_loading import open_images
 from .safe_loading import read_safetensors
 from .vmtc_cmai_patch import VmtcCmaiLlavaForConditionalGeneration
 
@@ -96,11 +96,6 @@ def load(
     return loaded.to("cuda" if on_gpu else "cpu").eval(), processor
 
 
-def _as_image(source: Any) -> Any:
-    """What is in memory as it is; a file or URL opened, since the processors of the library take less of them."""
-    return load_rgb_image(source) if isinstance(source, (str, Path)) else source
-
-
 def _conversation(images: Iterable[Any], question: str) -> list[dict[str, Any]]:
     content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": question}]
     return [{"role": "user", "content": content}]
@@ -134,7 +129,8 @@ def answer(
     with tqdm(total=len(questions), unit="question", disable=None if progress else True) as bar:
         for start in range(0, len(questions), batch_size):
             batch = questions[start : start + batch_size]
-            conversations = [_conversation(map(_as_image, images), question) for images, question in batch]
+            # Opened here, since the processors of the library take less.
+            conversations = [_conversation(open_images(images), question) for images, question in batch]
             inputs = processor.apply_chat_template(
                 conversations,
                 add_generation_prompt=True,

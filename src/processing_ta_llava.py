@@ -26,7 +26,7 @@ from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpa
 from transformers.tokenization_utils_base import LARGE_INTEGER, TextInput
 from transformers.video_utils import VideoInput
 
-from .image_loading import cut_to_aspect_ratio, load_rgb_image, sample_frames
+from .image_loading import cut_to_aspect_ratio, load_rgb_image, open_images, resize_first, sample_frames
 from .safe_loading import check_image_size, check_sizes
 
 
@@ -312,10 +312,13 @@ class TaLlavaProcessor(ProcessorMixin):  # trf-ignore: TRF057
     def _stack_images(self, rows: list[list], **kwargs) -> dict[str, np.ndarray]:
         """`pixel_values` `(B, I, 3, H, W)` and `image_mask` `(B, I)` of rows with up to I images each."""
         flat = [image for row in rows for image in row]
-        if kwargs.get("do_rescale", True):  # values that are not to be rescaled are the image processor's business
+        if kwargs.get("do_rescale", True):
             flat = [load_rgb_image(image) for image in flat]
             if self.image_processor.size.get("shortest_edge"):
                 flat = [cut_to_aspect_ratio(image) for image in flat]
+        else:  # arrays of values that are not to be rescaled are the image processor's business
+            flat = open_images(flat)
+        flat = resize_first(flat, self.image_processor, **kwargs)
         pixels = self.image_processor(flat, return_tensors="np", **kwargs)["pixel_values"]
         pixels = np.stack(list(pixels))
         image_mask = np.zeros((len(rows), max(len(row) for row in rows)), dtype=np.int64)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
@@ -197,8 +197,6 @@ class VisionFeatureCache:
             if isinstance(content, bytes):
                 content = Image.open(io.BytesIO(content))
                 content.load()
-                if self.model.config.model_type != "ta_llava":  # whose processor does this, and more, itself
-                    content = ImageOps.exif_transpose(content).convert("RGB")
             pixel_values = self.processor(images=[content], return_tensors="pt")["pixel_values"]
         except Exception as error:  # Pillow's readers raise nearly anything on damaged files
             reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
@@ -322,7 +320,7 @@ def _bytes_of(tensor: torch.Tensor) -> Any:
 def _fingerprint(model: Any, processor: Any, dtype: torch.dtype) -> dict[str, Any]:
     """What the features depend on, by name, as JSON has it."""
     config, tower = model.config, model.base_model.vision_tower
-    # The kind of model: TA-LLaVA's processor lays transparent images on white, LLaVA's does not.
+    # The kind of model: TA-LLaVA's processor cuts the middle out of long images, LLaVA's does not.
     names = ["model_type", "vision_feature_layer", "vision_feature_select_strategy", "use_vmtc", "spd_factor"]
     if config.use_vmtc:
         names += [name for name in config.to_dict() if name.startswith("vmtc_")]

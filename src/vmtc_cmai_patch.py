@@ -50,7 +50,7 @@ from transformers.tokenization_utils_base import TextInput
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .cmai import Inhibition, check_attention, make_inhibitable, prepare_cache, text_token_mask
-from .image_loading import open_images
+from .image_loading import open_images, resize_first
 from .safe_loading import SafetensorsMixin, check_image_size, check_sizes
 from .vmtc import (
     CACHE,
@@ -741,6 +741,10 @@ class VmtcCmaiLlavaProcessor(VisualBudgetMixin, LlavaProcessor):  # trf-ignore: 
         As [`LlavaProcessor`], and:
 
         Args:
+            images (image, list of images, or list of lists of images, *optional*):
+                Path, URL, base64 string, PIL image, array or tensor each. All but arrays and tensors, which stock LLaVA
+                takes as they are, are made RGB in one way: transparency is laid on white, 16 bits are scaled to 8, the
+                EXIF orientation is applied. A nested list has one list per prompt, which may be empty.
             num_visual_tokens (`int`, *optional*):
                 Visual tokens per image in this call; give the same to the model or `generate()`.
 
@@ -770,7 +774,7 @@ class VmtcCmaiLlavaProcessor(VisualBudgetMixin, LlavaProcessor):  # trf-ignore: 
         return super().__call__(images=images, text=text, **kwargs)
 
     def _process_images(self, images: ImageInput, num_visual_tokens: int | None = None, **kwargs):
-        pixels, _ = super()._process_images(images, **kwargs)
+        pixels, _ = super()._process_images(resize_first(images, self.image_processor, **kwargs), **kwargs)
         count = len(pixels["pixel_values"])
         return pixels, [self.replace_image_token(pixels, index, num_visual_tokens) for index in range(count)]
 

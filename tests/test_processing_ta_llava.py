@@ -93,23 +93,23 @@ def test_every_kind_of_source_gives_the_same_image(tmp_path, image_server):
         assert np.abs(actual - expected).max() <= 1, source  # bfloat16 holds 8 bits
 
 
-@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "YCbCr", "RGBA", "LA", "I;16", "I", "F", "HSV", "RGBa"])
+@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "YCbCr", "RGBA", "LA", "I;16", "I", "F", "HSV", "RGBa", "La"])
 def test_every_mode_of_image_is_converted(mode):
     if mode in ("I;16", "I"):
         image = Image.fromarray(np.asarray(picture("L")).astype(np.uint16) * 257)
         image = image if mode == "I;16" else image.convert("I")
     elif mode == "RGBa":
         image = picture("RGBA").convert("RGBa")
-    elif mode == "LA":
-        image = picture("L").convert("LA")
+    elif mode in ("LA", "La"):
+        image = picture("L").convert("LA").convert(mode)
     elif mode == "P":
         image = picture().quantize()
     else:
         image = picture(mode)
     assert image.mode == mode
-    expected = picture("1" if mode == "1" else "RGB" if mode not in ("L", "LA", "I;16", "I", "F") else "L").convert(
-        "RGB"
-    )
+    expected = picture(
+        "1" if mode == "1" else "RGB" if mode not in ("L", "LA", "La", "I;16", "I", "F") else "L"
+    ).convert("RGB")
     converted = load_rgb_image(image)
     assert converted.mode == "RGB" and converted.size == (20, 12)
     assert np.abs(np.asarray(converted).astype(int) - np.asarray(expected).astype(int)).max() <= 3
@@ -129,9 +129,6 @@ def test_of_an_animated_image_the_first_frame_is_taken(tmp_path):
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "animated.gif", save_all=True, append_images=frames[1:])
     assert load_rgb_image(tmp_path / "animated.gif").getpixel((0, 0)) == (255, 0, 0)
-    image = Image.open(tmp_path / "animated.gif")
-    image.seek(1)
-    assert load_rgb_image(image).getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_the_exif_orientation_is_applied(tmp_path):
@@ -157,8 +154,8 @@ def test_unreadable_images_are_named(tmp_path, image_server):
         (tmp_path / "cut.png", "cut.png.*truncated"),
         (tmp_path / "none.png", "no image file.*none.png"),
         (tmp_path, "folder"),
-        (f"{image_server}/page.html", "page.html.*not an image"),
-        (f"{image_server}/none.png", "none.png"),
+        (f"{image_server}/page.html", "page.html.*not a readable image"),
+        (f"{image_server}/none.png", "none.png.*404"),
         ("http://127.0.0.1:1/a.png", "127.0.0.1:1/a.png.*could not be downloaded"),
     ]:
         with pytest.raises(ValueError, match=message):

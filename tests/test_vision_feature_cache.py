@@ -191,9 +191,11 @@ def test_files_are_read_as_the_processor_reads_them(system, tmp_path):
     half[:13, :, 3] = 0
     Image.fromarray(half).save(transparent)
     picture(3, (200, 24)).save(long)
-    paths = [turned, transparent, long]
+    grey = tmp_path / "16_bit.png"
+    Image.fromarray(np.asarray(picture(4).convert("L")).astype(np.uint16) * 257).save(grey)
+    paths = [turned, transparent, long, grey]
     cache = VisionFeatureCache(tmp_path / "cache", model, processor)
-    cache.fill(paths, batch_size=3)
+    cache.fill(paths, batch_size=4)
     with torch.no_grad():
         expected = model.get_vision_features(processor(images=paths, return_tensors="pt")["pixel_values"])
     assert torch.equal(
