@@ -31,7 +31,8 @@ def _errors_as_messages(extra: str = "train") -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        typer.echo("Interrupted.", err=True)
+        if os.environ.get("RANK", "0") == "0":  # of several processes that train together, the first speaks
+            typer.echo(f"Interrupted. {error}".rstrip(), err=True)
         raise typer.Exit(130) from error
     except ModuleNotFoundError as error:
         from .error_messages import how_to_install
@@ -502,7 +503,7 @@ def train(
         loaded.model = model or loaded.model
         loaded.output_dir = str(output_dir or loaded.output_dir)
         folder = run(loaded)
-    _say_once(f"The model is in {folder}.")
+    _say_what_came_out(folder, loaded.lora is not None)
 
 
 @app.command()
@@ -528,7 +529,7 @@ def curriculum(
             if output_dir is not None:
                 phase.output_dir = str(output_dir / path.stem)
         folder = run_curriculum(phases)
-    _say_once(f"The model is in {folder}.")
+    _say_what_came_out(folder, phases[-1].lora is not None)
 
 
 def _set_options(recipe: Any, cache_vision_features: Path | None, lora: bool, on_bad_sample: str | None) -> None:
@@ -541,10 +542,17 @@ def _set_options(recipe: Any, cache_vision_features: Path | None, lora: bool, on
             data.on_bad_sample = on_bad_sample
 
 
-def _say_once(message: str) -> None:
+def _say_what_came_out(folder: Path, is_adapter: bool) -> None:
     """Of several processes that train together, the first speaks."""
-    if os.environ.get("RANK", "0") == "0":
-        typer.echo(message)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if is_adapter:
+        typer.echo(
+            f"The LoRA adapter is in {folder}; it needs the model that it was trained on. Ask both with `ta-llava ask IMAGE "
+            f"QUESTION --model {folder}`, merge them into one model with `ta-llava merge {folder} OUT`."
+        )
+    else:
+        typer.echo(f"The model is in {folder}.")
 
 
 @app.command()

@@ -8,8 +8,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig
+from transformers.utils import CONFIG_NAME
 
 from .safe_loading import load_config
+
+
+ADAPTER_CONFIG = "adapter_config.json"  # of PEFT
 
 
 def one_line(error: BaseException) -> str:
@@ -91,8 +95,14 @@ def config_of(source: str | Path) -> Any:
         source (`str` or `Path`): Folder, `config.json` or Hub repo.
 
     Raises:
-        `ValueError`: See [`check_source`]; none can be read there; or it is one of original code, see [`check_format`].
+        `ValueError`: See [`check_source`]; none can be read there; or it is an adapter, or one of original code, see
+            [`check_format`].
     """
+    folder = Path(source)
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG_NAME).is_file():
+        raise ValueError(
+            f"{source} is an adapter, not a model. Merge it into its model: `ta-llava merge {source} OUT`."
+        )
     with loading_from(source):
         check_format(PreTrainedConfig.get_config_dict(source)[0])
         return load_config(source)

@@ -26,8 +26,10 @@ from tqdm.auto import tqdm
 from transformers import AutoProcessor
 
 from . import pope
+from .adapters import is_adapter, model_of_adapter
 from .complete_files import write_text
 from .easy_vqa_data import QUESTION_TYPES, load_easy_vqa, question_type, wording_prior
+from .encoded_images import encoded_bytes
 from .error_messages import config_of, loading_from, one_line
 from .inference import answer, load
 from .model_card import describe_evaluation, full_path
@@ -484,7 +486,7 @@ def _read_file(path: Path, image_folder: str | Path | None) -> list[Question]:
     questions = read_questions(read_records(path), image_folder or path.parent, str(path))
     for question in questions:
         for image in question.images:
-            if not isinstance(image, str):
+            if not isinstance(image, str) or encoded_bytes(image) is not None:
                 raise ValueError(
                     f"Question {question.id} of {path} must name its images by paths, got {image!r:.100}."
                 )
@@ -515,7 +517,7 @@ def _read_folder(path: Path, image_folder: str | Path | None, split: str | None)
         raise ValueError(f"There are no records in {path}.")
     for index, question in enumerate(questions):
         question.images = [
-            image if isinstance(image, str) else HeldImage(records, index, number)
+            image if isinstance(image, str) and encoded_bytes(image) is None else HeldImage(records, index, number)
             for number, image in enumerate(question.images)
         ]
     return questions
@@ -604,6 +606,9 @@ def _check_model(model: str | Path) -> tuple[str, str]:
     Raises:
         `ValueError`: There is no config or no image processor.
     """
+    if is_adapter(model):
+        model_type, of_base = _check_model(model_of_adapter(model))
+        return model_type, _digest_of_files(model, of_base)
     config = config_of(model)
     with loading_from(model):
         processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
@@ -612,13 +617,17 @@ def _check_model(model: str | Path) -> tuple[str, str]:
             f"{model} has no image processor, so it cannot be asked about images. Is it a language model alone, or is its "
             "processor_config.json missing?"
         )
-    digest = hashlib.sha256(str(getattr(config, "_commit_hash", None)).encode())
+    return config.model_type, _digest_of_files(model, str(getattr(config, "_commit_hash", None)))
+
+
+def _digest_of_files(model: str | Path, beside: str) -> str:
+    digest = hashlib.sha256(beside.encode())
     for path in sorted({path for pattern in _MODEL_FILES for path in Path(model).glob(pattern)}):
         status = path.stat()
         is_large = path.suffix == ".safetensors"
         digest.update(path.name.encode())
         digest.update(f"{status.st_size} {status.st_mtime_ns}".encode() if is_large else path.read_bytes())
-    return config.model_type, digest.hexdigest()[:16]
+    return digest.hexdigest()[:16]
 
 
 def _fingerprint(questions: Sequence[Question]) -> str:

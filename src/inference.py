@@ -13,6 +13,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from .adapters import is_adapter, merge_into, model_of_adapter
 from .compress import compressed_parts
 from .error_messages import check_complete, config_of, loading_from
 from .export import check_processor
@@ -65,7 +66,8 @@ def load(
     precision weights are widened to float32, unless the model is quantised.
 
     Args:
-        model (`str` or `Path`): Folder or Hub repo.
+        model (`str` or `Path`): Folder or Hub repo. Of a LoRA adapter the model that it names is loaded, and the adapter
+            merged into its weights.
         num_visual_tokens (`int`, *optional*): Load a LLaVA with VMTC on, and so many visual tokens per image.
         cmai_max_ratio (`float`, *optional*): Load a LLaVA with CMAI on, and this share inhibited in the last layer; with
             CMAI off, if it is 0. What is not given stays as the config says.
@@ -74,6 +76,10 @@ def load(
         `ValueError`: Nothing can be loaded from there, or not with VMTC and CMAI, or not all weights; the message says what
             is missing.
     """
+    if is_adapter(model):
+        source = model_of_adapter(model)
+        base, processor = load(source, num_visual_tokens, cmai_max_ratio)
+        return merge_into(base, model, source).eval(), processor
     on_gpu = torch.cuda.is_available()
     model_class: Any = AutoModelForImageTextToText
     kwargs: dict[str, Any] = {}

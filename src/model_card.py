@@ -340,7 +340,9 @@ def _read_training(folder: Path) -> tuple[list[dict[str, Any]], str | None]:
         try:
             summary = json.loads((folder / _TRAINING_SUMMARY).read_text(encoding="utf-8"))
             recipe, log = summary["recipe"], summary["log"]
-            is_here = Path(recipe["output_dir"]).resolve() == folder.resolve()
+            # What an adapter was merged into has the adapter's summary.
+            own, written = folder / _TRAINING_SUMMARY, Path(recipe["output_dir"]) / _TRAINING_SUMMARY
+            is_here = written.is_file() and filecmp.cmp(own, written, shallow=False)
             source = recipe["data"]["path"]
             dataset = source if is_here and _is_repo(source) and not Path(source).suffix else None
             trained = [

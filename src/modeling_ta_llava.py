@@ -47,6 +47,7 @@ from .safe_loading import SafetensorsMixin
 from .vmtc import (
     CACHE,
     VisualBudgetMixin,
+    blank_image,
     blocks_of,
     cache_of_call,
     compression_of_call,
@@ -863,7 +864,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
     ) -> tuple[torch.Tensor, torch.Tensor | None, PrefixReader | None]:
         """
         Returns the embeddings with the prefix on the columns of the placeholders, the visual tokens, and the reader
-        that the layers call; no reader for a batch of text only.
+        that the layers call; no reader for a batch of text only, unless it is trained on.
         """
         batch_size, sequence_length = inputs_embeds.shape[:2]
         device, num_prefix_tokens = inputs_embeds.device, self.config.num_prefix_tokens
@@ -874,7 +875,9 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
                 "(`text_config.max_position_embeddings`). Shorten the prompt."
             )
         no_images = pixel_values is None and vision_features is None and encoded_images is None
-        if no_images and sequence_length < num_prefix_tokens:
+        # In training a batch without an image takes the way of one with images, and comes out as it was: see `blank_image`.
+        is_trained = self.training and torch.is_grad_enabled()
+        if no_images and sequence_length < num_prefix_tokens and not is_trained:
             return inputs_embeds, None, None
 
         # A placeholder after the first word is a word like others, should a model ever write one.
@@ -885,9 +888,11 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
         text_mask = tokens & ~is_prefix
         if not is_tracing(is_prefix):  # these look at values, which a graph must not wait for
             if (no_images or (image_mask is not None and not image_mask.any())) and not has_prefix.any():
-                return inputs_embeds, None, None
+                if not is_trained:
+                    return inputs_embeds, None, None
+                no_images, pixel_values, vision_features, image_mask = True, None, None, None
             self._check_placeholders(is_prefix)
-            if no_images:  # not an error: assistants are called like this
+            if no_images and has_prefix.any():  # not an error: assistants are called like this
                 logger.warning_once(
                     "The text has placeholders for images, but no images (`pixel_values`, `vision_features` or "
                     "`encoded_images`) were given: the prefix reads text alone."
@@ -906,10 +911,10 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
         elif encoded_images is not None:
             encoded_images = self._encoded_images_of_rows(encoded_images, has_prefix)
 
-        # Rows without a prefix get any L columns, whose states stay as they are.
+        # Rows without a prefix get any L columns, whose states stay as they are; fewer, if text alone is shorter.
         start = is_prefix.int().argmax(dim=-1, keepdim=True)
-        columns = start + torch.arange(num_prefix_tokens, device=device)
-        prefix = self._embed_prefix(device).to(device, inputs_embeds.dtype)
+        columns = start + torch.arange(min(num_prefix_tokens, sequence_length), device=device)
+        prefix = self._embed_prefix(device)[:, : columns.shape[1]].to(device, inputs_embeds.dtype)
         prefix = torch.where(
             has_prefix[:, None, None],
             prefix,
@@ -921,6 +926,11 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
         visual_tokens = visual = None
         if vision_features is not None:
             encoded_images, visual_tokens = self._encode_vision_features(vision_features, image_mask)
+        elif no_images and is_trained:
+            features = self.get_vision_features(blank_image(self.config, self.vision_tower))[None]
+            blank = self._encode_vision_features(features, features.new_zeros(1, 1))[0]  # by the mask not to be read
+            states = {name: value.expand(batch_size, *value.shape[1:]) for name, value in blank.items()}
+            encoded_images = type(blank)(**states)
         if encoded_images is not None:
             encoded_images = encoded_images.to(device, inputs_embeds.dtype)
             key_value, image_mask = (encoded_images.key, encoded_images.value), encoded_images.image_mask
@@ -960,8 +970,9 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
             if self.training:
                 logger.warning_once(
                     f"A training example with an image has no response marker (`config.response_marker_ids` {marker_ids}), "
-                    "so its prefix reads all of its text, the labels included. Does the chat template of the processor "
-                    "write the marker?"
+                    "so its prefix reads all of its text, the labels included. If the row was truncated before its answer, "
+                    "leave such rows out or allow more tokens (`max_length` of TRL and of collators). Else look whether the "
+                    "chat template of the processor writes the marker."
                 )
             else:
                 logger.warning_once(
@@ -970,6 +981,26 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
                     "`add_generation_prompt=True` writes it."
                 )
         return text_mask & (torch.arange(sequence_length, device=text_mask.device) < response_start[:, None])
+
+    def _warn_of_labelled_instruction(
+        self, labels: torch.Tensor, input_ids: torch.Tensor | None, inputs_embeds: Any
+    ) -> None:
+        """Warns if `labels` `(B, S)` ask for what the prefix reads, which it need only copy then."""
+        columns = torch.arange(labels.shape[1], device=labels.device)
+        is_placeholder = self._columns_of(self.config.image_token_id, input_ids, inputs_embeds)
+        markers = [self._columns_of(token, input_ids, inputs_embeds) for token in self.config.response_marker_ids]
+        response_start = find_response_start(torch.stack(markers), self.config.instruction_scope)
+        in_instruction = is_placeholder.any(dim=-1, keepdim=True) & ~is_placeholder
+        in_instruction &= (columns + len(markers) <= response_start[:, None]) & (response_start < len(columns))[
+            :, None
+        ]
+        if (in_instruction.to(labels.device) & (labels != -100)).any():
+            logger.warning_once(
+                "The labels of a row with an image hold its instruction too, which the prefix has read: it need only be "
+                "copied. Set them to -100 up to the response marker (`config.response_marker_ids` "
+                f"{self.config.response_marker_ids}), as `ta-llava train` does. In TRL, give prompt and completion, and "
+                "`completion_only_loss=True`."
+            )
 
     def _embed_prefix(self, device: torch.device) -> torch.Tensor:
         """The learned prefix `(1, L, d)`, scaled as the language model scales its embeddings (Gemma: by sqrt(d))."""
@@ -1299,7 +1330,8 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin): 
                 Instead of `pixel_values` and `image_mask`: what `encode_image` has computed of the images before, of B
                 rows, or of one for all.
             labels (`torch.LongTensor` of shape `(B, S)`, *optional*):
-                Token ids to predict, aligned with `input_ids`; -100 where no loss is taken (prefix, instruction, padding).
+                Token ids to predict, aligned with `input_ids`; -100 where no loss is taken (instruction, padding).
+                Placeholders, as in a copy of `input_ids`, are never predicted.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
                 Compute logits for the last so many columns only (0: all), or for the given column indices.
             mm_token_type_ids (`torch.LongTensor` of shape `(B, S)`, *optional*):
@@ -1345,6 +1377,9 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin): 
 
         loss = None
         if labels is not None:
+            if self.training and not is_tracing(labels):
+                self.model._warn_of_labelled_instruction(labels, input_ids, inputs_embeds)
+            labels = labels.masked_fill(labels == self.config.image_token_id, -100)
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )

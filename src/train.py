@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForImageTextToText,
@@ -37,9 +37,10 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file, has_file, is_bitsandbytes_available
 
+from .adapters import merge_into, model_of_adapter
 from .complete_files import complete_folder_or_not_at_all, temporary_name, write_text
 from .configuration_ta_llava import TaLlavaConfig
-from .error_messages import check_complete, check_source, config_of, how_to_install, one_line, why_not_loaded
+from .error_messages import check_complete, check_source, config_of, how_to_install, one_line
 from .safe_loading import read_safetensors
 from .training_data import Collator, iterate_images, prepare_dataset
 from .vision_feature_cache import VisionFeatureCache
@@ -220,7 +221,7 @@ def check_recipe(recipe: Recipe, model_type: str) -> None:
             continue
         if settings.on_bad_sample not in ("error", "skip"):
             raise ValueError(f'`on_bad_sample` must be "error" or "skip", got {settings.on_bad_sample!r}.')
-        if Path(settings.path).suffix in (".json", ".jsonl") and not Path(settings.path).is_file():
+        if Path(settings.path).suffix in (".json", ".jsonl", ".parquet") and not Path(settings.path).is_file():
             raise ValueError(f"There is no file {settings.path} (`path` of the data).")
         if settings.image_folder is not None and not Path(settings.image_folder).is_dir():
             raise ValueError(f"There is no folder {settings.image_folder} (`image_folder` of the data).")
@@ -389,7 +390,20 @@ def train(recipe: Recipe) -> Path:
     Raises:
         `ValueError`: See [`check_recipe`] and [`prepare_dataset`]; or the output folder holds something else, or the model
             lacks weights.
+        `KeyboardInterrupt`: Ctrl-C; the message says where the same call goes on.
     """
+    try:
+        return _train(recipe)
+    except KeyboardInterrupt as error:
+        checkpoint = last_complete_checkpoint(Path(recipe.output_dir))
+        if checkpoint is not None:
+            remedy = f"Run the same command again: it goes on from {checkpoint}."
+        else:
+            remedy = f"There is no checkpoint in {recipe.output_dir} yet: the same command starts from the first step."
+        raise KeyboardInterrupt(remedy) from error
+
+
+def _train(recipe: Recipe) -> Path:
     if not recipe.model:
         raise ValueError("The recipe has no `model` to start from. Give it, e.g. by --model FOLDER.")
     check_recipe(recipe, _model_type(recipe.model))
@@ -562,7 +576,8 @@ def _training_arguments(recipe: Recipe) -> TrainingArguments:
     settings: dict[str, Any] = {
         "use_cpu": not torch.accelerator.is_available(),
         "ddp_timeout": 24 * 3600,  # while the first process prepares the data, the others wait
-        "ddp_find_unused_parameters": recipe.data.keep_text_only,  # without an image there is nothing to project
+        # The model gives every parameter a gradient, but for the tower's blocks behind its features.
+        "ddp_find_unused_parameters": "vision_tower" in recipe.train,
         "eval_strategy": "no" if recipe.evaluation_data is None else "epoch",
         **recipe.training_arguments,
     }
@@ -593,6 +608,19 @@ def _training_arguments(recipe: Recipe) -> TrainingArguments:
         )
     if recipe.cache_vision_features and is_deepspeed_zero3_enabled():
         raise ValueError("With ZeRO-3 no process has the whole vision tower: leave out `cache_vision_features`.")
+    # All processes must gather the shards of the same weights. A batch without an image runs the tower to that end, but only
+    # in training, and not where the others read features.
+    is_sharded = bool(arguments.fsdp) or is_deepspeed_zero3_enabled()
+    if is_sharded and recipe.data.keep_text_only and recipe.cache_vision_features:
+        raise ValueError(
+            "With FSDP, batches without an image (`data.keep_text_only`) do not go with `cache_vision_features`: leave one "
+            "out."
+        )
+    if is_sharded and recipe.evaluation_data is not None and recipe.evaluation_data.keep_text_only:
+        raise ValueError(
+            "With FSDP and ZeRO-3, evaluation during training cannot have batches without an image: set "
+            "`evaluation_data.keep_text_only` to false."
+        )
     return arguments
 
 
@@ -703,7 +731,7 @@ def _names_of(part: str) -> tuple[str, ...]:
 
 def merge_adapter(adapter: str | Path, out: str | Path, model: str | None = None) -> None:
     """
-    Merges a PEFT adapter into its model and saves that as a folder of its own.
+    Merges a PEFT adapter into its model and saves that as a folder of its own, with a model card.
 
     Args:
         adapter (`str` or `Path`): Folder or Hub repo of the adapter.
@@ -714,41 +742,20 @@ def merge_adapter(adapter: str | Path, out: str | Path, model: str | None = None
         `ValueError`: `out` is not new; `adapter` is none of LoRA, is damaged, or does not fit its model; or that is not
             there, or lacks weights.
     """
-    from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
-    from peft.utils import SAFETENSORS_WEIGHTS_NAME
-
     from .export import check_new_folder
+    from .model_card import CARD, write_model_card
 
     out = Path(out)
     check_new_folder(out)
-    check_source(adapter)
-    try:
-        config = PeftConfig.from_pretrained(str(adapter))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{adapter} is no PEFT adapter: {one_line(error)}") from error
-    if config.peft_type != PeftType.LORA:  # others name further files, which may be pickles
-        raise ValueError(f"{adapter} is an adapter of kind {config.peft_type}; only LoRA is merged.")
-    source = model or config.base_model_name_or_path
-    if not source:
-        raise ValueError(f"{adapter} does not name its model. Give it with --model.")
-    check_source(source)
-    if not has_file(adapter, SAFETENSORS_WEIGHTS_NAME):
-        raise ValueError(
-            f"{adapter} has no {SAFETENSORS_WEIGHTS_NAME}, and only safetensors are read: pickles can run code."
-        )
+    source = model_of_adapter(adapter, model)
     base = _load_complete(source, dtype="auto")
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
-    try:
-        adapted = PeftModel.from_pretrained(base, str(adapter))
-        with safe_open(cached_file(adapter, SAFETENSORS_WEIGHTS_NAME), framework="pt") as weights:
-            saved = set(weights.keys())
-    except (SafetensorError, RuntimeError, ValueError) as error:  # other sizes, other modules
-        raise ValueError(f"{adapter} does not fit {source}: {why_not_loaded(error)}") from error
-    if odd := sorted(get_peft_model_state_dict(adapted).keys() ^ saved):
-        raise ValueError(
-            f"{adapter} does not fit {source}: {len(odd)} weights are missing or left over, such as {odd[0]!r}."
-        )
-    merged = adapted.merge_and_unload()
+    merged = merge_into(base, adapter, source)
     with complete_folder_or_not_at_all(out) as unfinished:
         merged.save_pretrained(unfinished)
         processor.save_pretrained(unfinished)
+        # For the card, which comes in the place of PEFT's form to fill in.
+        if has_file(str(adapter), SUMMARY):
+            shutil.copyfile(cached_file(str(adapter), SUMMARY), unfinished / SUMMARY)
+        if merged.config.model_type in PARTS:
+            write_text(unfinished / CARD, write_model_card(unfinished, out.resolve().name))

@@ -34,6 +34,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from .encoded_images import encoded_bytes
 from .error_messages import one_line
 from .image_loading import load_rgb_image
 
@@ -46,6 +47,12 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
 COLUMNS = ["input_ids", "labels", "images", "id", "length"]
 
 _PROBED = 16  # at most so many samples, evenly spaced, are looked at before all are
+
+_IMAGE_COLUMNS = ("image", "images")
+_CAST = (
+    'Give paths or image files, or say that it holds images: `dataset.cast_column("image", datasets.Image())`, for lists '
+    "`datasets.List(datasets.Image())`."
+)
 
 # Characters for private use, which no text has, to see what a chat template does with a question and an answer.
 _QUESTION, _ANSWER = "\ue000", "\ue001"
@@ -81,12 +88,13 @@ class Sample:
 
     Args:
         id (`str`): That of the record, or else its index.
-        images (`list`): Path, PIL image, or dict with `bytes` and `path` each.
+        images (`list`): Path, PIL image, or the bytes of a file (see [`encoded_bytes`]) each.
         messages (`list[dict]`):
             `role` ("system", "user", "assistant") and `content`: text with an `<image>` per image or, of a user, also a
             list of `{"type": "image"}` and `{"type": "text", "text": ...}`.
         index (`int`): Place of the record in the source, from 0.
         source (`str`): Where it is from.
+        began_with_answer (`bool`): Whether the record began with a turn of the assistant, which was dropped.
     """
 
     id: str
@@ -94,13 +102,15 @@ class Sample:
     messages: list[dict]
     index: int = 0
     source: str = ""
+    began_with_answer: bool = False
 
 
 def read_sample(
     record: Mapping[str, Any], index: int = 0, image_folder: str | Path | None = None, source: str = ""
 ) -> Sample:
     """
-    A sample from a record in the format of LLaVA or TRL. Images are not opened.
+    A sample from a record in the format of LLaVA or TRL. Images are not opened. A turn of the assistant before the first
+    question is dropped, as in LLaVA's own code.
 
     Args:
         record (`Mapping`): With `conversations` or `messages`, and `image` or `images`: one or a list of them.
@@ -116,10 +126,14 @@ def read_sample(
     try:
         images = _read_images(record, image_folder)
         messages = _read_messages(record)
+        first = next((index for index, message in enumerate(messages) if message["role"] != "system"), 0)
+        began_with_answer = messages[first]["role"] == "assistant"
+        if began_with_answer:
+            del messages[first]
         _check_messages(messages, len(images))
     except ValueError as error:
         raise SampleError(sample_id, index, source, str(error)) from error
-    return Sample(sample_id, images, messages, index, source)
+    return Sample(sample_id, images, messages, index, source, began_with_answer)
 
 
 def _read_images(record: Mapping[str, Any], image_folder: str | Path | None) -> list:
@@ -127,9 +141,11 @@ def _read_images(record: Mapping[str, Any], image_folder: str | Path | None) -> 
         images = _as_list(record.get("images") if record.get("image") is None else record["image"])
     except Exception as error:  # `datasets` decodes them here, and Pillow's readers raise nearly anything
         raise ValueError(f"An image cannot be read: {one_line(error)}") from error
-    return [
-        locate_image(image, image_folder or "") if isinstance(image, (str, os.PathLike)) else image for image in images
-    ]
+    return [locate_image(image, image_folder or "") if _is_path(image) else image for image in images]
+
+
+def _is_path(image: Any) -> bool:
+    return isinstance(image, (str, os.PathLike)) and encoded_bytes(image) is None
 
 
 def locate_image(image: str | os.PathLike, image_folder: str | Path) -> str:
@@ -148,6 +164,8 @@ def locate_image(image: str | os.PathLike, image_folder: str | Path) -> str:
 
 def _as_list(images: Any) -> list:
     """One image, a list of them or none, as a list."""
+    if isinstance(images, Mapping) and not any(value is not None for value in images.values()):
+        return []  # how a struct that is null may come
     if images is None or (isinstance(images, str) and not images):
         return []
     return list(images) if isinstance(images, (list, tuple)) else [images]
@@ -231,6 +249,8 @@ def _check_messages(messages: list[dict], num_images: int) -> None:
         except UnicodeEncodeError as error:
             raise ValueError(f"Turn {number} has a broken character: {error}.") from error
         num_found += text.count(IMAGE)
+    if not any(message["role"] == "user" for message in messages):
+        raise ValueError("It has no question.")
     if previous != "assistant":
         raise ValueError(f"The last turn is of the {previous}, so there is nothing to learn from it. Drop it.")
     if num_found != num_images:
@@ -242,14 +262,22 @@ def _check_messages(messages: list[dict], num_images: int) -> None:
 
 def open_image(image: Any) -> Image.Image:
     """
-    The RGB image of a path, a PIL image, or a dict with `bytes` and `path` as `datasets` has it.
+    The RGB image of a path, a PIL image, the bytes of a file (see [`encoded_bytes`]), or a dict with `bytes` and `path` as
+    `datasets` has it.
 
     Raises:
         `ValueError`: It cannot be read.
     """
     try:
-        if isinstance(image, Mapping):
-            image = image["path"] if image.get("bytes") is None else Image.open(BytesIO(image["bytes"]))
+        content = encoded_bytes(image)
+        if content is not None:
+            image = Image.open(BytesIO(content))
+        elif isinstance(image, Mapping):
+            if not isinstance(image.get("path"), (str, os.PathLike)):
+                raise ValueError(
+                    f"An image has the fields {', '.join(map(str, image))}, but no file in `bytes` or `path`. {_CAST}"
+                )
+            image = image["path"]
         return load_rgb_image(image)
     except Exception as error:  # Pillow's readers raise nearly anything
         raise ValueError(one_line(error)) from error
@@ -257,8 +285,8 @@ def open_image(image: Any) -> Image.Image:
 
 def _find_damage(image: Any) -> str:
     """What keeps an image from being read to its end; empty if nothing does."""
-    if isinstance(image, str) and not os.path.isfile(image):
-        return f"There is no image file {image!r}."
+    if _is_path(image) and not os.path.isfile(image):
+        return f"There is no image file {str(image)[:1000]!r}."
     try:
         open_image(image)
     except ValueError as error:
@@ -545,24 +573,32 @@ class DataReport:
     too_long: int = 0
     bad: int = 0
     max_length: int = 0
+    began_with_answer: int = 0  # of those that were kept; the answer was dropped
 
     @property
     def total(self) -> int:
         return self.kept + self.text_only + self.too_long + self.bad
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"{self.kept} of {self.total} samples kept; left out: {self.text_only} without an image, {self.too_long} over "
             f"{self.max_length} tokens, {self.bad} bad"
         )
+        if self.began_with_answer:
+            text += f"; {self.began_with_answer} began with an answer, which was dropped"
+        return text
 
-    def _count(self, outcome: str) -> None:
-        setattr(self, outcome, getattr(self, outcome) + 1)
+    def _count(self, row: Mapping[str, Any]) -> None:
+        setattr(self, row["outcome"], getattr(self, row["outcome"]) + 1)
+        self.began_with_answer += row["outcome"] == "kept" and row["began_with_answer"]
 
 
 @dataclass
 class _Preparation:
-    """From a record to a row: `COLUMNS`, the `outcome` (a field of [`DataReport`]) and, of bad samples, the `reason`."""
+    """
+    From a record to a row: `COLUMNS`, the `outcome` (a field of [`DataReport`]), of bad samples the `reason`, and whether
+    it `began_with_answer`.
+    """
 
     encoder: SampleEncoder
     max_length: int
@@ -574,6 +610,7 @@ class _Preparation:
 
     def __call__(self, record: Mapping[str, Any], index: int) -> dict[str, Any]:
         row = {"input_ids": [], "labels": [], "images": [], "id": str(index), "length": 0, "outcome": "", "reason": ""}
+        row["began_with_answer"] = False
         try:
             sample = read_sample(self._parse(record, index), index, self.image_folder, self.source)
             row["id"] = sample.id
@@ -583,13 +620,15 @@ class _Preparation:
             if item["length"] > self.max_length:
                 return {**row, "length": item["length"], "outcome": "too_long"}
             for image in sample.images:
-                is_file = isinstance(image, (str, os.PathLike))
-                damage = _find_damage(image) if self.opens_files or not is_file else ""
+                if self.is_json and not isinstance(image, str):
+                    reason = f"Its image is {image!r:.100}, but in JSON an image is its path, or its file in base64."
+                    raise SampleError(sample.id, index, self.source, reason)
+                damage = _find_damage(image) if self.opens_files or not _is_path(image) else ""
                 if damage:
                     raise SampleError(sample.id, index, self.source, damage)
         except SampleError as error:
             return {**row, "id": error.sample_id, "outcome": "bad", "reason": error.reason}
-        return {**row, **item, "outcome": "kept"}
+        return {**row, **item, "outcome": "kept", "began_with_answer": sample.began_with_answer}
 
     def _parse(self, record: Mapping[str, Any], index: int) -> Mapping[str, Any]:
         if not self.is_json:
@@ -661,7 +700,7 @@ class _StreamedPreparation:
         if row["outcome"] == "bad":
             self.bad_samples.handle([(row["id"], index, row["reason"])])
         if index > self.last_index:
-            self.report._count(row["outcome"])
+            self.report._count(row)
             self.last_index = index
         return row
 
@@ -685,8 +724,9 @@ def prepare_dataset(
 
     Args:
         source (`str`, `Path`, `Dataset` or `IterableDataset`):
-            A `.json` file of one array, a `.jsonl` file, a folder that `save_to_disk` has written, the name of a repo on
-            the Hub, or a dataset, with records in the format of LLaVA or TRL.
+            A `.json` file of one array, a `.jsonl` or `.parquet` file, a folder of such, or one that `save_to_disk` has
+            written, the name of a repo on the Hub, or a dataset, with records in the format of LLaVA or TRL. Images may lie
+            in a column: as images of `datasets`, or as `bytes`, base64, or structs with `bytes` and `path`.
         processor (`TaLlavaProcessor` or `VmtcCmaiLlavaProcessor`):
             That of the model.
         image_folder (`str` or `Path`, *optional*):
@@ -745,7 +785,7 @@ def _prepare_mapped(
     records: datasets.Dataset, prepare: _Preparation, bad_samples: _BadSamples, num_proc: int | None
 ) -> tuple[datasets.Dataset, DataReport]:
     # Images inside the dataset stay where they are: they are not copied with the tokens.
-    held = [name for name in ("image", "images") if _holds_images(records.features.get(name))][:1]
+    held = [name for name in _IMAGE_COLUMNS if _holds_images(records, name, prepare.source)][:1]
     if not held:
         _probe(records, prepare, bad_samples)
     tokens = datasets.Sequence(datasets.Value("int32"))
@@ -755,6 +795,7 @@ def _prepare_mapped(
         "images": datasets.Sequence(text),
         **dict.fromkeys(("id", "outcome", "reason"), text),
         "length": datasets.Value("int32"),
+        "began_with_answer": datasets.Value("bool"),
     }
     rows = records.map(
         _WithoutImages(prepare) if held else prepare,
@@ -770,7 +811,7 @@ def _prepare_mapped(
         paths_of_rows = rows.select_columns(["images"])
         memory = Path(datasets.config.HF_DATASETS_CACHE) / "ta_llava_checked_images.jsonl"
         damaged = find_damaged_files(
-            (path for row in paths_of_rows for path in row["images"]),
+            (path for row in paths_of_rows for path in row["images"] if _is_path(path)),
             memory,
             num_threads=num_proc or os.cpu_count() or 1,
         )
@@ -782,7 +823,8 @@ def _prepare_mapped(
     ids = rows.select_columns(["id"])
     bad = [(ids[index]["id"], index, reasons[index]) for index, outcome in enumerate(outcomes) if outcome == "bad"]
     bad_samples.handle(bad)
-    report = DataReport(**Counter(outcomes), max_length=prepare.max_length)
+    dropped = sum(began and outcome == "kept" for began, outcome in zip(rows["began_with_answer"], outcomes))
+    report = DataReport(**Counter(outcomes), max_length=prepare.max_length, began_with_answer=dropped)
     if report.kept == 0:
         raise _nothing_left(prepare.source, report, bad[0][2] if bad else "")
     if held:
@@ -818,9 +860,11 @@ class _WithoutImages:
 def _prepare_streamed(
     records: datasets.IterableDataset, prepare: _Preparation, bad_samples: _BadSamples
 ) -> tuple[datasets.IterableDataset, DataReport]:
-    for name in ("image", "images"):  # `datasets` would decode them outside our reach
+    for name in _IMAGE_COLUMNS:  # `datasets` would decode them outside our reach
         feature = (records.features or {}).get(name)
-        if _holds_images(feature):
+        if feature is not None:
+            _check_column(name, feature, prepare.source)
+        if isinstance(_element(feature), datasets.Image):
             undecoded = datasets.Image(decode=False)
             is_one = isinstance(feature, datasets.Image)
             records = records.cast_column(name, undecoded if is_one else datasets.Sequence(undecoded))
@@ -841,11 +885,41 @@ def _is_kept(row: Mapping[str, Any]) -> bool:
     return row["outcome"] == "kept"
 
 
-def _holds_images(feature: Any) -> bool:
-    """Whether a column holds images, not their paths."""
+def _element(feature: Any) -> Any:
+    """What a column holds, or the lists in it."""
     if isinstance(feature, list):
         feature = feature[0]
-    return isinstance(getattr(feature, "feature", feature), datasets.Image)
+    return getattr(feature, "feature", feature)
+
+
+def _is_of(element: Any, *dtypes: str) -> bool:
+    return isinstance(element, datasets.Value) and element.dtype in dtypes
+
+
+def _check_column(name: str, feature: Any, source: str) -> None:
+    """Raises `ValueError` for a column that can hold neither images nor their paths."""
+    element = _element(feature)
+    is_struct = isinstance(element, dict) and not element.keys().isdisjoint(("bytes", "path"))
+    texts, contents = ("string", "large_string", "string_view", "null"), ("binary", "large_binary", "binary_view")
+    if not is_struct and not isinstance(element, datasets.Image) and not _is_of(element, *texts, *contents):
+        raise ValueError(
+            f"The column `{name}` of {source or 'the dataset'} holds {element!s:.200}, no images. {_CAST}"
+        )
+
+
+def _holds_images(records: datasets.Dataset, name: str, source: str) -> bool:
+    """
+    Whether a column holds images, not their paths: those of `datasets`, or files that it no longer says to be images, as
+    bytes, in structs, or as text in base64.
+    """
+    if name not in records.features:
+        return False
+    _check_column(name, records.features[name], source)
+    element = _element(records.features[name])
+    if not _is_of(element, "string", "large_string", "string_view"):
+        return not _is_of(element, "null")
+    first = next((images[0] for row in records.select_columns([name]) if (images := _as_list(row[name]))), None)
+    return first is not None and not _is_path(first)
 
 
 def _load(source: Any, streaming: bool, split: str) -> tuple[datasets.Dataset | datasets.IterableDataset, str, bool]:
@@ -858,6 +932,7 @@ def _load(source: Any, streaming: bool, split: str) -> tuple[datasets.Dataset | 
     name = str(source) if isinstance(source, (str, os.PathLike)) else ""
     path = Path(name)
     is_json = bool(name) and path.suffix in (".json", ".jsonl")
+    is_parquet = bool(name) and path.suffix == ".parquet" and path.is_file()
     if is_json:
         if not path.is_file():
             raise ValueError(f"There is no file {name}.")
@@ -877,11 +952,15 @@ def _load(source: Any, streaming: bool, split: str) -> tuple[datasets.Dataset | 
         records = source
     elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         records = datasets.load_from_disk(name)
-    elif path.is_file():
-        raise ValueError(f"{name} is neither a .json nor a .jsonl file.")
+    elif path.is_file() and not is_parquet:
+        raise ValueError(f"{name} is neither a .json, nor a .jsonl, nor a .parquet file.")
     else:
         try:
-            records = datasets.load_dataset(name, split=split, streaming=streaming)
+            records = (
+                datasets.load_dataset("parquet", data_files=name, split="train", streaming=streaming)
+                if is_parquet
+                else datasets.load_dataset(name, split=split, streaming=streaming)
+            )
         except Exception as error:  # of the network, the Hub, the data, or a name that cannot be one
             raise ValueError(f"There is no dataset {name!r} that could be read: {one_line(error)}") from error
     if isinstance(records, (datasets.DatasetDict, datasets.IterableDatasetDict)):

@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from .complete_files import complete_or_not_at_all
+from .encoded_images import encoded_bytes
 
 
 _MANIFEST = "manifest.json"
@@ -40,9 +41,9 @@ class VisionFeatureCache:
     """
     Features of images as `get_vision_features` of a TA-LLaVA or a LLaVA with VMTC and CMAI gives them.
 
-    An image is the path of a file, a PIL image, or a dict with `bytes` or `path`, as `datasets` has it. It is known by its
-    content: a file by its bytes, which a hit does not decode, a PIL image by its pixels. A file and the PIL image made of
-    it are two images; a file and its bytes are one.
+    An image is the path of a file, a PIL image, the bytes of a file, also in base64, or a dict with `bytes` or `path`, as
+    `datasets` has it. It is known by its content: a file by its bytes, which a hit does not decode, a PIL image by its
+    pixels. A file and the PIL image made of it are two images; a file and its bytes are one.
 
     Any number of processes may read at once, among them the workers of a `DataLoader`, to which a cache is sent without
     its model. One process fills; another that wants to waits for it and then computes what is still missing.
@@ -355,13 +356,14 @@ def _name_of(image: Any) -> str:
     """What an error message calls an image."""
     if isinstance(image, dict) and isinstance(image.get("path"), (str, os.PathLike)):
         image = image["path"]
+    content = encoded_bytes(image)
+    if content is not None:
+        return f"an image of {len(content)} bytes"
     if isinstance(image, (str, os.PathLike)):
         return repr(os.fspath(image))
     if isinstance(image, Image.Image):
         filename = getattr(image, "filename", "")
         return repr(str(filename)) if filename else f"a PIL image of size {image.width}x{image.height}"
-    if isinstance(image, dict) and isinstance(image.get("bytes"), bytes):
-        return f"an image of {len(image['bytes'])} bytes"
     return f"an image of type {type(image).__name__}"
 
 
@@ -369,9 +371,10 @@ def _content_of(image: Any) -> bytes | Image.Image:
     """The bytes of an image file, or the PIL image that was given."""
     if isinstance(image, Image.Image):
         return image
+    encoded = encoded_bytes(image)
+    if encoded is not None:
+        return encoded
     if isinstance(image, dict):
-        if isinstance(image.get("bytes"), bytes):
-            return image["bytes"]
         image = image.get("path")
     if not isinstance(image, (str, os.PathLike)):
         raise ValueError(

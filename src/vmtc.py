@@ -634,6 +634,18 @@ def compression_of_call(
     return TowerCompression(stages, config.vmtc_merge_weights, has_class_token(tower))
 
 
+def blank_image(config: Any, tower: Any) -> torch.Tensor:
+    """
+    Pixels `(1, 3, H, W)`, all zero, for a batch of training without an image: the tower, the projector and what reads them
+    run on it, and their result is thrown away. So every trained parameter gets a gradient, of zero, for which data parallel
+    processes wait; and every process gathers the same shards of weights in the same order (FSDP, ZeRO-3), which adding
+    zero times the parameters would not do.
+    """
+    size = config.vision_config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.zeros(1, config.vision_config.num_channels, height, width, device=tower.device, dtype=tower.dtype)
+
+
 def has_class_token(tower: Any) -> bool:
     """Whether the first token of a vision tower stands for the whole image, as in CLIP and DINOv2; SigLIP has none."""
     embeddings = getattr(tower, "embeddings", None)

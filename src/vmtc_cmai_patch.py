@@ -47,7 +47,7 @@ from transformers.models.llava.modeling_llava import (
 )
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, Unpack
 from transformers.tokenization_utils_base import TextInput
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing, logging
 
 from .cmai import Inhibition, check_attention, make_inhibitable, prepare_cache, text_token_mask
 from .image_loading import open_images, resize_first
@@ -57,6 +57,7 @@ from .vmtc import (
     VisualBudgetMixin,
     VmtcConfig,
     at_least_1,
+    blank_image,
     cache_of_call,
     compression_of_call,
     count_visual_tokens,
@@ -65,6 +66,9 @@ from .vmtc import (
     share_above_0,
     spatial_downsample,
 )
+
+
+logger = logging.get_logger(__name__)
 
 
 def share(value: float) -> None:
@@ -384,6 +388,11 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         elif vision_features is not None:
             mm_encoder_outputs = {**(mm_encoder_outputs or {}), "image": self._project(vision_features)}
         has_images = any(given.values())
+        blank_features = None
+        if not has_images and self.training and torch.is_grad_enabled():
+            blank = blank_image(self.config, self.vision_tower)
+            outputs: Any = self.get_image_features(blank, return_dict=True)
+            blank_features = outputs.pooler_output[0]
         if mm_encoder_outputs is not None and has_images:
             is_image = self._is_placeholder(input_ids, inputs_embeds if input_ids is None else input_ids)
             self._check_placeholders(is_image, mm_encoder_outputs["image"].pooler_output)
@@ -396,6 +405,10 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
             cache, kwargs["cmai"] = self._prepare_inhibition(
                 input_ids, inputs_embeds, attention_mask, cache, use_cache, has_images, cmai_max_ratio
             )
+        if blank_features is not None:
+            inputs_embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+            nothing = blank_features[:0].sum()  # exactly 0, even where features are not finite
+            input_ids, inputs_embeds = None, inputs_embeds + nothing.to(inputs_embeds.device, inputs_embeds.dtype)
         outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -662,6 +675,11 @@ class VmtcCmaiLlavaForConditionalGeneration(  # trf-ignore: TRF057
 
         loss = None
         if labels is not None:
+            if self.training and not is_tracing(labels) and (labels == self.config.image_token_id).any():
+                logger.warning_once(
+                    "`labels` hold placeholders of images, which count in the loss, as in stock LLaVA: there is nothing to "
+                    "learn from them. Set them to -100: `labels[labels == model.config.image_token_id] = -100`."
+                )
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )

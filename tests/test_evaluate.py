@@ -1,5 +1,6 @@
 """Models are asked questions with known answers: nothing is asked twice, nothing is lost, nothing is mixed up."""
 
+import base64
 import json
 import shutil
 import sys
@@ -164,6 +165,44 @@ def test_vmtc_and_cmai(tmp_path, data):
     assert results["model_type"] == "llava"
     title = (tmp_path / "out" / "results.md").read_text().splitlines()[0]
     assert title == f"# {DEFAULT_LLAVA}: data, 5 questions, 16 visual tokens, CMAI 0.6"
+
+
+def test_an_adapter(tmp_path, data):
+    """With the model that it names; if either changes, what was answered before does not count."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForImageTextToText
+
+    base = tmp_path / "base"
+    shutil.copytree(SHIPPED_MODEL, base)
+    model = AutoModelForImageTextToText.from_pretrained(base)
+    folder = tmp_path / "adapter"
+    get_peft_model(model, LoraConfig(r=2, target_modules=r".*language_model.*q_proj")).save_pretrained(folder)
+    results = run(tmp_path / "out", data, model=folder)
+    assert (results["model_type"], results["settings"]["model"]) == ("ta_llava", str(folder))
+    assert results["scores"]["color"]["accuracy"] == 1
+    settings = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps({**settings, "max_length": 99}))
+    with pytest.raises(ValueError, match="files_of_model"):
+        run(tmp_path / "out", data, model=folder)
+
+
+@pytest.mark.parametrize("kind", ["structs", "bytes", "base64"])
+def test_a_folder_whose_column_of_images_no_longer_says_so(tmp_path, kind):
+    files = [(EXAMPLES / image).read_bytes() for image, *_ in SAMPLES[:2]]
+    images = {
+        "structs": [{"bytes": content, "path": None} for content in files],
+        "bytes": files,
+        "base64": [base64.b64encode(content).decode() for content in files],
+    }[kind]
+    conversations = [sample(*each)["conversations"] for each in SAMPLES[:2]]
+    records = datasets.Dataset.from_dict({"image": images, "conversations": conversations})
+    records.save_to_disk(str(tmp_path / "data"))
+    assert run(tmp_path / "out", tmp_path / "data", "folder")["scores"]["all"] == {"questions": 2, "accuracy": 1.0}
+    if kind == "base64":
+        path = tmp_path / "data.json"
+        path.write_text(json.dumps([{**sample(*SAMPLES[0]), "image": images[0]}]))
+        with pytest.raises(ValueError, match="must name its images by paths"):
+            run(tmp_path / "other", path)
 
 
 @pytest.mark.parametrize("held", [True, False])

@@ -1,14 +1,18 @@
 import json
 import shutil
+import sys
 
 import pytest
+import torch
 from conftest import EXAMPLE_IMAGE, FIXTURES, ROOT, SHIPPED_MODEL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 from ta_llava.compress import compress_llava
+from ta_llava.error_messages import config_of
 from ta_llava.inference import DEFAULT_LLAVA, DEFAULT_MODEL, answer, load
+from ta_llava.train import merge_adapter
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +147,62 @@ def test_flags_that_are_not_given_are_as_the_config_says(tmp_path):
         config = model.config
         assert (config.use_vmtc, config.vmtc_num_visual_tokens, config.use_cmai, config.cmai_max_ratio) == expected
         assert list(answer(model, processor, QUESTIONS[:1])) == ["teal"]
+
+
+@pytest.fixture
+def adapter(request, tmp_path):
+    """A LoRA adapter that changes what the model it names says."""
+    from peft import LoraConfig, get_peft_model
+
+    base, _ = load(request.param)
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=16, target_modules=r".*language_model.*(q|v)_proj", init_lora_weights=False)
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    settings = tmp_path / "adapter" / "adapter_config.json"
+    named = {**json.loads(settings.read_text()), "base_model_name_or_path": str(request.param)}
+    settings.write_text(json.dumps(named))
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize(
+    ("adapter", "flags"),
+    [
+        (DEFAULT_MODEL, {}),
+        (DEFAULT_LLAVA, {}),
+        (DEFAULT_LLAVA, {"num_visual_tokens": 16, "cmai_max_ratio": 0.6}),
+    ],
+    indirect=["adapter"],
+)
+def test_an_adapter_is_loaded_as_the_model_it_is_merged_into(adapter, flags, tmp_path):
+    merge_adapter(adapter, tmp_path / "merged")
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model, processor = load(adapter, **flags)
+    expected, without = (load(folder, **flags)[0] for folder in (tmp_path / "merged", base))
+    assert type(model) is type(expected)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(
+            value, expected.state_dict()[name], atol=2e-3, rtol=2e-3
+        )  # half precision on the disk
+        changes = "language_model" in name and ("q_proj" in name or "v_proj" in name)
+        assert torch.equal(value, without.state_dict()[name]) != changes
+    assert len(list(answer(model, processor, QUESTIONS[:2]))) == 2
+
+
+@pytest.mark.parametrize("adapter", [DEFAULT_MODEL], indirect=True)
+def test_an_adapter_that_cannot_be_loaded_says_what_to_do(adapter, monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match=f"{adapter} is an adapter, not a model. .*: `ta-llava merge {adapter} OUT`"):
+        config_of(adapter)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "peft", None)
+        with pytest.raises(ValueError, match=f"which needs peft: .*`ta-llava merge {adapter} OUT`"):
+            load(adapter)
+    settings = adapter / "adapter_config.json"
+    moved = {**json.loads(settings.read_text()), "base_model_name_or_path": str(tmp_path / "moved")}
+    settings.write_text(json.dumps(moved))
+    with pytest.raises(
+        ValueError, match=f"is an adapter of {tmp_path / 'moved'}: There is no folder .* --model MODEL"
+    ):
+        load(adapter)
 
 
 def test_loading_from_nowhere():

@@ -763,6 +763,78 @@ def test_gradients_reach_every_part_with_and_without_checkpointing(model):
         assert gradients and all(gradient.abs().max() > 0 for gradient in gradients), part
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("length", [1, 10])  # shorter than the prefix too
+@pytest.mark.parametrize("given", [None, "pixel_values", "vision_features"])
+def test_a_batch_without_an_image_gives_what_reads_images_gradients_of_zero(model, given, length, checkpointing):
+    """Other processes wait for them; and a frozen language model alone would have nothing to go back to."""
+    batch = batch_of([[BOS, *random_tokens(length, 1)], [BOS, *random_tokens(length, 2)[1:]]], side="right")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    filler = {"pixel_values": random_images(2), "vision_features": torch.randn(2, 1, 9, 24)}
+    if given is not None:
+        batch |= {given: filler[given], "image_mask": torch.zeros(2, 1)}
+    with torch.no_grad():
+        expected = model(**batch, labels=labels)
+    model = copy.deepcopy(model).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    for part in (model.model.language_model, model.lm_head):
+        part.requires_grad_(False)
+    outputs = model(**batch, labels=labels, use_cache=False)
+    assert torch.equal(outputs.logits, expected.logits) and torch.equal(outputs.loss, expected.loss)
+    assert outputs.image_hidden_states is None
+    outputs.loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    without = {name for name, gradient in gradients.items() if gradient is None}
+    assert all("vision_tower.encoder.layers.2" in name or "post_layernorm" in name for name in without), without
+    assert all(not gradient.any() for gradient in gradients.values() if gradient is not None)
+
+
+def test_a_batch_without_an_image_trains_the_language_model_as_if_alone(model):
+    batch = batch_of([[BOS, *random_tokens(8, 1)], [BOS, *random_tokens(2, 2)]], side="right")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    gradients = []
+    for training in (False, True):
+        trained = copy.deepcopy(model).train(training)
+        trained(**batch, labels=labels).loss.backward()
+        gradients.append({name: p.grad for name, p in trained.named_parameters() if "language_model" in name})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, **TOLERANCE)
+
+
+def test_placeholders_in_the_labels_do_not_count(model, monkeypatch):
+    """Labels as TRL makes them, of `input_ids`; and the prefix must not have read what is to be predicted."""
+    warnings = []
+    monkeypatch.setattr(modeling_ta_llava.logger, "warning_once", warnings.append)
+    model = copy.deepcopy(model).train()
+    inputs = row_inputs(response=3)
+    copied = inputs["input_ids"].clone()
+    masked = copied.masked_fill(copied == IMAGE, -100)
+    losses = [model(**inputs, labels=labels).loss for labels in (copied, masked)]
+    assert torch.equal(*losses)
+    assert len(warnings) == 2 and all("hold its instruction too" in warning for warning in warnings)
+    answer = masked.clone()
+    answer[:, : copied[0].tolist().index(MODEL) + 1] = -100
+    model(**inputs, labels=answer)
+    model.eval()(**inputs, labels=copied)
+    text = torch.tensor([prompt_ids(image=False, response=3)])
+    model.train()(input_ids=text, labels=text)  # no prefix reads it
+    assert len(warnings) == 2
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    other = model(inputs_embeds=embeds, pixel_values=inputs["pixel_values"], labels=copied)
+    torch.testing.assert_close(other.loss, losses[0], **TOLERANCE)
+    assert len(warnings) == 3
+
+
+def test_a_row_that_was_cut_before_its_answer_is_warned_of_as_such(monkeypatch):
+    warnings = []
+    monkeypatch.setattr(modeling_ta_llava.logger, "warning_once", warnings.append)
+    inputs = row_inputs(response=3)
+    cut = inputs["input_ids"][:, :-5]  # marker and answer
+    build_model().train()(cut, inputs["pixel_values"], labels=torch.full_like(cut, -100))
+    assert len(warnings) == 1 and "truncated before its answer" in warnings[0] and "`max_length`" in warnings[0]
+
+
 def test_reentrant_checkpointing_is_refused(model):
     model = copy.deepcopy(model).train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -269,7 +270,7 @@ def test_an_interrupted_run_goes_on_and_a_finished_one_does_not(recipe, llava, t
         return training_step(*args, **kwargs)
 
     monkeypatch.setattr(Trainer, "training_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="Run the same command again: it goes on from .*out/checkpoint-2"):
         train(recipe)
     folder = train(recipe)
     assert len(steps) == 3 + 1 + 2  # from the checkpoint of step 2
@@ -281,6 +282,31 @@ def test_an_interrupted_run_goes_on_and_a_finished_one_does_not(recipe, llava, t
     assert len(steps) == 6
     with pytest.raises(ValueError, match=r"was begun with `global_batch_size` 4, not 8. Choose another"):
         train(replace(recipe, global_batch_size=8))
+
+
+@pytest.mark.parametrize("command", ["train", "curriculum"])
+def test_ctrl_c_says_how_to_go_on_and_from_where(recipe, tmp_path, monkeypatch, command):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(recipe, default=vars))))
+    training_step, steps = Trainer.training_step, []
+
+    def interrupted(*args, **kwargs):
+        steps.append(1)
+        if len(steps) in (2, 5):
+            raise KeyboardInterrupt
+        return training_step(*args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", interrupted)
+    result = CliRunner().invoke(app, [command, str(path)])
+    folder = recipe.output_dir
+    assert result.exit_code == 130
+    message = f"There is no checkpoint in {folder} yet: the same command starts from the first step."
+    assert result.stderr.splitlines()[-1] == f"Interrupted. {message}"
+    result = CliRunner().invoke(app, [command, str(path)])
+    assert result.exit_code == 130
+    message = f"Run the same command again: it goes on from {folder}/checkpoint-2."
+    assert result.stderr.splitlines()[-1] == f"Interrupted. {message}"
+    assert CliRunner().invoke(app, [command, str(path)]).exit_code == 0
 
 
 def test_a_run_that_was_killed_goes_on_from_the_last_whole_checkpoint(recipe, tmp_path):
@@ -467,6 +493,10 @@ def test_lora_gives_an_adapter_that_can_be_merged(recipe, tmp_path):
     base = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32)
     adapted = PeftModel.from_pretrained(base, folder).eval()
     merge_adapter(folder, tmp_path / "merged")
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "## Training" in card and "language model (LoRA)" in card and "Model Card for Model ID" not in card
+    assert card.startswith("---") and "# merged" in card
+    assert (tmp_path / "merged" / SUMMARY).read_text() == (folder / SUMMARY).read_text()
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(tmp_path / "merged")
     text = "<start_of_turn>user\n<image>\nis there a circle in the image?<end_of_turn>\n<start_of_turn>model\n"
@@ -539,11 +569,20 @@ def test_the_command_line(data, tmp_path):
     ]
     result = run.invoke(app, ["curriculum", *recipes, "--model", str(MODEL), *options])
     assert result.exit_code == 0, result.output
-    assert f"The model is in {tmp_path / 'runs' / 'phase3'}." in result.output
+    phase3 = tmp_path / "runs" / "phase3"
+    assert f"The LoRA adapter is in {phase3}; it needs the model that it was trained on." in result.output
+    assert f"`ta-llava merge {phase3} OUT`" in result.output
+    image = str(ROOT / "examples" / "teal_triangle.png")
+    answers = [run.invoke(app, ["ask", image, "what?", "--model", str(phase3)])]
+    assert answers[0].exit_code == 0, answers[0].output
     assert (tmp_path / "runs" / "phase2" / "model.safetensors").is_file()
     result = run.invoke(app, ["merge", str(tmp_path / "runs" / "phase3"), str(tmp_path / "merged")])
     assert result.exit_code == 0, result.output
     assert AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").config.num_prefix_tokens == 4
+    answers.append(run.invoke(app, ["ask", image, "what?", "--model", str(tmp_path / "merged")]))
+    assert answers[0].output == answers[1].output
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "| phase2 |" in card and "| phase3 |" in card  # as that of the last phase without LoRA
     result = run.invoke(app, ["train", recipes[0], "--model", str(MODEL)])
     assert (result.exit_code, result.stderr) == (
         1,
@@ -578,7 +617,7 @@ def test_image_index_embeddings_are_of_the_prefix():
 # --- several processes ---------------------------------------------------------------------------------------------
 
 
-def run_processes(phases: list[Recipe], folder: Path, kind: str) -> None:
+def run_processes(phases: list[Recipe], folder: Path, kind: str, timeout: float = 300) -> None:
     """The recipes by two processes on the CPU, as `torchrun` starts them."""
     paths = []
     for index, recipe in enumerate(phases):
@@ -590,10 +629,20 @@ def run_processes(phases: list[Recipe], folder: Path, kind: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
     program = ["-m", "ta_llava.cli"] if kind == "ddp" else [str(ROOT / "tests" / "fsdp_on_cpu.py")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(
-        [*command, *program, "curriculum", *paths], env=environment, capture_output=True, text=True, timeout=300
+    process = subprocess.Popen(
+        [*command, *program, "curriculum", *paths],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
-    assert result.returncode == 0, result.stderr[-4000:]
+    try:
+        _, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # its processes too, which wait for each other
+        pytest.fail(f"The processes still wait for each other after {timeout} s: {process.communicate()[1][-4000:]}")
+    assert process.returncode == 0, errors[-4000:]
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -637,21 +686,53 @@ def test_two_processes_learn_what_one_does(recipe, tmp_path, kind):
     assert configs[0] == configs[1]
 
 
-def test_processes_without_an_image_do_not_wait_for_ever(recipe, llava, data, tmp_path):
-    records = json.loads(Path(data.path).read_text())[:2]
+@pytest.mark.parametrize(
+    ("system", "kind"),
+    [("ta_llava", "ddp"), ("llava", "ddp"), ("ta_llava", "fsdp"), ("llava and its tower", "fsdp")],
+)
+def test_a_process_without_an_image_does_not_keep_the_others_waiting(recipe, llava, data, tmp_path, system, kind):
+    """One process has images in every batch, the other none, and the language model is frozen."""
+    records = json.loads(Path(data.path).read_text())[:4]
     text = {"id": "text", "conversations": [{"from": "human", "value": "is it red?"}, {"from": "gpt", "value": "yes"}]}
-    (tmp_path / "data.json").write_text(json.dumps([*records, text, text]))
-    arguments = {"per_device_train_batch_size": 1, "gradient_checkpointing": True, "ddp_backend": "gloo"}
+    (tmp_path / "data.json").write_text(json.dumps([each for record in records for each in (record, text)]))
+    arguments = recipe.training_arguments | {"train_sampling_strategy": "sequential"}
     recipe = replace(
         recipe,
-        model=str(llava),
-        train=["projector", "language_model"],
         data=replace(data, path=str(tmp_path / "data.json"), keep_text_only=True),
         global_batch_size=2,
-        training_arguments=recipe.training_arguments | arguments,
+        training_arguments=arguments | {"per_device_train_batch_size": 2},
     )
-    run_processes([recipe], tmp_path, "ddp")
-    assert len(losses(recipe.output_dir)) == 4
+    if system != "ta_llava":
+        recipe = replace(recipe, model=str(llava), train=["projector"])
+    if system == "llava and its tower":
+        recipe = replace(recipe, train=["projector", "vision_tower"])
+    mixed = train(recipe)
+    single = arguments | {"per_device_train_batch_size": 1}
+    alone = train(replace(recipe, output_dir=str(tmp_path / "alone"), training_arguments=single))
+    split = {"ddp_backend": "gloo"}
+    if kind == "fsdp":
+        split |= {"fsdp": True, "fsdp_config": str(ROOT / "recipes" / "distributed" / "fsdp2.json")}
+    together = replace(recipe, output_dir=str(tmp_path / "together"), training_arguments=single | split)
+    run_processes([together], tmp_path, kind, timeout=120)
+    for folder in (alone, tmp_path / "together"):
+        assert losses(folder) == pytest.approx(losses(mixed), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cache_vision_features": "features"}, "do not go with `cache_vision_features`"),
+        ({"evaluation_data": True}, "set `evaluation_data.keep_text_only` to false"),
+    ],
+)
+def test_shards_that_not_all_processes_would_gather_are_refused(recipe, data, changes, message):
+    data = replace(data, keep_text_only=True)
+    if "evaluation_data" in changes:
+        changes = {"evaluation_data": data}
+    fsdp = {"fsdp": True, "fsdp_config": str(ROOT / "recipes" / "distributed" / "fsdp2.json")}
+    arguments = recipe.training_arguments | fsdp
+    with pytest.raises(ValueError, match=message):
+        train(replace(recipe, data=data, training_arguments=arguments, **changes))
 
 
 def test_a_model_that_lacks_weights_is_neither_trained_nor_merged(recipe, tmp_path):

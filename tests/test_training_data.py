@@ -1,11 +1,13 @@
 """LLaVA's JSON and chat messages become batches: labels where they belong, nothing bad trained on, nothing lost."""
 
+import base64
 import json
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import pandas as pd
 import pytest
 import torch
 from conftest import EXAMPLE_IMAGE, SHIPPED_MODEL
@@ -215,7 +217,11 @@ BAD_RECORDS = {
         "Turn 3 is of the assistant and follows a turn of the assistant",
     ),
     "two questions": (record(conversations=[*turns("<image>q")] * 2), "Turn 2 is of the user and follows"),
-    "answer first": (record(conversations=turns("q", "a")[1:]), "Turn 1 is of the assistant and is the first"),
+    "answer first": (record(conversations=turns("q", "a")[1:]), "It has no question"),
+    "two answers first": (
+        record(conversations=[*turns("q", "a")[1:] * 2, *turns("q", "a")]),
+        "Turn 1 is of the assistant and is the first",
+    ),
     "image in answer": (record("q", "see <image>"), "Turn 2 has <image> outside a question"),
     "images missing": (record("<image><image>q", "a"), "There are 2 <image> in the questions, but 1 images"),
     "images too many": (record("q", "a"), "There are 0 <image> in the questions, but 1 images"),
@@ -579,6 +585,113 @@ def test_a_damaged_image_inside_a_dataset(folder, ta_llava, streaming):
     assert Collator(ta_llava)(rows)["pixel_values"].shape == (2, 1, 3, 24, 24)
 
 
+def as_column(files: list[bytes], kind: str) -> list:
+    """The files of images as tools write them that do not know `datasets`."""
+    text = [base64.b64encode(content).decode() for content in files]
+    return {
+        "structs": [{"bytes": content, "path": f"{index}.png"} for index, content in enumerate(files)],
+        "structs without a path": [{"bytes": content, "path": None} for content in files],
+        "lists of structs": [[{"bytes": content, "path": None}] for content in files],
+        "bytes": files,
+        "lists of bytes": [[content] for content in files],
+        "base64": text,
+        "lists of base64": [[each] for each in text],
+        "data URLs": [f"data:image/png;base64,{each}" for each in text],
+    }[kind]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "structs",
+        "structs without a path",
+        "lists of structs",
+        "bytes",
+        "lists of bytes",
+        "base64",
+        "lists of base64",
+        "data URLs",
+    ],
+)
+def test_columns_of_images_that_no_longer_say_so(tmp_path, folder, any_processor, kind, streaming):
+    paths = [folder / "one.png", folder / "sub" / "three.png"]
+    column = as_column([path.read_bytes() for path in paths], kind)
+    name = "images" if kind.startswith("lists") else "image"
+    rows = {"id": ["a", "b"], "conversations": [turns("<image>\nWhat?", "It.")] * 2, name: column}
+    (tmp_path / "saved").mkdir()
+    path = tmp_path / "saved" / "train.parquet"
+    pd.DataFrame(rows).to_parquet(path)
+    sources = [path, tmp_path / "saved", datasets.Dataset.from_parquet(str(path)), datasets.Dataset.from_dict(rows)]
+    if streaming:
+        sources.append(sources[2].to_iterable_dataset())
+    expected = any_processor(images=[*map(str, paths)], return_tensors="pt")["pixel_values"].flatten(0, -4)
+    for source in sources:
+        dataset, report = prepare_dataset(source, any_processor, streaming=streaming)
+        batch = Collator(any_processor)(list(dataset))
+        torch.testing.assert_close(batch["pixel_values"].flatten(0, -4), expected)
+        assert report.kept == len(list(iterate_images(dataset))) == 2
+
+    lines = [{**record(id=id), "image": image} for id, image in zip(rows["id"], column)]
+    if kind in ("base64", "data URLs"):
+        source = write_json(tmp_path / "data.jsonl", lines)
+        dataset, _ = prepare_dataset(source, any_processor, image_folder=folder, streaming=streaming)
+        torch.testing.assert_close(Collator(any_processor)(list(dataset))["pixel_values"].flatten(0, -4), expected)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_without_an_image_in_a_column_of_structs(tmp_path, folder, ta_llava, streaming):
+    content = (folder / "one.png").read_bytes()
+    images = [{"bytes": content, "path": None}, None, {"bytes": (folder / "text.png").read_bytes(), "path": None}]
+    questions = ["<image>What?", "What?", "<image>What?"]
+    rows = {"conversations": [turns(question, "It.") for question in questions], "image": images}
+    pd.DataFrame(rows).to_parquet(tmp_path / "data.parquet")
+    settings = {"streaming": streaming, "on_bad_sample": "skip", "keep_text_only": True}
+    dataset, report = prepare_dataset(tmp_path / "data.parquet", ta_llava, **settings)
+    assert Collator(ta_llava)(list(dataset))["image_mask"].tolist() == [[1], [0]]
+    assert (report.kept, report.bad) == (2, 1)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "image, holds", [({"data": b"x"}, "'data'"), ([1, 2], "int64"), (3.5, "float64"), ([[b"x"]], "binary")]
+)
+def test_columns_that_cannot_be_images_are_refused_in_one_line(tmp_path, ta_llava, image, holds, streaming):
+    pd.DataFrame({"conversations": [turns("<image>What?", "It.")], "image": [image]}).to_parquet(
+        tmp_path / "x.parquet"
+    )
+    message = rf"^The column `image` of .*x.parquet holds .*{holds}.* `dataset.cast_column\("
+    with pytest.raises(ValueError, match=message) as error:
+        prepare_dataset(tmp_path / "x.parquet", ta_llava, streaming=streaming)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("image", [{"path": "one.png"}, 5])
+def test_images_in_json_are_texts(tmp_path, folder, ta_llava, image, streaming):
+    source = write_json(tmp_path / "data.json", [record(image=image)])
+    with pytest.raises(SampleError, match="in JSON an image is its path, or its file in base64"):
+        prepare_dataset(source, ta_llava, image_folder=folder, streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_conversation_that_begins_with_an_answer_loses_it_as_in_llava(tmp_path, folder, any_processor, streaming):
+    greeting = {"from": "gpt", "value": "Hello."}
+    records = [
+        record(id="a"),
+        record(id="b", conversations=[greeting, *turns("<image>\nWhat?", "A ball.")]),
+        record(id="c", conversations=[{"from": "system", "value": "Be brief."}, greeting, *turns("<image>q", "a")]),
+        record(id="d", conversations=[greeting, *turns("q", "a")], image=None),
+    ]
+    source = write_json(tmp_path / "data.json", records[:2] + records[3:])
+    dataset, report = prepare_dataset(source, any_processor, image_folder=folder, streaming=streaming)
+    rows = list(dataset)
+    assert rows[0]["input_ids"] == rows[1]["input_ids"] and rows[0]["labels"] == rows[1]["labels"]
+    assert (report.kept, report.text_only, report.began_with_answer) == (2, 1, 1)
+    assert str(report).endswith("0 bad; 1 began with an answer, which was dropped")
+    assert read_sample(records[2]).messages[1]["role"] == "user"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -587,7 +700,7 @@ def test_a_damaged_image_inside_a_dataset(folder, ta_llava, streaming):
         ("empty.jsonl", "\n", "no records in"),
         ("object.json", "{}", "is not an array of records"),
         ("lines.json", "{}\n{}", "is not JSON: Extra data.* Call it .jsonl"),
-        ("data.csv", "a,b", "neither a .json nor a .jsonl"),
+        ("data.csv", "a,b", "neither a .json, nor a .jsonl, nor a .parquet"),
     ],
 )
 @pytest.mark.parametrize("streaming", [False, True])

@@ -1,5 +1,6 @@
 """Features of a frozen tower, kept on disk: found again, never of another image or model, and whole or not there."""
 
+import base64
 import io
 import json
 import pickle
@@ -557,3 +558,16 @@ def test_reading_takes_no_lock(llava, images, tmp_path, monkeypatch):
     VisionFeatureCache(tmp_path / "cache", *llava).fill(images[:1])
     monkeypatch.setattr(vision_feature_cache, "FileLock", None)
     assert VisionFeatureCache(tmp_path / "cache", *llava).get(images[0]).isfinite().all()
+
+
+def test_a_file_its_bytes_and_its_text_in_base64_are_one_image(system, images, tmp_path):
+    """As columns of datasets hold them that have lost what they are."""
+    cache = VisionFeatureCache(tmp_path / "cache", *system)
+    content = images[0].read_bytes()
+    text = base64.b64encode(content).decode()
+    others = [content, {"bytes": content, "path": None}, text, f"data:image/png;base64,{text}", str(images[0])]
+    assert cache.fill(others, progress=False) == 1
+    expected = cache.get(images[0])
+    assert all(torch.equal(cache.get(image), expected) for image in others)
+    with pytest.raises(ValueError, match=f"no features of an image of {len(images[1].read_bytes())} bytes"):
+        cache.get(base64.b64encode(images[1].read_bytes()).decode())

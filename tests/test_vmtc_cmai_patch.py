@@ -51,6 +51,7 @@ from ta_llava import (
     VmtcCmaiLlavaForConditionalGeneration,
     VmtcCmaiLlavaModel,
     VmtcCmaiLlavaProcessor,
+    vmtc_cmai_patch,
 )
 from ta_llava.vmtc import count_visual_tokens
 
@@ -963,6 +964,49 @@ def test_gradients_are_the_same_with_checkpointing(attention, reentrant):
         if len(gradients) > 1 and used:
             assert_close(gradients[1][name], gradients[0][name])
     assert all(torch.isfinite(gradient).all() for gradient in gradients[0].values())
+
+
+@pytest.mark.parametrize("flags", [{}, OFF, {**OFF, "spd_factor": 2}], ids=["on", "off", "SPD"])
+@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}])
+def test_a_batch_without_an_image_gives_what_reads_images_gradients_of_zero(flags, checkpointing):
+    """Other processes wait for them; and a frozen language model alone would have nothing to go back to."""
+    model = build_llava(**flags)
+    batch = batch_of([[BOS, *random_tokens(6, 1)], [BOS, *random_tokens(3, 2)]], side="right")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    with torch.no_grad():
+        expected = model(**batch, labels=labels)
+    model.train()
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable(checkpointing)
+    for part in (model.model.language_model, model.lm_head):
+        part.requires_grad_(False)
+    for ids in (
+        {"input_ids": batch["input_ids"]},
+        {"inputs_embeds": model.get_input_embeddings()(batch["input_ids"])},
+    ):
+        model.zero_grad()
+        outputs = model(**ids, attention_mask=batch["attention_mask"], labels=labels, use_cache=False)
+        assert torch.equal(outputs.logits, expected.logits) and torch.equal(outputs.loss, expected.loss)
+        outputs.loss.backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+        without = {name for name, gradient in gradients.items() if gradient is None}
+        assert all("vision_tower.encoder.layers.4" in name or "post_layernorm" in name for name in without), without
+        assert all(not gradient.any() for gradient in gradients.values() if gradient is not None)
+
+
+def test_placeholders_in_the_labels_count_as_in_stock_llava_and_are_warned_of(stock, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(vmtc_cmai_patch.logger, "warning_once", warnings.append)
+    theirs, folder = stock
+    model = VmtcCmaiLlavaForConditionalGeneration.from_pretrained(folder).train()
+    inputs = llava_inputs([llava_prompt(num_visual_tokens=36)], num_visual_tokens=36)
+    labels = inputs["input_ids"].clone()
+    with torch.no_grad():
+        assert torch.equal(model(**inputs, labels=labels).loss, theirs(**inputs, labels=labels).loss)
+    assert len(warnings) == 1 and "labels[labels == model.config.image_token_id] = -100" in warnings[0]
+    labels[labels == model.config.image_token_id] = -100
+    model(**inputs, labels=labels)
+    assert len(warnings) == 1
 
 
 @pytest.mark.parametrize("rows", [ROWS, ROWS[:1]], ids=["padded", "one layout"])
