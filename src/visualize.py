@@ -2,8 +2,8 @@
 Draws what the models do with an image: which patches VMTC keeps and merges, where the prefix of a TA-LLaVA looks, and
 which image tokens CMAI inhibits for each word of an answer.
 
-For each there are a function `trace_...` that runs a model and returns the data, one `draw_...` that makes a picture of
-them, and one `visualize...` that does both, with the model still to be loaded.
+For each there are a function `trace_...` that runs a model and returns the data, one `..._panels` that draws them, one
+`draw_...` that makes one picture of the panels, and one `visualize...` that does all, with the model still to be loaded.
 """
 
 import colorsys
@@ -70,6 +70,20 @@ _HEAT_COLORS = np.array(
         (252, 255, 164),
     ]
 )
+
+
+@dataclass
+class Panels:
+    """
+    What a picture shows.
+
+    Args:
+        sections (`list`): A heading, which may be empty, and a list of panels, `(title, image)`, each.
+        legend (`Sequence[str]`): A line; or two texts, what the darkest and the brightest heat colour mean.
+    """
+
+    sections: list[tuple[str, list[tuple[str, Image.Image]]]]
+    legend: Sequence[str] = ()
 
 
 # --- VMTC: what is kept and merged ---------------------------------------------------------------------------------
@@ -173,9 +187,14 @@ def panel_boxes(num_panels: int, size: tuple[int, int]) -> list[tuple[int, int, 
 
 
 def draw_stages(image: Image.Image, views: list[StageView], patch_size: int) -> Image.Image:
+    """The panels of `stage_panels`, which has the same arguments, as one picture."""
+    return _compose(stage_panels(image, views, patch_size))
+
+
+def stage_panels(image: Image.Image, views: list[StageView], patch_size: int) -> Panels:
     """
-    A picture with the image, and beside it one panel per stage: kept patches as they are, each cluster in its colour
-    with an outline, dropped patches dark.
+    The image, and one panel per stage: kept patches as they are, each cluster in its colour with an outline, dropped
+    patches dark.
 
     Args:
         image (`PIL.Image.Image`): RGB, as the vision tower sees it (`seen_image`).
@@ -189,7 +208,7 @@ def draw_stages(image: Image.Image, views: list[StageView], patch_size: int) -> 
     legend = "as in the image: a token of its own; one colour: patches merged into one token"
     if any(view.num_dropped for view in views):
         legend += "; dark: dropped"
-    return _compose([("", panels)], (legend,) if views else ())
+    return Panels([("", panels)], (legend,) if views else ())
 
 
 def _draw_panel(image: Image.Image, clusters: list[int], patch_size: int) -> Image.Image:
@@ -389,8 +408,13 @@ def trace_prefix(model: Any, processor: Any, image: Any, question: str, max_new_
 
 
 def draw_prefix(image: Image.Image, views: Sequence[PrefixView], patch_size: int) -> Image.Image:
+    """The panels of `prefix_panels`, which has the same arguments, as one picture."""
+    return _compose(prefix_panels(image, views, patch_size))
+
+
+def prefix_panels(image: Image.Image, views: Sequence[PrefixView], patch_size: int) -> Panels:
     """
-    A picture with one row per question: the image, a heat map for each time that the prefix reads it, and their mean. All
+    One section per question: the image, a heat map for each time that the prefix reads it, and their mean. All
     share one scale, from 0 to the highest value.
 
     Args:
@@ -408,7 +432,7 @@ def draw_prefix(image: Image.Image, views: Sequence[PrefixView], patch_size: int
         panels = [(title, _draw_heat(large, values / highest, side)) for title, values in maps]
         sections.append((f"{view.question}  ->  {view.answer}", [("the image", large), *panels]))
     percent = float(f"{100 * highest:.2g}")  # two digits, for of many patches none gets 1%
-    return _compose(sections, ("share of the prefix's attention:  0", f"{percent:g}% on one patch"))
+    return Panels(sections, ("share of the prefix's attention:  0", f"{percent:g}% on one patch"))
 
 
 def visualize_prefix(
@@ -543,8 +567,13 @@ def trace_inhibition(
 
 
 def draw_inhibition(image: Image.Image, view: CmaiView, patch_size: int) -> Image.Image:
+    """The panels of `inhibition_panels`, which has the same arguments, as one picture."""
+    return _compose(inhibition_panels(image, view, patch_size))
+
+
+def inhibition_panels(image: Image.Image, view: CmaiView, patch_size: int) -> Panels:
     """
-    A picture with the image, the tokens that VMTC has left if it is on, and one panel per word of the answer: dark where
+    The image, the tokens that VMTC has left if it is on, and one panel per word of the answer: dark where
     CMAI inhibits the image in many layers, bright where in none.
 
     Args:
@@ -567,7 +596,7 @@ def draw_inhibition(image: Image.Image, view: CmaiView, patch_size: int) -> Imag
             )
         )
     most = f"{highest * view.num_layers:.3g} of {view.num_layers}"
-    return _compose(
+    return Panels(
         [(f"{view.question}  ->  {view.answer}", panels)],
         (f"inhibited by CMAI in {most} layers", "no layer"),
     )
@@ -749,14 +778,15 @@ def _enlarge(image: Image.Image, patch_size: int) -> tuple[Image.Image, int]:
     return large, patch_size * factor
 
 
-def _compose(sections: list[tuple[str, list[tuple[str, Image.Image]]]], legend: Sequence[str] = ()) -> Image.Image:
-    """
-    One picture of sections, one below the other, each a heading, or none, and panels with their titles.
+def draw_heat_scale() -> Image.Image:
+    """The heat colours, from the darkest on the left to the brightest."""
+    colors = Image.fromarray(heat_colors(torch.linspace(0, 1, LEGEND_WIDTH)[None]), "RGB")
+    return colors.resize((LEGEND_WIDTH, FONT_SIZE))
 
-    Args:
-        legend (`Sequence[str]`): A line at the bottom; or two texts, what the darkest and the brightest heat colour mean,
-            which get the colours between them.
-    """
+
+def _compose(panels_of_picture: Panels) -> Image.Image:
+    """One picture of all panels, with their titles, section below section, the legend at the bottom."""
+    sections, legend = panels_of_picture.sections, panels_of_picture.legend
     placed, bottom, right = [], 0, 0
     for heading, panels in sections:
         top = bottom + (HEADING_HEIGHT if heading else 0)
@@ -785,10 +815,7 @@ def _compose(sections: list[tuple[str, list[tuple[str, Image.Image]]]], legend: 
         draw.text((left, bottom), text, fill="black", font=font)
         left += round(font.getlength(text)) + MARGIN
     if len(legend) > 1:
-        bar = Image.fromarray(heat_colors(torch.linspace(0, 1, LEGEND_WIDTH)[None]), "RGB").resize(
-            (LEGEND_WIDTH, FONT_SIZE)
-        )
-        picture.paste(bar, (left, bottom + 2))
+        picture.paste(draw_heat_scale(), (left, bottom + 2))
         draw.text((left + LEGEND_WIDTH + MARGIN, bottom), legend[1], fill="black", font=font)
     return picture
 

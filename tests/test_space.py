@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,13 @@ def test_an_error_in_the_model_reaches_the_page(space, lively):
     assert complete(lively, space, 16, 0.6)[0]  # nobody has to wait for those who failed
 
 
+def test_what_was_asked_is_text_in_the_page(space):
+    panels = space.Panels([("<b>what</b>?", [("left to <i>", space.load_rgb_image(EXAMPLE_IMAGE))])], ("a", "b"))
+    page = space.picture_html("Title", panels)
+    assert "&lt;b&gt;what&lt;/b&gt;?" in page and "<b>" not in page and "<i>" not in page
+    assert page.count("<figure>") == 1 and page.count("<img") == 2 and space.picture_html("Title", None) == ""
+
+
 # --- in a browser --------------------------------------------------------------------------------------------------
 
 
@@ -202,15 +210,26 @@ def wait_for(page, **answers):
 def test_ask_about_an_example_then_another_image_and_budget(page, screenshots):
     from playwright.sync_api import expect
 
-    page.get_by_role("row").filter(has_text=QUESTION).click()
+    question = page.get_by_role("textbox", name="Question")
+    page.screenshot(path=screenshots / "empty.png", full_page=True)
+    assert not question.get_attribute("placeholder").endswith(
+        "?"
+    )  # nobody takes it for a question that is there already
+    page.get_by_role("button", name=f"red circle: {QUESTION}").click()
     expect(page.get_by_role("textbox", name="Question")).to_have_value(QUESTION)
     ask(page)
     wait_for(page, llava="circle", vmtc="circle", ta="circle")
-    pictures = page.locator(".picture img")
-    expect(pictures).to_have_count(3, timeout=30_000)
+    pictures = page.locator(".panels img")
+    expect(pictures).to_have_count(4 + 4 + 3, timeout=30_000)
     facts = page.get_by_text("tokens for the image")
     assert [text.split()[0] for text in facts.all_inner_texts()] == ["64", "16", "4"]
-    first = pictures.nth(2).get_attribute("src")
+    first = pictures.nth(0).get_attribute("src")
+    tops = [
+        page.get_by_text(text, exact=True).last.bounding_box()["y"]
+        for text in ("Examples", "LLaVA", "What VMTC keeps and merges")
+    ]
+    assert tops == sorted(tops)  # between an answer and its pictures there is nothing else
+    assert pictures.nth(3).bounding_box()["y"] == pictures.nth(0).bounding_box()["y"]  # side by side
     page.screenshot(path=screenshots / "desktop.png", full_page=True)
 
     page.locator("input[type=file]").first.set_input_files(EXAMPLE_IMAGE)
@@ -218,13 +237,13 @@ def test_ask_about_an_example_then_another_image_and_budget(page, screenshots):
     page.get_by_role("spinbutton", name=re.compile("CMAI")).fill("0")
     ask(page, "what color is the shape?")
     wait_for(page, llava="teal", vmtc="teal", ta="teal")
-    expect(pictures).to_have_count(2, timeout=30_000)  # CMAI is off
+    expect(pictures).to_have_count(4 + 4, timeout=30_000)  # CMAI is off
     expect(facts.nth(1)).to_contain_text("36 tokens")
     assert pictures.nth(0).get_attribute("src") != first
 
 
 def test_ask_on_a_phone(page, screenshots):
-    """Nothing is wider than the screen; wide pictures scroll in their boxes."""
+    """Nothing is wider than the screen; pictures stand below each other, each as wide as there is room."""
     from playwright.sync_api import expect
 
     page.set_viewport_size({"width": 390, "height": 844})
@@ -234,10 +253,13 @@ def test_ask_on_a_phone(page, screenshots):
     expect(page.get_by_role("img").first).to_be_visible()
     ask(page, QUESTION)
     wait_for(page, llava="triangle", vmtc="triangle", ta="triangle")
-    expect(page.locator(".picture img")).to_have_count(3, timeout=30_000)
+    panels = page.locator(".panels img")
+    expect(panels).to_have_count(4 + 4 + 3, timeout=30_000)
     page.screenshot(path=screenshots / "phone.png", full_page=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    assert page.locator(".picture").first.evaluate("box => box.scrollWidth") > 390
+    boxes = [panel.bounding_box() for panel in panels.all()]
+    assert all(box["x"] > 0 and box["x"] + box["width"] < 390 and box["width"] > 280 for box in boxes)
+    assert all(above["y"] + above["height"] < below["y"] for above, below in pairwise(boxes))
     page.set_viewport_size({"width": 1280, "height": 900})
 
 
@@ -246,13 +268,15 @@ def test_bad_input_is_a_message_in_the_page(page, screenshots, tmp_path):
 
     ask(page, "  ")
     expect(page.get_by_text("The question is empty.")).to_be_visible()
-    (tmp_path / "notes.png").write_text("no image at all")
-    page.locator("input[type=file]").first.set_input_files(tmp_path / "notes.png")
+    notes = tmp_path / "Ann's notes.png"
+    notes.write_text("no image at all")
+    page.locator("input[type=file]").first.set_input_files(notes)
     ask(page, QUESTION)
-    expect(page.get_by_text("notes.png is not an image that can be read")).to_be_visible()
+    expect(page.get_by_text("Ann's notes.png is not an image that can be read")).to_be_visible()
     page.screenshot(path=screenshots / "message.png")
+    expect(page.get_by_text("Error", exact=True)).to_have_count(0)  # the message is all: no marks on the answers
     # And it goes on.
-    page.get_by_role("row").filter(has_text="is there a red shape?").click()
+    page.get_by_role("button", name="is there a red shape?").click()
     expect(page.get_by_role("textbox", name="Question")).to_have_value("is there a red shape?")
     ask(page)
     wait_for(page, llava="yes", vmtc="yes", ta="yes")

@@ -4,6 +4,7 @@ at. `TA_LLAVA_MODEL` and `LLAVA_MODEL` name other models (folders or Hub repos) 
 """
 
 import base64
+import html
 import io
 import os
 import time
@@ -28,11 +29,13 @@ from ta_llava.cost import count_cost
 from ta_llava.image_loading import load_rgb_image
 from ta_llava.inference import DEFAULT_LLAVA, DEFAULT_MODEL, GREEDY, load
 from ta_llava.visualize import (
-    draw_inhibition,
-    draw_prefix,
-    draw_stages,
+    Panels,
+    draw_heat_scale,
+    inhibition_panels,
+    prefix_panels,
     prompt_inputs,
     seen_image,
+    stage_panels,
     trace_inhibition,
     trace_prefix,
     trace_stages,
@@ -43,7 +46,11 @@ from ta_llava.vmtc import patch_grid
 TA_LLAVA = os.environ.get("TA_LLAVA_MODEL") or DEFAULT_MODEL
 LLAVA = os.environ.get("LLAVA_MODEL") or DEFAULT_LLAVA
 MAX_NEW_TOKENS = 64
-EXAMPLES = Path(__file__).parent / "examples"
+EXAMPLES = [
+    ("red_circle.png", "what shape is in the image?"),
+    ("red_circle.png", "is there a red shape?"),
+    ("teal_triangle.png", "what color is the shape?"),
+]
 # The settings of CMAI are the model's, not a call's: one answer at a time, and what it costs is then its own.
 MODEL_IN_USE = Lock()
 
@@ -170,22 +177,22 @@ class Models:
         return sum(count_cost(config, text_tokens, image_size=image_size).operations.values())
 
     @torch.no_grad()
-    def overlays(self, image: Image.Image, question: str, budget: int, ratio: float) -> list[Image.Image | None]:
-        """Pictures of what VMTC merges, where the prefix looks, and what CMAI inhibits, if it is on."""
+    def overlays(self, image: Image.Image, question: str, budget: int, ratio: float) -> list[Panels | None]:
+        """What VMTC merges, where the prefix looks, and what CMAI inhibits, if it is on."""
         processor, config = self.llava_processor, self.llava.config
         patch_size, seen = config.vision_config.patch_size, seen_image(processor.image_processor, image)
         pixel_values = processor.image_processor(image, return_tensors="pt")["pixel_values"].to(self.llava.device)
         with self.cmai(ratio):
             tower = self.llava.model.vision_tower
             stages = trace_stages(config, tower, pixel_values.to(tower.dtype), budget)
-            pictures: list[Image.Image | None] = [draw_stages(seen, stages, patch_size)]
+            overlays: list[Panels | None] = [stage_panels(seen, stages, patch_size)]
             prefix = trace_prefix(self.ta_llava, self.ta_llava_processor, image, question, MAX_NEW_TOKENS)
             seen_by_prefix = seen_image(self.ta_llava_processor.image_processor, image)
-            pictures.append(draw_prefix(seen_by_prefix, [prefix], self.ta_llava.config.vision_config.patch_size))
+            overlays.append(prefix_panels(seen_by_prefix, [prefix], self.ta_llava.config.vision_config.patch_size))
             if ratio == 0:
-                return [*pictures, None]
+                return [*overlays, None]
             inhibition = trace_inhibition(self.llava, processor, image, question, budget, MAX_NEW_TOKENS)
-            return [*pictures, draw_inhibition(seen, inhibition, patch_size)]
+            return [*overlays, inhibition_panels(seen, inhibition, patch_size)]
 
 
 def read_input(path: str | None, question: str) -> tuple[Image.Image, str]:
@@ -225,20 +232,35 @@ gr.Image.preprocess = lambda self, payload: None if payload is None else payload
 PICTURES = ("What VMTC keeps and merges", "Where the prefix of TA-LLaVA looks", "What CMAI inhibits for each word")
 
 
-def picture_html(title: str, picture: Image.Image | None) -> str:
-    """A picture under its title, in a box that scrolls on a narrow screen; nothing for no picture."""
-    if picture is None:
+def picture_html(title: str, panels: Panels | None) -> str:
+    """Panels side by side, as many as there is room for, under a title; nothing for none."""
+    if panels is None:
         return ""
+    parts = [f"<h3>{title}</h3>"]
+    for heading, images in panels.sections:
+        parts += [f"<p>{html.escape(heading)}</p>"] * bool(heading)
+        figures = [
+            f"<figure><figcaption>{html.escape(text)}</figcaption>{image_html(each, text)}</figure>"
+            for text, each in images
+        ]
+        parts.append(f'<div class="panels">{"".join(figures)}</div>')
+    legend = image_html(draw_heat_scale(), "from dark to bright").join(map(html.escape, panels.legend))
+    return "".join([*parts, f'<p class="legend">{legend}</p>'])
+
+
+def image_html(image: Image.Image, alt: str) -> str:
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    image.save(file, "PNG")
     source = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-    image = f'<img src="{source}" alt="{title}" width="{picture.width}" height="{picture.height}">'
-    return f'<h3>{title}</h3><div class="picture">{image}</div>'
+    return f'<img src="{source}" alt="{html.escape(alt)}" width="{image.width}" height="{image.height}">'
 
 
 CSS = """
-.picture { overflow-x: auto; }
-.picture img { max-width: max(100%, 700px); height: auto; }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(260px, 100%), 1fr)); gap: 12px; }
+.panels figure { margin: 0; }
+.panels img { width: 100%; height: auto; }
+.legend { margin-top: 8px; }
+.legend img { display: inline; margin: 0 8px; }
 """
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 
@@ -247,10 +269,10 @@ def build_app(models: Models) -> gr.Blocks:
     with gr.Blocks(title="TA-LLaVA, VMTC and CMAI", analytics_enabled=False, delete_cache=(3600, 3600)) as app:
         gr.Markdown(ABOUT + (SHIPPED if (TA_LLAVA, LLAVA) == (DEFAULT_MODEL, DEFAULT_LLAVA) else ""))
         with gr.Row():
-            with gr.Column(min_width=300):
+            with gr.Column(min_width=300) as left:
                 image = gr.Image(label="Image", sources=["upload", "clipboard"], height=260, buttons=[])
             with gr.Column(min_width=300):
-                question = gr.Textbox(label="Question", placeholder="what shape is in the image?", max_length=1000)
+                question = gr.Textbox(label="Question", placeholder="Type a question about the image", max_length=1000)
                 budget = gr.Slider(
                     1, models.num_patches, value=models.num_patches // 4, step=1, label="VMTC: visual tokens left"
                 )
@@ -258,24 +280,26 @@ def build_app(models: Models) -> gr.Blocks:
                     0, 1, value=0.6, step=0.05, label="CMAI: share of them inhibited in the last layer (0: off)"
                 )
                 button = gr.Button("Ask", variant="primary")
+        with left:
+            gr.Examples(
+                [[str(Path(__file__).parent / "examples" / name), text] for name, text in EXAMPLES],
+                [image, question],
+                example_labels=[f"{Path(name).stem.replace('_', ' ')}: {text}" for name, text in EXAMPLES],
+            )
         outputs: list[Any] = []
         with gr.Row():
             for name in ("LLaVA", "VMTC + CMAI", "TA-LLaVA"):
                 with gr.Column(min_width=240):
                     outputs.append(gr.Textbox(label=name, interactive=False))
                     outputs.append(gr.Markdown())
-        gr.Examples(
-            [
-                [str(EXAMPLES / "red_circle.png"), "what shape is in the image?"],
-                [str(EXAMPLES / "red_circle.png"), "is there a red shape?"],
-                [str(EXAMPLES / "teal_triangle.png"), "what color is the shape?"],
-            ],
-            [image, question],
-        )
         outputs += [gr.HTML() for _ in PICTURES]
 
-        def answer(*values: Any) -> Iterator[list[Any]]:
-            yield from ask(models, *values)
+        def answer(*values: Any) -> Iterator[Any]:
+            try:
+                yield from ask(models, *values)
+            except gr.Error as error:  # raised here it would leave a mark on every output
+                gr.Warning(html.escape(error.message), title="No answer")
+                yield [gr.skip()] * len(outputs)
 
         gr.on(
             [button.click, question.submit], answer, [image, question, budget, ratio], outputs, show_progress="minimal"
