@@ -26,18 +26,20 @@ from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpa
 from transformers.tokenization_utils_base import LARGE_INTEGER, TextInput
 from transformers.video_utils import VideoInput
 
+from .chat_messages import TypedPlaceholdersMixin
 from .image_loading import cut_to_aspect_ratio, load_rgb_image, open_images, resize_first, sample_frames
 from .safe_loading import check_image_size, check_sizes
 
 
-class TaLlavaProcessor(ProcessorMixin):  # trf-ignore: TRF057
+class TaLlavaProcessor(TypedPlaceholdersMixin, ProcessorMixin):  # trf-ignore: TRF057
     r"""
     Turns images and text into the inputs of [`TaLlavaForConditionalGeneration`].
 
     In the text, `image_token` (`"<image>"`) stands for an image and `video_token` (`"<video>"`) for a video, anywhere; the
-    chat template writes them. A row with images, however many, gets `num_prefix_tokens` placeholder ids before all its
-    text, and the BOS token after them; the `<image>`s and `<video>`s themselves, each with the line break that follows
-    it, are taken out. A row without images is what the tokenizer makes of it. To the model, a video is its frames.
+    chat template writes them, and one that is typed in a message stays text. A row with images, however many, gets
+    `num_prefix_tokens` placeholder ids before all its text, and the BOS token after them; the `<image>`s and `<video>`s
+    themselves, each with the line break that follows it, are taken out. A row without images is what the tokenizer makes of
+    it. To the model, a video is its frames.
 
     Args:
         image_processor (`BaseImageProcessor`):
@@ -163,7 +165,10 @@ class TaLlavaProcessor(ProcessorMixin):  # trf-ignore: TRF057
     def _images_of_rows(self, images: Any, texts: Sequence[str]) -> list[list]:
         """The images of each row, checked against the `<image>`s in its text."""
         expected = [sample.count(self.image_token) for sample in texts]
-        advice = f"Write one {self.image_token} per image into the text, or use `apply_chat_template`."
+        advice = (
+            f"Write one {self.image_token} per image into the text, or give the images in the messages of "
+            "`apply_chat_template`."
+        )
         if _is_nested(images):
             rows = _nested_rows(images)
             if len(rows) != len(texts):
@@ -207,7 +212,7 @@ class TaLlavaProcessor(ProcessorMixin):  # trf-ignore: TRF057
         if len(frames) != expected:
             raise ValueError(
                 f"The prompts have {expected} {self.video_token}, but got {len(frames)} videos. Write one "
-                f"{self.video_token} per video into the text, or use `apply_chat_template`."
+                f"{self.video_token} per video into the text, or give the videos in the messages of `apply_chat_template`."
             )
         if not frames:
             return rows
@@ -218,6 +223,10 @@ class TaLlavaProcessor(ProcessorMixin):  # trf-ignore: TRF057
                 everything += next(remaining) if token == self.video_token else [next(images)]
             merged.append(everything)
         return merged
+
+    def _placeholder_words(self) -> list[str]:
+        # And the token of the placeholder, which may be another: its id in a text would be taken for a part of the prefix.
+        return [self.image_token, self.video_token, self.tokenizer.convert_ids_to_tokens(self.image_token_id)]
 
     @property
     def _visual_token_pattern(self) -> str:

@@ -200,6 +200,11 @@ def _read_messages(record: Mapping[str, Any]) -> list[dict]:
         elif not isinstance(content, str):
             raise ValueError(f"Turn {number} has no text: `{content_key}` is {content!r}.")
         messages.append({"role": ROLES[role], "content": content})
+    if any({"type": "image"} in message["content"] for message in messages if isinstance(message["content"], list)):
+        # Beside such items the processor takes an `<image>` in a text for text. In a sample it is an image, always.
+        for message in messages:
+            if message["role"] == "user" and IMAGE in _as_text(message["content"]):
+                message["content"] = _as_items(message["content"])
     return messages
 
 
@@ -220,7 +225,7 @@ def _as_text(content: str | list[dict]) -> str:
 
 def _as_items(content: str | list[dict]) -> list[dict]:
     if isinstance(content, list):
-        return content
+        return [part for item in content for part in (_as_items(item["text"]) if "text" in item else [item])]
     items: list[dict] = []
     for index, part in enumerate(re.split(rf"\n?{IMAGE}\n?", content)):
         items += [{"type": "image"}] * (index > 0) + [{"type": "text", "text": part}] * (part != "")

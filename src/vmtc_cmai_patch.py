@@ -49,6 +49,7 @@ from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, Unpack
 from transformers.tokenization_utils_base import TextInput
 from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing, logging
 
+from .chat_messages import TypedPlaceholdersMixin
 from .cmai import Inhibition, check_attention, make_inhibitable, prepare_cache, text_token_mask
 from .image_loading import open_images, resize_first
 from .safe_loading import SafetensorsMixin, check_image_size, check_sizes
@@ -701,10 +702,11 @@ class VmtcCmaiLlavaProcessorKwargs(ProcessingKwargs, total=False):  # type: igno
     images_kwargs: VmtcCmaiLlavaImagesKwargs
 
 
-class VmtcCmaiLlavaProcessor(VisualBudgetMixin, LlavaProcessor):  # trf-ignore: TRF057
+class VmtcCmaiLlavaProcessor(TypedPlaceholdersMixin, VisualBudgetMixin, LlavaProcessor):  # trf-ignore: TRF057
     r"""
     Processor of a LLaVA that writes as many placeholders as the model makes visual tokens. That of a stock LLaVA loads
-    as it is; what changes the number of tokens in the model's config must be given here too.
+    as it is; what changes the number of tokens in the model's config must be given here too. An `<image>` that is typed in a
+    message of a chat stays text.
 
     Args:
         image_processor, tokenizer, patch_size, vision_feature_select_strategy, chat_template, image_token,
@@ -786,8 +788,8 @@ class VmtcCmaiLlavaProcessor(VisualBudgetMixin, LlavaProcessor):  # trf-ignore: 
         if text is not None and counts != expected:
             raise ValueError(
                 f"The prompts have {', '.join(map(str, expected))} {self.image_token}, but got "
-                f"{', '.join(map(str, counts))} images. Write one {self.image_token} per image into the text, or use "
-                "`apply_chat_template`."
+                f"{', '.join(map(str, counts))} images. Write one {self.image_token} per image into the text, or give "
+                "the images in the messages of `apply_chat_template`."
             )
         return super().__call__(images=images, text=text, **kwargs)
 

@@ -305,6 +305,7 @@ TA_LLAVA_FILES = {
     "configuration_ta_llava",
     "modeling_ta_llava",
     "processing_ta_llava",
+    "chat_messages",
     "image_loading",
     "safe_loading",
     "vmtc",
@@ -312,7 +313,8 @@ TA_LLAVA_FILES = {
 
 
 @pytest.mark.parametrize(
-    "hub_files", [TA_LLAVA_FILES, {"vmtc_cmai_patch", "vmtc", "cmai", "image_loading", "safe_loading"}]
+    "hub_files",
+    [TA_LLAVA_FILES, {"vmtc_cmai_patch", "vmtc", "cmai", "chat_messages", "image_loading", "safe_loading"}],
 )
 def test_the_hub_files_import_only_each_other_transformers_torch_and_pillow(hub_files):
     import ast

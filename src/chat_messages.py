@@ -1,0 +1,106 @@
+# Copyright 2026 The TA-LLaVA Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Messages of a chat whose text holds the word that stands for an image, such as `<image>`."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+_VISUAL = ("image", "image_url", "video")
+_GIVEN_BESIDE = ("images", "videos", "images_encoded")  # arguments of the processor
+
+
+class TypedPlaceholdersMixin:
+    """
+    For a processor: an `<image>` that somebody types in a chat stays text, and takes no image.
+
+    The prompt of a chat has one such word per image, from the items `{"type": "image"}` of its messages. In their texts the
+    word is written with a space, `< image>`, which is warned of. It is left as it is where it can only be the place of an
+    image: no message has such items, and the images are given in another way.
+    """
+
+    image_token: str
+
+    def apply_chat_template(self, conversation: Any, *args, **kwargs) -> Any:
+        """As [`~transformers.ProcessorMixin.apply_chat_template`]; an `<image>` in a text is written as `< image>`."""
+        given = {**kwargs, **(kwargs.get("processor_kwargs") or {})}
+        are_beside = any(given.get(name) is not None and given[name] is not False for name in _GIVEN_BESIDE)
+        is_typed = bool(kwargs.get("tokenize")) and not are_beside
+        conversation = escape_placeholders(conversation, self._placeholder_words(), is_typed)
+        return super().apply_chat_template(conversation, *args, **kwargs)  # type: ignore[misc]
+
+    def _placeholder_words(self) -> list[str]:
+        """What stands for an image or a video in a prompt."""
+        return [self.image_token]
+
+
+def escape_placeholders(conversation: Any, words: list[str], is_typed: bool = False) -> Any:
+    """
+    A conversation, or a list of them, with a space in each of the words that stands in a text: `< image>`.
+
+    Args:
+        conversation: As `apply_chat_template` takes it; it is not changed.
+        words (`list[str]`): What stands for an image or a video.
+        is_typed (`bool`): The words are text also in a conversation without images or videos among its items. Otherwise such
+            a conversation is left as it is.
+    """
+    if isinstance(conversation, (list, tuple)) and any(
+        isinstance(part, (list, tuple)) or hasattr(part, "messages") for part in conversation
+    ):
+        return [escape_placeholders(part, words, is_typed) for part in conversation]
+    messages = getattr(conversation, "messages", conversation)
+    if not isinstance(messages, (list, tuple)):
+        return conversation
+    if not is_typed and not any(item.get("type") in _VISUAL for message in messages for item in _items(message)):
+        return conversation
+    pattern = re.compile("|".join(map(re.escape, words)))
+    return [_escape(message, pattern, index) for index, message in enumerate(messages)]
+
+
+def _items(message: Any) -> list[Mapping]:
+    content = message.get("content") if isinstance(message, Mapping) else None
+    return [item for item in content if isinstance(item, Mapping)] if isinstance(content, (list, tuple)) else []
+
+
+def _escape(message: Any, pattern: re.Pattern, index: int) -> Any:
+    def escape(text: Any) -> Any:
+        found = pattern.search(text) if isinstance(text, str) else None
+        if found is None:
+            return text
+        logger.warning_once(
+            f"The text of message {index} holds {found[0]!r}, which stands for an image or a video in a prompt. It becomes "
+            f"{found[0][:1] + ' ' + found[0][1:]!r}, so that it stays text. To show an image, give it as an item of the "
+            'content: {"type": "image", "path": ...}.'
+        )
+        return pattern.sub(lambda word: f"{word[0][:1]} {word[0][1:]}", text)
+
+    if not isinstance(message, Mapping):
+        return message
+    content = message.get("content")
+    if isinstance(content, (list, tuple)):
+        content = [
+            {**item, "text": escape(item["text"])} if isinstance(item, Mapping) and "text" in item else item
+            for item in content
+        ]
+    else:
+        content = escape(content)
+    return {**message, "content": content} if "content" in message else message
+
+
+__all__ = ["TypedPlaceholdersMixin"]
