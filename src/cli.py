@@ -276,6 +276,11 @@ def compress(
     settings = [f"VMTC with {budget} visual tokens"] if config.use_vmtc else []
     settings += [f"CMAI up to {config.cmai_max_ratio}"] if config.use_cmai else []
     typer.echo(f"Wrote {out}: {', '.join(settings) or 'neither VMTC nor CMAI'}.")
+    if settings:
+        typer.echo(
+            "Load it with AutoModelForImageTextToText and AutoProcessor, and trust_remote_code=True. "
+            "LlavaForConditionalGeneration has neither VMTC nor CMAI, and refuses it."
+        )
 
 
 @app.command()

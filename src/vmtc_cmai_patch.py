@@ -78,6 +78,16 @@ def share(value: float) -> None:
         raise ValueError(f"must be from 0 to 1, got {value}.")
 
 
+# From a config of another type the stock class takes the part that is of its own type. Without one it would go on with a
+# warning: without VMTC and CMAI, and with a random head, since the renaming of keys goes by the type. With both off the part
+# is what makes the stock model; otherwise it is one that the stock class refuses, with the remedy in a field that it checks.
+_STOCK = "stock_llava"
+_REFUSAL = (
+    "VMTC or CMAI is on. Load the model with AutoModelForImageTextToText and the processor with AutoProcessor, with "
+    "trust_remote_code=True or after `import ta_llava`."
+)
+
+
 # What is ignored in this file, TRF057, asks for docstrings that are put together from those of the library.
 @strict
 class VmtcCmaiLlavaConfig(VmtcConfig, LlavaConfig):  # trf-ignore: TRF057
@@ -127,7 +137,19 @@ class VmtcCmaiLlavaConfig(VmtcConfig, LlavaConfig):  # trf-ignore: TRF057
     def __post_init__(self, **kwargs):
         check_sizes("vision_config", self.vision_config)
         check_sizes("text_config", self.text_config)
+        kwargs.pop(_STOCK, None)
         super().__post_init__(**kwargs)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is saved. `LlavaForConditionalGeneration` loads it with VMTC, CMAI and `spd_factor` off, and else refuses."""
+        config_dict = super().to_diff_dict()
+        stock = {"vision_feature_select_strategy": _REFUSAL}
+        if not self.use_vmtc and not self.use_cmai and self.spd_factor == 1:
+            own = {field.name for field in fields(self)} - {field.name for field in fields(LlavaConfig)}
+            stock = {
+                key: value for key, value in config_dict.items() if key not in {*own, "architectures", "auto_map"}
+            }
+        return {**config_dict, _STOCK: {**stock, "model_type": LlavaConfig.model_type}}
 
     def validate_cmai(self):
         """Part of `@strict` validation."""
@@ -317,7 +339,7 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
             remedy = (
                 f"That would be {found / len(features):g} for an image. Processor and model must have the same budget: pass "
                 "the same `num_visual_tokens` to both calls, or call `set_visual_budget` on both. Without VMTC both have "
-                "`use_vmtc=False`."
+                "`use_vmtc=False`. A stock `LlavaProcessor` has no budget: load the processor with `AutoProcessor`."
             )
         raise ValueError(
             f"The text has {found} image placeholders (id {self.config.image_token_id}), but there are {each}. {remedy}"

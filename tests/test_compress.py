@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import EXAMPLE_IMAGE, make_lively, run_without_the_package
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -17,6 +18,7 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaModel,
     LlavaProcessor,
     PreTrainedTokenizerFast,
     SiglipVisionConfig,
@@ -156,7 +158,9 @@ def run(*arguments) -> tuple[int, str, str]:
 def test_the_command_line_turns_on_what_it_names_or_both(stock, tmp_path, arguments, flags, message):
     out = tmp_path / "new" / "out"
     code, printed, _ = run("compress", stock, out, *arguments)
-    assert (code, printed) == (0, f"Wrote {out}: {message}\n")
+    first, *rest = printed.splitlines()
+    assert (code, first) == (0, f"Wrote {out}: {message}")
+    assert ["AutoModelForImageTextToText" in line for line in rest] == ([] if "neither" in message else [True])
     model, processor = load(out)
     config = model.config
     assert (config.use_vmtc, config.vmtc_num_visual_tokens, config.use_cmai, config.cmai_max_ratio) == flags
@@ -173,7 +177,7 @@ def test_the_folder_has_all_that_the_hub_needs(stock, tmp_path):
     out = tmp_path / "out"
     compress_llava(stock, out)
     names = {path.name for path in out.iterdir()}
-    code = {"vmtc_cmai_patch.py", "vmtc.py", "cmai.py", "image_loading.py", "safe_loading.py"}
+    code = {"vmtc_cmai_patch.py", "vmtc.py", "cmai.py", "chat_messages.py", "image_loading.py", "safe_loading.py"}
     assert {name for name in names if name.endswith(".py")} == code
     assert {"tokenizer.json", "chat_template.jinja", "generation_config.json", "processor_config.json"} <= names
     config = json.loads((out / "config.json").read_text())
@@ -293,6 +297,48 @@ def test_a_single_file_counts_more_than_an_index_that_an_earlier_save_left(own_s
     assert (load(tmp_path / "out")[0].lm_head.weight == 0.5).all()
 
 
+@pytest.mark.parametrize("flags", [(9, 0.6), (9, 0), (None, 0.6)])
+def test_the_stock_class_refuses_a_compressed_folder(stock, tmp_path, flags):
+    """It would run without VMTC and CMAI, and warn of the model type at most."""
+    compress_llava(stock, tmp_path / "one", *flags)
+    model, processor = load(tmp_path / "one")
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "two")  # as after training
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        for stock_class in (LlavaForConditionalGeneration, LlavaModel):
+            with pytest.raises(
+                StrictDataclassFieldValidationError, match="Load the model with AutoModelForImageTextToText"
+            ):
+                stock_class.from_pretrained(folder)
+        assert not hasattr(load(folder)[0].config, "stock_llava")
+
+
+def test_the_stock_class_loads_a_folder_with_neither(stock, tmp_path):
+    compress_llava(stock, tmp_path / "one", cmai_max_ratio=0)
+    # As the docs say, it is got back from a compressed one too.
+    compress_llava(stock, tmp_path / "two", 9, 0.6)
+    off, processor = load(tmp_path / "two", use_vmtc=False, use_cmai=False)
+    off.save_pretrained(tmp_path / "three")
+    processor.use_vmtc = False
+    inputs = inputs_of(processor)
+    expected = LlavaForConditionalGeneration.from_pretrained(stock).eval()(**inputs).logits
+    for folder in (tmp_path / "one", tmp_path / "three"):
+        model, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+        assert not info["missing_keys"] and torch.equal(model.eval()(**inputs).logits, expected)
+
+
+def test_a_stock_processor_beside_a_compressed_model_is_named(stock, tmp_path):
+    compress_llava(stock, tmp_path / "one", 9, 0.6)
+    model, _ = load(tmp_path / "one")
+    inputs = LlavaProcessor.from_pretrained(tmp_path / "one")(
+        Image.new("RGB", (24, 24)), "<image>", return_tensors="pt"
+    )
+    with pytest.raises(
+        ValueError, match="36 image placeholders.*9 visual tokens.*load the processor with `AutoProcessor`"
+    ):
+        model(**inputs)
+
+
 @pytest.mark.parametrize(
     ("arguments", "flags", "message"),
     [
@@ -308,7 +354,7 @@ def test_of_a_compressed_folder_what_is_not_named_stays(stock, tmp_path, argumen
     # How it merges is what it was trained with, if it was.
     edit_json(tmp_path / "one" / "config.json", vmtc_merge_weights="raw")
     code, printed, _ = run("compress", tmp_path / "one", tmp_path / "two", *arguments)
-    assert (code, printed) == (0, f"Wrote {tmp_path / 'two'}: {message}\n")
+    assert (code, printed.splitlines()[0]) == (0, f"Wrote {tmp_path / 'two'}: {message}")
     model, processor = load(tmp_path / "two")
     config = model.config
     assert (config.use_vmtc, config.vmtc_num_visual_tokens, config.use_cmai, config.cmai_max_ratio) == flags

@@ -83,6 +83,7 @@ def test_the_card_of_a_compressed_llava(tmp_path):
     assert "the 64 visual tokens of an image become **16**" in card and "up to **60 %**" in card
     assert "| language model | Llama, 6 layers of width 128, 75 tokens | 1.19 M |" in section(card, "Architecture")
     assert "56 tokens in the language model" in section(card, "Architecture")
+    assert "load the model with `AutoModelForImageTextToText`" in section(card, "Use it")
     assert UNRECORDED in section(card, "Training")
     assert "tu_ta_llava" in card and "yang2024" in card and "this model is by the second." in card
 
