@@ -75,7 +75,11 @@ _Cmai = Annotated[
 @app.command()
 def ask(
     question: Annotated[
-        list[str] | None, typer.Argument(metavar="IMAGE... QUESTION", help="One or more images, then the question.")
+        list[str] | None,
+        typer.Argument(
+            metavar="IMAGE... QUESTION",
+            help="One or more images, then the question about them. Of a folder, each picture is asked about.",
+        ),
     ] = None,
     model: Annotated[
         str | None,
@@ -105,14 +109,21 @@ def ask(
             raise ValueError("give images and a question, or --batch, not both.")
         if question and not question[-1].strip():
             raise ValueError("the question is empty.")
-        items = _read_batch(batch) if batch is not None else [(question[:-1], question[-1])]
+        is_folder = len(question) == 2 and os.path.isdir(question[0])
+        if batch is not None:
+            items = _read_batch(batch)
+        elif is_folder:
+            items = [([picture], question[1]) for picture in _pictures_of(question[0])]
+        else:
+            items = [(question[:-1], question[-1])]
+        is_many = batch is not None or is_folder
         sources: list[tuple[list[Any], str]] = list(items)
 
         from transformers.utils import logging
 
         from .inference import DEFAULT_LLAVA, DEFAULT_MODEL, answer, load
 
-        if batch is None:  # a wrong image is found before a model is loaded
+        if not is_many:  # a wrong image is found before a model is loaded
             sources = [(_load_images(question), question[-1])]
         logging.disable_progress_bar()
         default = DEFAULT_MODEL if visual_tokens is None and cmai is None else DEFAULT_LLAVA
@@ -123,15 +134,27 @@ def ask(
             sources,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
-            progress=batch is not None,
+            progress=is_many,
         )
         for (images, asked), text in zip(items, answers):
             if as_json:
                 record: dict[str, Any] = {"image": images[0] if len(images) == 1 else images, "question": asked}
                 line = json.dumps({**record, "answer": text}, ensure_ascii=False)
             else:
-                line = text if batch is None else f"{', '.join(images)}: {asked} {text}"
+                line = f"{', '.join(images)}: {asked} {text}" if is_many else text
             print(line, flush=True)
+
+
+def _pictures_of(folder: str) -> list[str]:
+    """Paths of the pictures in a folder, by the endings of their names, in order; raises `ValueError` if there are none."""
+    from PIL import Image
+
+    kinds = Image.registered_extensions()
+    endings = {ending for ending, kind in kinds.items() if Image.MIME.get(kind, "").startswith("image/")}
+    pictures = sorted(path for path in Path(folder).glob("[!.]*") if path.suffix.lower() in endings and path.is_file())
+    if not pictures:
+        raise ValueError(f"the folder {folder} has no pictures in it, such as a .png or .jpg file.")
+    return [str(path) for path in pictures]
 
 
 def _load_images(arguments: list[str]) -> list[Any]:
@@ -148,9 +171,9 @@ def _load_images(arguments: list[str]) -> list[Any]:
         except ValueError as error:
             if "://" in argument or os.path.exists(argument):
                 raise
-            if os.path.isfile(arguments[-1]) and not Path(argument).suffix:
-                paths = [each for each in arguments if os.path.isfile(each)]
-                words = [each for each in arguments if not os.path.isfile(each)]
+            if os.path.exists(arguments[-1]) and not Path(argument).suffix:
+                paths = [each for each in arguments if os.path.exists(each)]
+                words = [each for each in arguments if not os.path.exists(each)]
                 swapped = shlex.join(["ta-llava", "ask", *paths, " ".join(words)])
                 raise ValueError(f"{error} The question comes last: {swapped}") from error
             if not images:

@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
-from .error_messages import one_line
+from .error_messages import check_source, config_of, one_line
 from .export import check_export, write_export
 from .model_card import CARD, download_card, is_unedited, lost_sections, pin_revision, pinned_revision, renew_pin
 
@@ -115,6 +115,9 @@ def push_model(
         raise ValueError(f"{revision} is the name of a commit, to which nothing can be added. Name a branch.")
     if revision is not None and _NO_BRANCH.search(revision):
         raise ValueError(f"A branch on the Hub cannot be called {revision!r}.")
+    check_source(model)
+    if Path(model).exists():
+        config_of(model)  # before anybody has to log in
     api = HfApi()
     with _hub_errors(repo_id):
         user = api.whoami()["name"]

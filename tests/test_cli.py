@@ -122,6 +122,7 @@ def test_a_path_that_is_not_there_is_told_at_once(tmp_path, monkeypatch):
         ["cost", path],
         ["compress", path, tmp_path / "out"],
         ["export", path, tmp_path / "out"],
+        ["push", path, "me/model"],
         ["visualize", EXAMPLE_IMAGE, "--model", path, "-o", tmp_path / "out.png"],
         ["visualize", EXAMPLE_IMAGE, "what?", "--show", "prefix", "--model", path, "-o", tmp_path / "out.png"],
         ["evaluate", path, "-o", tmp_path / "out", "--questions", 1],
@@ -145,6 +146,29 @@ def test_several_images_in_one_question():
     assert code == 0
     record = json.loads(out)
     assert record["image"] == [str(EXAMPLE_IMAGE)] * 2 and record["answer"]
+
+
+def test_of_a_folder_each_picture_is_asked_about(tmp_path):
+    (tmp_path / "b.PNG").write_bytes(EXAMPLE_IMAGE.read_bytes())
+    (tmp_path / "a.png").write_bytes((ROOT / "examples" / "red_circle.png").read_bytes())
+    for other in ("notes.txt", "paper.pdf", "._a.png"):
+        (tmp_path / other).write_text("no picture")
+    question = "what color is the shape?"
+    code, out, error = run("ask", tmp_path, question)
+    assert code == 0, error
+    answers = [(tmp_path / "a.png", "red"), (tmp_path / "b.PNG", "teal")]
+    assert out.splitlines() == [f"{path}: {question} {answer}" for path, answer in answers]
+    code, out, _ = run("ask", tmp_path, question, "--json")
+    assert [json.loads(line)["image"] for line in out.splitlines()] == [str(path) for path, _ in answers]
+
+
+def test_a_folder_without_pictures_or_among_images_is_named(tmp_path):
+    code, out, error = run("ask", tmp_path, "what?")
+    assert code == 1 and out == "" and f"the folder {tmp_path} has no pictures in it" in error
+    code, _, error = run("ask", tmp_path, EXAMPLE_IMAGE, "what?")
+    assert code == 1 and f"'{tmp_path}' is a folder, not an image file" in error
+    code, _, error = run("ask", "what color?", tmp_path)
+    assert code == 1 and error.endswith(shlex.join(["ta-llava", "ask", str(tmp_path), "what color?"]) + "\n")
 
 
 @pytest.mark.parametrize(
