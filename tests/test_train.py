@@ -678,8 +678,11 @@ def test_two_processes_learn_what_one_does(recipe, tmp_path, kind):
         assert losses(together / phase) == pytest.approx(losses(tmp_path / phase), rel=1e-3)
     one, two = weights(expected), weights(together / "2")
     assert one.keys() == two.keys()
+    # By what was learned, as a whole: Adam turns the rounding of a gradient near zero into a whole step of that weight.
+    start = weights(Path(recipe.model))
     for name in one:
-        torch.testing.assert_close(one[name], two[name], atol=5e-4, rtol=1e-2)
+        learned = (one[name] - start[name]).norm()
+        assert (one[name] - two[name]).norm() <= 0.1 * learned, name
     names = [{path.name for path in (folder / "2").iterdir()} for folder in (tmp_path, together)]
     assert names[0] == names[1]  # the code too, of the class that is not sharded
     configs = [json.loads((folder / "2" / "config.json").read_text()) for folder in (tmp_path, together)]
