@@ -45,15 +45,15 @@ lint: $(VENV)/installed-dev  ## run the linters and the type checker
 	$(BIN)/mypy
 
 train-tiny: $(VENV)/installed-dev  ## train the shipped TA-LLaVA from nothing (37 minutes on 2 cores; resumes)
-	$(BIN)/python -m ta_llava.train_tiny --output-dir runs/ta-llava-tiny
+	$(BIN)/python experiments/train_ta_llava_tiny.py --output-dir runs/ta-llava-tiny
 	$(BIN)/ta-llava evaluate runs/ta-llava-tiny/model --batch-size 128 -o runs/ta-llava-tiny/easy-vqa-test
 
 train-llava-tiny: $(VENV)/installed-dev  ## train a small LLaVA on easy-VQA by the recipes of LLaVA-1.5 (16 minutes; resumes)
-	$(BIN)/python -m ta_llava.train_llava_tiny --output-dir runs/llava-tiny
+	$(BIN)/python experiments/train_llava_tiny.py --output-dir runs/llava-tiny
 	$(BIN)/ta-llava evaluate runs/llava-tiny/model --batch-size 128 -o runs/llava-tiny/easy-vqa-test
 
 train-small: $(VENV)/installed-real-parts  ## train a TA-LLaVA of SmolLM2-135M and DINOv2-small (47 minutes on 2 cores; resumes)
-	$(BIN)/python -m ta_llava.train_small --output-dir runs/ta-llava-small --results benchmarks/results
+	$(BIN)/python experiments/train_ta_llava_small.py --output-dir runs/ta-llava-small --results benchmarks/results
 
 evaluate-tiny: $(VENV)/installed-dev  ## the shipped models on all 9,673 test questions of easy-VQA
 	$(BIN)/ta-llava evaluate checkpoints/ta-llava-tiny --batch-size 128 -o runs/evaluate-tiny/ta-llava
@@ -63,8 +63,8 @@ evaluate-tiny: $(VENV)/installed-dev  ## the shipped models on all 9,673 test qu
 	$(BIN)/ta-llava evaluate checkpoints/llava-tiny --visual-tokens 16 --cmai 0.6 --batch-size 128 -o runs/evaluate-tiny/both
 
 tables: $(VENV)/installed-real-parts  ## repeat the papers' tables with small models (4 hours on 2 cores, then a half that wants a GPU; resumes)
-	$(BIN)/python benchmarks/tables.py
-	$(BIN)/python benchmarks/tables.py --config benchmarks/tables_smollm2.yaml --output-dir runs/tables-smollm2
+	$(BIN)/python experiments/tables.py
+	$(BIN)/python experiments/tables.py --config experiments/tables_smollm2.yaml --output-dir runs/tables-smollm2
 
 bench: $(VENV)/installed-dev  ## measure both systems against LLaVA with the same backbones
 	$(BIN)/python benchmarks/compare_with_llava.py

@@ -21,10 +21,10 @@ from tqdm.auto import tqdm
 from transformers import AutoProcessor
 
 from ta_llava import TaLlavaConfig, TaLlavaForConditionalGeneration
-from ta_llava.inference import DEFAULT_MODEL
-from ta_llava.train import train_only
-from ta_llava.training_data import Collator
-from ta_llava.vision_feature_cache import VisionFeatureCache
+from ta_llava.common.shipped_models import DEFAULT_MODEL
+from ta_llava.training.dataset import Collator
+from ta_llava.training.parts import train_only
+from ta_llava.training.vision_feature_cache import VisionFeatureCache
 
 
 NUM_TEXT_TOKENS = 40

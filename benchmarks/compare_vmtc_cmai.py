@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
 from ta_llava import VmtcCmaiLlavaConfig, VmtcCmaiLlavaForConditionalGeneration
-from ta_llava.vmtc import TowerCompression, compression_of_call
+from ta_llava.vision_towers import TowerCompression, compression_of_call
 
 
 OWN_WORK = "VMTC's own work"

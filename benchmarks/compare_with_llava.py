@@ -37,8 +37,8 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ta_llava import TaLlavaConfig, TaLlavaForConditionalGeneration
+from ta_llava.library_versions import CACHE
 from ta_llava.modeling_ta_llava import keep_state
-from ta_llava.vmtc import CACHE
 
 
 NUM_TEXT_TOKENS = 40

@@ -20,8 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText
 
-from ta_llava.cost import CPU_ATTENTION, full_size_config, run
-from ta_llava.train import count_parameters, load_recipe, train_only
+from ta_llava.analysis.cost import CPU_ATTENTION, full_size_config, run
+from ta_llava.training.parts import count_parameters, train_only
+from ta_llava.training.recipe import load_recipe
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"

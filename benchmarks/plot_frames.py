@@ -12,7 +12,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import LlavaConfig
 
-from ta_llava.cost import Cost, count_cost, full_size_config
+from ta_llava.analysis.cost import Cost, count_cost, full_size_config
 
 
 FRAMES = (1, 2, 4, 8, 16, 32, 64)

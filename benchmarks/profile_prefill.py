@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from ta_llava import TaLlavaForConditionalGeneration
-from ta_llava.cost import CPU_ATTENTION
+from ta_llava.analysis.cost import CPU_ATTENTION
 
 
 ROWS = (1, 8, 32, 72, 144, 288, 616, 1232, 4928)  # of a matrix product: 72 are TA-LLaVA's prefill, 616 LLaVA's

@@ -24,9 +24,10 @@ from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, TorchAoConfig
 
 from ta_llava import VmtcCmaiLlavaForConditionalGeneration
-from ta_llava.compress import compressed_parts
-from ta_llava.easy_vqa_data import load_easy_vqa
-from ta_llava.inference import DEFAULT_LLAVA, DEFAULT_MODEL, answer
+from ta_llava.building.compress import compressed_parts
+from ta_llava.common.shipped_models import DEFAULT_LLAVA, DEFAULT_MODEL
+from ta_llava.data.easy_vqa import load_easy_vqa
+from ta_llava.inference import answer
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def _errors_as_messages(extra: str = "train") -> Iterator[None]:
             typer.echo(f"Interrupted. {error}".rstrip(), err=True)
         raise typer.Exit(130) from error
     except ModuleNotFoundError as error:
-        from .error_messages import how_to_install
+        from .common.errors import how_to_install
 
         typer.echo(f"error: {error}. What this command needs is in an extra: {how_to_install(extra)}.", err=True)
         raise typer.Exit(1) from error
@@ -121,7 +121,8 @@ def ask(
 
         from transformers.utils import logging
 
-        from .inference import DEFAULT_LLAVA, DEFAULT_MODEL, answer, load
+        from .common.shipped_models import DEFAULT_LLAVA, DEFAULT_MODEL
+        from .inference import answer, load
 
         if not is_many:  # a wrong image is found before a model is loaded
             sources = [(_load_images(question), question[-1])]
@@ -228,7 +229,7 @@ def export(
 ) -> None:
     """Write a folder that loads anywhere with trust_remote_code=True, without this package."""
     with _errors_as_messages():
-        from .export import export_model
+        from .publishing.export import export_model
 
         export_model(model, out, results or (), overwrite_card)
     typer.echo(f"Wrote {out}.")
@@ -248,7 +249,7 @@ def push(
 ) -> None:
     """Upload what `export` writes to the Hugging Face Hub."""
     with _errors_as_messages():
-        from .publish import push_model
+        from .publishing.push import push_model
 
         pushed = push_model(
             model, repo, private=private, revision=revision, results=results or (), overwrite_card=overwrite_card
@@ -291,7 +292,7 @@ def compress(
     with _errors_as_messages():
         from transformers.utils import logging
 
-        from .compress import compress_llava
+        from .building.compress import compress_llava
 
         logging.set_verbosity_error()
         config = compress_llava(llava, out, visual_tokens, cmai, link=not copy, progress=True)
@@ -365,9 +366,9 @@ def visualize(
         if out.exists() and Path(image).exists() and out.samefile(image):
             raise ValueError(f"{out} is the image itself. Name another file with -o.")
 
-        from .inference import DEFAULT_LLAVA, DEFAULT_MODEL
-        from .visualize import visualize as draw
-        from .visualize import visualize_inhibition, visualize_prefix
+        from .analysis.visualize import visualize as draw
+        from .analysis.visualize import visualize_inhibition, visualize_prefix
+        from .common.shipped_models import DEFAULT_LLAVA, DEFAULT_MODEL
 
         logging.set_verbosity_error()  # else it reports the weights of the language model as left over
         logging.disable_progress_bar()
@@ -430,7 +431,7 @@ def init(
     with _errors_as_messages():
         from transformers.utils import logging
 
-        from .assemble import assemble_ta_llava
+        from .building.assemble import assemble_ta_llava
 
         logging.set_verbosity_error()
 
@@ -467,8 +468,8 @@ def init_llava(
     with _errors_as_messages():
         from transformers.utils import logging
 
-        from .assemble import assemble_llava
-        from .compress import vmtc_cmai_flags
+        from .building.assemble import assemble_llava
+        from .building.compress import vmtc_cmai_flags
 
         logging.set_verbosity_error()
 
@@ -523,8 +524,8 @@ def train(
 ) -> None:
     """Train a model by a recipe. Started again, it goes on where it was interrupted."""
     with _errors_as_messages():
-        from .train import load_recipe
-        from .train import train as run
+        from .training.recipe import load_recipe
+        from .training.run import train as run
 
         loaded = load_recipe(recipe, override or ())
         _set_options(loaded, cache_vision_features, lora, on_bad_sample)
@@ -548,7 +549,8 @@ def curriculum(
 ) -> None:
     """Train by several recipes in turn, each from what came out of the one before."""
     with _errors_as_messages():
-        from .train import load_recipe, run_curriculum
+        from .training.recipe import load_recipe
+        from .training.run import run_curriculum
 
         phases = [load_recipe(path, override or ()) for path in recipes]
         phases[0].model = model or phases[0].model
@@ -593,7 +595,7 @@ def merge(
 ) -> None:
     """Merge a LoRA adapter into its model."""
     with _errors_as_messages():
-        from .train import merge_adapter
+        from .publishing.merge import merge_adapter
 
         merge_adapter(adapter, out, model)
     typer.echo(f"Wrote {out}.")
@@ -652,8 +654,8 @@ def evaluate(
     with _errors_as_messages("evaluate"):
         from transformers.utils import logging
 
-        from .evaluate import TABLE
-        from .evaluate import evaluate as run
+        from .evaluation.evaluate import evaluate as run
+        from .evaluation.results import TABLE
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
@@ -701,8 +703,8 @@ def cost(
 
         from transformers.utils import logging
 
-        from .compress import with_vmtc_and_cmai
-        from .cost import FULL_SIZE, count_cost, format_cost, read_config
+        from .analysis.cost import FULL_SIZE, count_cost, format_cost, read_config
+        from .building.compress import with_vmtc_and_cmai
 
         logging.set_verbosity_error()
         settings = [f"{visual_tokens} visual tokens"] if visual_tokens is not None else []
@@ -728,10 +730,9 @@ def convert_original(
 ) -> None:
     """Convert a checkpoint of the authors' code. Writes a processor too, if the folder has a tokenizer."""
     with _errors_as_messages():
-        from .complete_files import complete_folder_or_not_at_all
-        from .convert_original import build_processor
-        from .convert_original import convert_original as convert
-        from .export import check_new_folder
+        from .building.convert_original import build_processor
+        from .building.convert_original import convert_original as convert
+        from .common.files import check_new_folder, complete_folder_or_not_at_all
 
         check_new_folder(out)
         model = convert(folder, vision_tower)

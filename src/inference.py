@@ -6,27 +6,16 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    PreTrainedModel,
-    ProcessorMixin,
-)
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from .adapters import is_adapter, merge_into, model_of_adapter
-from .compress import compressed_parts
-from .error_messages import check_complete, config_of, loading_from
-from .export import check_processor
+from .building.compress import compressed_parts
+from .common.adapters import is_adapter, merge_into, model_of_adapter
+from .common.loading import check_complete, check_processor, config_of, loading_from
+from .common.shipped_models import DEFAULT_MODEL
 from .image_loading import open_images
 from .safe_loading import read_safetensors
 from .vmtc_cmai_patch import VmtcCmaiLlavaForConditionalGeneration
 
-
-# The models that are shipped with the package: beside `src` in the repository, inside the package once installed.
-_FOLDERS = [Path(__file__).parent / "checkpoints", Path(__file__).parent.parent / "checkpoints"]
-_SHIPPED = next((folder for folder in _FOLDERS if folder.is_dir()), _FOLDERS[0])
-DEFAULT_MODEL = _SHIPPED / "ta-llava-tiny"
-DEFAULT_LLAVA = _SHIPPED / "llava-tiny"  # for VMTC and CMAI
 
 # Arguments of `generate()` for the likeliest token at each step and one answer a question, whatever the model's
 # generation_config.json says; which tokens end an answer or are never written is left to that.

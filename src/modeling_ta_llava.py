@@ -43,18 +43,11 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing, logging, output_capturing
 
 from .configuration_ta_llava import TaLlavaConfig
+from .library_layers import pass_as_parent
+from .library_versions import CACHE, cache_of_call
 from .safe_loading import SafetensorsMixin
-from .vmtc import (
-    CACHE,
-    VisualBudgetMixin,
-    blank_image,
-    blocks_of,
-    cache_of_call,
-    compression_of_call,
-    has_class_token,
-    make_compressible,
-    pass_as_parent,
-)
+from .vision_towers import blank_image, blocks_of, compression_of_call, has_class_token, make_compressible
+from .vmtc import VisualBudgetMixin
 
 
 logger = logging.get_logger(__name__)

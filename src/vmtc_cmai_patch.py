@@ -50,23 +50,13 @@ from transformers.tokenization_utils_base import TextInput
 from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing, logging
 
 from .chat_messages import TypedPlaceholdersMixin
-from .cmai import Inhibition, check_attention, make_inhibitable, prepare_cache, text_token_mask
+from .cmai import Inhibition, check_attention, make_inhibitable, text_token_mask
+from .cmai_cache import prepare_cache
 from .image_loading import open_images, resize_first
+from .library_versions import CACHE, cache_of_call
 from .safe_loading import SafetensorsMixin, check_image_size, check_sizes
-from .vmtc import (
-    CACHE,
-    VisualBudgetMixin,
-    VmtcConfig,
-    at_least_1,
-    blank_image,
-    cache_of_call,
-    compression_of_call,
-    count_visual_tokens,
-    make_compressible,
-    patch_grid,
-    share_above_0,
-    spatial_downsample,
-)
+from .vision_towers import blank_image, compression_of_call, make_compressible, patch_grid
+from .vmtc import VisualBudgetMixin, VmtcConfig, at_least_1, count_visual_tokens, share_above_0, spatial_downsample
 
 
 logger = logging.get_logger(__name__)

@@ -33,8 +33,8 @@ from transformers import (
 )
 
 from ta_llava import TaLlavaConfig, TaLlavaForConditionalGeneration
-from ta_llava.cost import clip_large, full_size_config
-from ta_llava.vmtc import blocks_of
+from ta_llava.analysis.cost import clip_large, full_size_config
+from ta_llava.vision_towers import blocks_of
 
 
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}

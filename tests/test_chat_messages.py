@@ -10,8 +10,9 @@ from transformers import AutoProcessor, ProcessorMixin
 
 from ta_llava import VmtcCmaiLlavaProcessor
 from ta_llava.chat_messages import escape_placeholders, logger
-from ta_llava.inference import DEFAULT_LLAVA, DEFAULT_MODEL
-from ta_llava.training_data import SampleEncoder, read_sample
+from ta_llava.common.shipped_models import DEFAULT_LLAVA, DEFAULT_MODEL
+from ta_llava.data.samples import read_sample
+from ta_llava.training.encoding import SampleEncoder
 
 
 KWARGS = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}

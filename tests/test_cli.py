@@ -43,7 +43,8 @@ def test_ask_with_vmtc_and_cmai(options):
 
 
 @pytest.mark.parametrize(
-    ("command", "module", "extra"), [("train", "train", "train"), ("evaluate", "evaluate", "evaluate")]
+    ("command", "module", "extra"),
+    [("train", "training.run", "train"), ("evaluate", "evaluation.evaluate", "evaluate")],
 )
 def test_what_is_not_installed_is_named_with_the_extra_that_has_it(monkeypatch, tmp_path, command, module, extra):
     monkeypatch.setitem(sys.modules, f"ta_llava.{module}", None)

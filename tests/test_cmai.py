@@ -18,10 +18,10 @@ from ta_llava.cmai import (
     head_averaged_scores,
     inhibited_pairs,
     inhibition_ratio,
-    prepare_cache,
     text_token_mask,
     threshold_rank,
 )
+from ta_llava.cmai_cache import prepare_cache
 
 
 # --- the maths -----------------------------------------------------------------------------------------------------

@@ -19,9 +19,9 @@ import pytest
 from conftest import EXAMPLE_IMAGE, SHIPPED_LLAVA, SHIPPED_MODEL, make_environment
 from hub_server import HubServer
 
-from ta_llava.compress import compress_llava
-from ta_llava.export import export_model
+from ta_llava.building.compress import compress_llava
 from ta_llava.inference import answer, load
+from ta_llava.publishing.export import export_model
 
 
 REPOS = ["alice/ta-llava", "alice/llava"]

@@ -9,10 +9,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
-from ta_llava.compress import compress_llava
-from ta_llava.error_messages import config_of
-from ta_llava.inference import DEFAULT_LLAVA, DEFAULT_MODEL, answer, load
-from ta_llava.train import merge_adapter
+from ta_llava.building.compress import compress_llava
+from ta_llava.common.loading import config_of
+from ta_llava.common.shipped_models import DEFAULT_LLAVA, DEFAULT_MODEL
+from ta_llava.inference import answer, load
+from ta_llava.publishing.merge import merge_adapter
 
 
 @pytest.fixture(scope="module")

@@ -214,7 +214,7 @@ def test_parity_with_the_original_code():
     """The fixture was written by the authors' code: logits, loss and the prefix after every layer agree."""
     folder = FIXTURES / "original_ta_llava"
     case = load_file(folder / "case_a.safetensors")
-    from ta_llava.convert_original import convert_original
+    from ta_llava.building.convert_original import convert_original
 
     model = convert_original(folder, folder / "tiny-clip").eval()
     last_layer_output = []

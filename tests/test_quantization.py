@@ -20,9 +20,9 @@ from transformers import (
 from transformers.utils import is_accelerate_available, is_bitsandbytes_available, is_torchao_available
 
 from ta_llava import VmtcCmaiLlavaForConditionalGeneration
-from ta_llava.compress import compressed_parts
-from ta_llava.export import export_model
+from ta_llava.building.compress import compressed_parts
 from ta_llava.inference import answer, load
+from ta_llava.publishing.export import export_model
 
 
 needs_torchao = pytest.mark.skipif(not is_torchao_available(), reason="torchao is not installed")

@@ -19,9 +19,9 @@ from hub_server import HubServer
 from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from ta_llava.building.compress import compress_llava
 from ta_llava.cli import app
-from ta_llava.compress import compress_llava
-from ta_llava.export import export_model
+from ta_llava.publishing.export import export_model
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -33,7 +33,7 @@ NOT_RUN = {
     "hf auth": "the Hub and its passwords",
     "lmms-eval": "is not installed here; its models and tasks have tests of their own",
     "make": "sets up environments, or takes minutes to hours",
-    "python -m ta_llava.easy_vqa_data": "writes 4,000 images",
+    "python -m ta_llava.data.easy_vqa": "writes 4,000 images",
     "ta-llava convert-original": "needs a checkpoint of the authors' code",
     "ta-llava cost": "is slow, and has tests of its own",
     "ta-llava curriculum": "hours of training, with 1.2 million images",

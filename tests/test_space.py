@@ -14,7 +14,8 @@ import torch
 from conftest import EXAMPLE_IMAGE, ROOT, make_lively, run_without_the_package
 from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
 
-from ta_llava.inference import DEFAULT_LLAVA, DEFAULT_MODEL, answer, load
+from ta_llava.common.shipped_models import DEFAULT_LLAVA, DEFAULT_MODEL
+from ta_llava.inference import answer, load
 
 
 SPACE = ROOT / "hub_card" / "space"

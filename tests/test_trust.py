@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 
 from ta_llava import TaLlavaConfig, TaLlavaForConditionalGeneration, VmtcCmaiLlavaConfig
 from ta_llava.cli import app
+from ta_llava.data.samples import SampleError, read_sample
 from ta_llava.safe_loading import check_sizes
-from ta_llava.training_data import SampleError, read_sample
 
 
 ORIGINAL = FIXTURES / "original_ta_llava"

@@ -24,17 +24,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ta_llava import TaLlavaConfig, TaLlavaForConditionalGeneration
+from ta_llava.vision_towers import TowerCompression, compression_of_call, make_compressible
 from ta_llava.vmtc import (
-    TowerCompression,
     VmtcConfig,
     VmtcStage,
     class_token_attention,
     compress_tokens,
-    compression_of_call,
     cosine_kmeans,
     count_visual_tokens,
     importance_scores,
-    make_compressible,
     mean_received_attention,
     merge_clusters,
     plan_stages,

@@ -25,12 +25,9 @@ import torch
 from PIL import Image
 from transformers import TextIteratorStreamer
 
-from ta_llava.cost import count_cost
-from ta_llava.image_loading import load_rgb_image
-from ta_llava.inference import DEFAULT_LLAVA, DEFAULT_MODEL, GREEDY, load
-from ta_llava.visualize import (
-    Panels,
-    draw_heat_scale,
+from ta_llava.analysis.cost import count_cost
+from ta_llava.analysis.drawing import Panels, draw_heat_scale
+from ta_llava.analysis.visualize import (
     inhibition_panels,
     prefix_panels,
     prompt_inputs,
@@ -40,7 +37,10 @@ from ta_llava.visualize import (
     trace_prefix,
     trace_stages,
 )
-from ta_llava.vmtc import patch_grid
+from ta_llava.common.shipped_models import DEFAULT_LLAVA, DEFAULT_MODEL
+from ta_llava.image_loading import load_rgb_image
+from ta_llava.inference import GREEDY, load
+from ta_llava.vision_towers import patch_grid
 
 
 TA_LLAVA = os.environ.get("TA_LLAVA_MODEL") or DEFAULT_MODEL

@@ -9,9 +9,9 @@ import os
 from datasets import Dataset
 from PIL import Image
 
-from ta_llava.evaluate import one_per_image, read_questions
+from ta_llava.evaluation.instruction_following import Prompt, build_prompts, check, load_checkers
+from ta_llava.evaluation.tasks import one_per_image, read_questions
 from ta_llava.image_loading import load_rgb_image
-from ta_llava.instruction_following import Prompt, build_prompts, check, load_checkers
 
 
 load_checkers()  # which may not be installed: said here, before answers are made in vain

@@ -1,0 +1,1 @@
+../../src/library_layers.py

@@ -1,0 +1,1 @@
+../../src/library_versions.py

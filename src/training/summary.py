@@ -1,0 +1,3 @@
+"""What a finished run of training writes about itself."""
+
+SUMMARY = "training_summary.json"

@@ -1,0 +1,234 @@
+# Copyright 2026 The TA-LLaVA Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Vision towers that compress their tokens: VMTC in the blocks of CLIP, SigLIP and DINOv2."""
+
+import math
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from transformers.utils.generic import maybe_autocast
+
+from .library_layers import pass_as_parent, route_attention
+from .vmtc import (
+    VmtcStage,
+    class_token_attention,
+    compress_tokens,
+    count_visual_tokens,
+    importance_scores,
+    mean_received_attention,
+    one_layer,
+    plan_stages,
+)
+
+
+# --- the tower -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TowerCompression:
+    """
+    What the blocks of a tower do in one call; handed to them as the keyword argument `vmtc`.
+
+    Args:
+        stages (`dict[int, VmtcStage]`): By index of the block.
+        merge_weights (`str`): See [`VmtcConfig`].
+        has_class_token (`bool`): Whether the first token is one; else importance is the attention received.
+        trace (`list`, *optional*): Of each stage, which output token each patch token has become (`compress_tokens`).
+    """
+
+    stages: dict[int, VmtcStage]
+    merge_weights: str
+    has_class_token: bool
+    trace: list[torch.Tensor] = field(default_factory=list)
+
+    def attention_row(self, query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
+        """What is needed of the attention weights, `(B, heads, 1, tokens)`."""
+        with maybe_autocast(query.device.type, enabled=False):
+            return (class_token_attention if self.has_class_token else mean_received_attention)(query, key, scaling)
+
+    def complete_row(self, row: torch.Tensor | None, attention: Any, normed: torch.Tensor) -> torch.Tensor:
+        """
+        `row`, if it is one; else the `attention_row` from the projections of an `attention` and its input `(B, tokens, d)`.
+        The weights of eager attention are not it: dropout and half precision have changed them.
+        """
+        if row is not None and row.shape[-2] == 1:
+            return row
+        num_heads = attention.num_heads if hasattr(attention, "num_heads") else attention.num_attention_heads
+        scaling = attention.scale if hasattr(attention, "scale") else attention.scaling
+        query = attention.q_proj(normed[:, :1] if self.has_class_token else normed)
+        query, key = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, attention.k_proj(normed)))
+        return self.attention_row(query, key, scaling)
+
+    def __call__(self, hidden_states: torch.Tensor, row: torch.Tensor, stage: VmtcStage) -> torch.Tensor:
+        """Compresses `hidden_states` `(B, tokens, d)` by the `attention_row` `(B, heads, 1, tokens)`."""
+        num_first = int(self.has_class_token)
+        patches = hidden_states[:, num_first:]
+        importance = importance_scores(row, patches.shape[1])
+        with maybe_autocast(patches.device.type, enabled=False):
+            patches, becomes = compress_tokens(
+                patches, importance, stage.num_kept, stage.num_clusters, self.merge_weights
+            )
+        self.trace.append(becomes)
+        return torch.cat([hidden_states[:, :num_first], patches], dim=1)
+
+
+def stage_attention_forward(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    vmtc: TowerCompression | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    SDPA; in a block that compresses, also the `attention_row`, from the queries and keys at hand. Registered as
+    `vmtc_sdpa`; other implementations stay as they are, and the block projects queries and keys once more.
+    """
+    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    output, weights = attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    return output, weights if vmtc is None else vmtc.attention_row(query, key, scaling)
+
+
+AttentionInterface.register("vmtc_sdpa", stage_attention_forward)
+
+
+@cache
+def compressing_block_class(block_class: Any) -> type[nn.Module]:
+    """
+    Subclass of the block class of a tower (CLIP, SigLIP, DINOv2) that compresses between attention and MLP where `vmtc`
+    says so, and else is its parent. With `num_blocks` the blocks after so many hand on what they are given.
+    """
+
+    class CompressingBlock(block_class):
+        block_index: int
+
+        def forward(
+            self,
+            hidden_states,
+            attention_mask=None,
+            vmtc: TowerCompression | None = None,
+            num_blocks: int | None = None,
+            **kwargs,
+        ):
+            if num_blocks is not None and self.block_index >= num_blocks:
+                return hidden_states
+            if vmtc is None:
+                return super().forward(hidden_states, attention_mask, **kwargs)
+            stage = vmtc.stages.get(self.block_index)
+            if stage is None:  # images have no padding, and a mask would be too long after a stage
+                return super().forward(hidden_states, None, **kwargs)
+            if hasattr(self, "layer_norm1"):  # CLIP and SigLIP
+                normed = self.layer_norm1(hidden_states)
+                attended, row = self.self_attn(normed, None, vmtc=vmtc, **kwargs)
+                row = vmtc.complete_row(row, self.self_attn, normed)
+                hidden_states = vmtc(hidden_states + attended, row, stage)
+                return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+            normed = self.norm1(hidden_states)
+            attended, row = self.attention(normed, None, vmtc=vmtc, **kwargs)
+            row = vmtc.complete_row(row, self.attention, normed)
+            hidden_states = vmtc(self.drop_path(self.layer_scale1(attended)) + hidden_states, row, stage)
+            return self.drop_path(self.layer_scale2(self.mlp(self.norm2(hidden_states)))) + hidden_states
+
+    return pass_as_parent(CompressingBlock, compressing_block_class)
+
+
+def make_compressible(tower: Any) -> None:
+    """Lets the blocks of a vision tower compress when asked to; a tower of unknown build stays as it is."""
+    for index, block in enumerate(blocks_of(tower)):
+        block_class: Any = type(block)
+        block.__class__ = compressing_block_class(block_class)
+        block.block_index = index
+        route_attention(block, {"sdpa": "vmtc_sdpa"})
+
+
+def blocks_of(tower: Any) -> Any:
+    """The blocks of a tower that is built like CLIP or DINOv2 (without registers), or none."""
+    encoder = getattr(tower, "encoder", None)
+    blocks: Any = getattr(encoder, "layers", getattr(encoder, "layer", ()))
+    layouts = (
+        ("layer_norm1", "self_attn", "layer_norm2", "mlp"),
+        ("norm1", "attention", "layer_scale1", "drop_path", "norm2", "mlp", "layer_scale2"),
+    )
+    known = len(blocks) > 0 and any(all(hasattr(blocks[0], name) for name in layout) for layout in layouts)
+    has_registers = getattr(tower.config, "num_register_tokens", 0) > 0
+    return blocks if known and hasattr(tower, "embeddings") and not has_registers else ()
+
+
+def compression_of_call(
+    config: Any, tower: Any, pixel_values: torch.Tensor, feature_layer: Any, num_visual_tokens: int | None = None
+) -> TowerCompression | None:
+    """
+    What `vmtc` is to be in a call of `tower(pixel_values, vmtc=...)` whose hidden state `feature_layer` is used, an index or
+    a list of one; `None` where nothing is compressed.
+
+    Raises:
+        `ValueError`: A budget that the images do not allow, a list of several layers, or a tower that is not built
+            like CLIP, SigLIP or DINOv2.
+    """
+    if not config.use_vmtc and num_visual_tokens is None:
+        return None
+    num_patches = math.prod(patch_grid(config, pixel_values))
+    if not config.use_vmtc:
+        count_visual_tokens(config, num_patches, num_visual_tokens)  # a budget without VMTC is an error
+        return None
+    layer = one_layer(feature_layer)
+    if layer is None:
+        raise ValueError(f"VMTC works with one `vision_feature_layer`, got {feature_layer}.")
+    blocks = blocks_of(tower)
+    if not blocks:
+        raise ValueError(
+            f"VMTC does not know the blocks of {type(tower).__name__}: it works with CLIP, SigLIP and DINOv2 without "
+            "registers. Set `use_vmtc=False`."
+        )
+    num_blocks = layer if layer >= 0 else len(blocks) + 1 + layer
+    if not 1 <= num_blocks <= len(blocks):
+        raise ValueError(
+            f"`vision_feature_layer` is {feature_layer}, but the vision tower has {len(blocks)} blocks, and VMTC needs the "
+            "output of one."
+        )
+    stages = plan_stages(config, num_patches, num_blocks, num_visual_tokens)
+    if not stages:
+        return None
+    return TowerCompression(stages, config.vmtc_merge_weights, has_class_token(tower))
+
+
+def blank_image(config: Any, tower: Any) -> torch.Tensor:
+    """
+    Pixels `(1, 3, H, W)`, all zero, for a batch of training without an image: the tower, the projector and what reads them
+    run on it, and their result is thrown away. So every trained parameter gets a gradient, of zero, for which data parallel
+    processes wait; and every process gathers the same shards of weights in the same order (FSDP, ZeRO-3), which adding
+    zero times the parameters would not do.
+    """
+    size = config.vision_config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.zeros(1, config.vision_config.num_channels, height, width, device=tower.device, dtype=tower.dtype)
+
+
+def has_class_token(tower: Any) -> bool:
+    """Whether the first token of a vision tower stands for the whole image, as in CLIP and DINOv2; SigLIP has none."""
+    embeddings = getattr(tower, "embeddings", None)
+    return any(hasattr(embeddings, name) for name in ("class_embedding", "cls_token"))
+
+
+def patch_grid(config: Any, pixel_values: torch.Tensor) -> tuple[int, int]:
+    """Rows and columns of patches of images `(..., height, width)`."""
+    size = config.vision_config.patch_size
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return pixel_values.shape[-2] // height, pixel_values.shape[-1] // width
