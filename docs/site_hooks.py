@@ -1,4 +1,7 @@
-"""What `make docs` does beside mkdocs: the site has the files of the repository at their own paths, so that a link works on both."""
+"""
+Hooks of mkdocs for `make docs`. The site has the files of the repository at their own paths, so that a relative link works
+in both.
+"""
 
 import re
 from pathlib import Path
@@ -13,7 +16,6 @@ ROOT = Path(__file__).parent.parent
 # Pages, and what they show or link to.
 PUBLISHED = (
     "*.md",
-    ".ci/run",
     "CITATION.cff",
     "LICENSE",
     "benchmarks/**/*.*",
@@ -44,9 +46,14 @@ def is_in(file: File, folder: str) -> bool:
     return file.abs_src_path is not None and Path(file.abs_src_path).is_relative_to(folder)
 
 
-class TransformersLinks(Extension):
-    """Docstrings name a class as [`Name`], which only the docs of Transformers make a link of: here the name is enough."""
+class TransformersDocstrings(Extension):
+    """Docstrings in the style of Transformers: [`Name`] is a name, and types of arguments are in Markdown."""
 
     def on_object(self, *, obj, **kwargs) -> None:
         if obj.docstring is not None:
-            obj.docstring.value = re.sub(r"\[(`[^`\]]+`)\](?![(\[])", r"\1", obj.docstring.value)
+            text = re.sub(r"\[(`[^`\]]+`)\](?![(\[])", r"\1", obj.docstring.value)
+            obj.docstring.value = re.sub(r"^( *\w[\w, ]* \()(.*)(\):)", without_markup, text, flags=re.MULTILINE)
+
+
+def without_markup(argument: re.Match) -> str:
+    return argument[1] + argument[2].replace("`", "").replace("*", "") + argument[3]
