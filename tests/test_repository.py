@@ -47,7 +47,9 @@ def test_every_relative_link_has_a_target(page):
 
 def test_make_targets_that_the_docs_name_are_there():
     for page in PAGES:
-        named = set(re.findall(r"(?:^|`)make ([a-z][a-z-]+)(?=`|$| +#)", page.read_text(encoding="utf-8"), re.MULTILINE))
+        named = set(
+            re.findall(r"(?:^|`)make ([a-z][a-z-]+)(?=`|$| +#)", page.read_text(encoding="utf-8"), re.MULTILINE)
+        )
         assert named <= TARGETS, f"{page.name} names {sorted(named - TARGETS)}"
 
 
