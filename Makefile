@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-real test-versions lint train-tiny train-llava-tiny train-small evaluate-tiny tables bench bench-full space space-folder test-space test-quantization dist clean
+.PHONY: help demo test test-real test-versions lint docs train-tiny train-llava-tiny train-small evaluate-tiny tables bench bench-full space space-folder test-space test-quantization dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -43,6 +43,13 @@ lint: $(VENV)/installed-dev  ## run the linters and the type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+docs: $(VENV)/installed-docs  ## build the documentation site in build/site, without network; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 train-tiny: $(VENV)/installed-dev  ## train the shipped TA-LLaVA from nothing (37 minutes on 2 cores; resumes)
 	$(BIN)/python experiments/train_ta_llava_tiny.py --output-dir runs/ta-llava-tiny

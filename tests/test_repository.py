@@ -1,0 +1,68 @@
+"""What the files of the repository say about each other: the README, the links of the docs, the workflows and pre-commit."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "benchmarks").glob("*.md")),
+    ROOT / "hub_card" / "space" / "README.md",
+]
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+TARGETS = set(re.findall(r"^([a-z-]+):.*##", MAKEFILE, re.MULTILINE))
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page, as GitHub and the site make them."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_readme_is_one_screen():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 170
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_relative_link_has_a_target(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    for link in links:
+        if re.match(r"\w+:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name) if name else page
+        assert target.is_file(), f"{link} has no target"
+        if anchor and target.name != "api.md":  # its headings come from docstrings
+            assert anchor in headings(target), f"{link} has no such heading"
+
+
+def test_make_targets_that_the_docs_name_are_there():
+    for page in PAGES:
+        named = set(
+            re.findall(r"(?:^|`)make ([a-z][a-z-]+)(?=`|$| +#)", page.read_text(encoding="utf-8"), re.MULTILINE)
+        )
+        assert named <= TARGETS, f"{page.name} names {sorted(named - TARGETS)}"
+
+
+def test_workflows_run_the_targets_of_continuous_integration():
+    workflows = ROOT / ".github" / "workflows"
+    ci = yaml.safe_load((workflows / "ci.yml").read_text(encoding="utf-8"))["jobs"]
+    ran = set(ci["make"]["strategy"]["matrix"]["target"])
+    ran |= set(re.findall(r"run: make ([a-z-]+)", "".join(path.read_text() for path in workflows.glob("*.yml"))))
+    assert ran <= TARGETS
+    assert set(re.findall(r"^make ([a-z-]+)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)) <= ran
+
+
+def test_pre_commit_has_the_ruff_of_make():
+    [pinned] = re.findall(r"^ruff==.+$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
+    assert [hook["additional_dependencies"] for hook in hooks] == [[pinned]] * 2
