@@ -42,12 +42,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing, logging, output_capturing
 
+from .attention_masks import non_padding_columns
 from .configuration_ta_llava import TaLlavaConfig
 from .library_layers import pass_as_parent
 from .library_versions import CACHE, cache_of_call
-from .safe_loading import SafetensorsMixin
+from .vision_language_model import VisionLanguageModelMixin
 from .vision_towers import blank_image, blocks_of, compression_of_call, has_class_token, make_compressible
-from .vmtc import VisualBudgetMixin
 
 
 logger = logging.get_logger(__name__)
@@ -148,33 +148,6 @@ def find_response_start(marker_matches: torch.Tensor, instruction_scope: str) ->
         return torch.where(complete, last_token, sequence_length).amin(dim=-1)
     end = torch.where(complete, last_token, -1).amax(dim=-1)
     return torch.where(end < 0, sequence_length, end)
-
-
-def non_padding_columns(
-    attention_mask: torch.Tensor | dict | None, batch_size: int, sequence_length: int, device: torch.device
-) -> torch.Tensor:
-    """
-    Which columns of a prefill are not padding, `(B, S)`, whatever form the mask has come in: none, `(B, S)`, or what
-    `generate()` prepares for a static cache, `(B or 1, 1, S, cache length)`, boolean or additive, or a dict of those.
-    """
-    if isinstance(attention_mask, dict):
-        attention_mask = next((mask for mask in attention_mask.values() if mask is not None), None)
-    if attention_mask is None:
-        return torch.ones(batch_size, sequence_length, dtype=torch.bool, device=device)
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() not in (2, 4):
-        raise ValueError(
-            f"`attention_mask` must have shape ({batch_size}, {sequence_length}) with 1 for tokens and 0 for padding, got "
-            f"{tuple(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask)}."
-        )
-    if attention_mask.dim() == 2:
-        if attention_mask.shape != (batch_size, sequence_length):
-            raise ValueError(
-                f"`attention_mask` has shape {tuple(attention_mask.shape)}, the text {(batch_size, sequence_length)}."
-            )
-        return attention_mask.to(device).bool()
-    # Every token reads itself, whether the mask is causal or a sliding window; no token reads padding.
-    own = attention_mask[:, 0].diagonal(dim1=-2, dim2=-1)[:, :sequence_length].to(device)
-    return (own if own.dtype == torch.bool else own == 0).expand(batch_size, -1)
 
 
 _IMAGE_ARGUMENTS = ("pixel_values", "image_mask", "vision_features", "encoded_images")
@@ -450,10 +423,17 @@ def prefix_reading_layer_class(layer_class: Any) -> type[nn.Module]:
     return pass_as_parent(PrefixReadingLayer, prefix_reading_layer_class)
 
 
-class TaLlavaPreTrainedModel(VisualBudgetMixin, SafetensorsMixin, PreTrainedModel):  # trf-ignore: TRF057
+class TaLlavaPreTrainedModel(VisionLanguageModelMixin, PreTrainedModel):  # trf-ignore: TRF057
     config: TaLlavaConfig
     config_class = TaLlavaConfig
     model_tags = ["ta-llava", "llava"]  # of a repo that `push_to_hub` makes
+    auto_map = {
+        "AutoConfig": "configuration_ta_llava.TaLlavaConfig",
+        "AutoModel": "modeling_ta_llava.TaLlavaModel",
+        "AutoModelForImageTextToText": "modeling_ta_llava.TaLlavaForConditionalGeneration",
+        "AutoModelForMultimodalLM": "modeling_ta_llava.TaLlavaForConditionalGeneration",
+        "AutoProcessor": "processing_ta_llava.TaLlavaProcessor",
+    }
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
@@ -482,13 +462,6 @@ class TaLlavaPreTrainedModel(VisualBudgetMixin, SafetensorsMixin, PreTrainedMode
         plan = super()._get_dtype_plan(dtype)
         return {name: kept for name, kept in plan.items() if name not in type(self)._keep_in_fp32_modules}
 
-    def initialize_weights(self):
-        # For code outside the library, containers without parameters of their own are passed over, and some library
-        # models initialise through these: let the sub-models do their own part first.
-        self.base_model.vision_tower.initialize_weights()
-        self.base_model.language_model.initialize_weights()
-        super().initialize_weights()
-
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs):
         """
         As in the library, for the whole model or by part (`{"text_config": ..., "vision_config": ...}`); but SDPA cannot
@@ -504,18 +477,6 @@ class TaLlavaPreTrainedModel(VisualBudgetMixin, SafetensorsMixin, PreTrainedMode
             ):
                 attn_implementation = {**attn_implementation, "text_config": "eager"}
         super().set_attn_implementation(attn_implementation, **kwargs)
-
-    def save_pretrained(self, save_directory, **kwargs):
-        if self._auto_class is not None:
-            # The library writes the entry of one auto class only.
-            self.config.auto_map = {
-                "AutoConfig": "configuration_ta_llava.TaLlavaConfig",
-                "AutoModel": "modeling_ta_llava.TaLlavaModel",
-                "AutoModelForImageTextToText": "modeling_ta_llava.TaLlavaForConditionalGeneration",
-                "AutoModelForMultimodalLM": "modeling_ta_llava.TaLlavaForConditionalGeneration",
-                "AutoProcessor": "processing_ta_llava.TaLlavaProcessor",
-            }
-        super().save_pretrained(save_directory, **kwargs)
 
 
 def _soft_caps(text_config: Any) -> bool:
@@ -875,7 +836,9 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
 
         # A placeholder after the first word is a word like others, should a model ever write one.
         tokens = non_padding_columns(attention_mask, batch_size, sequence_length, device)
-        is_placeholder = self._columns_of(self.config.image_token_id, input_ids, inputs_embeds)
+        if tokens is None:
+            tokens = torch.ones(batch_size, sequence_length, dtype=torch.bool, device=device)
+        is_placeholder = self._columns_of_token(self.config.image_token_id, input_ids, inputs_embeds)
         is_prefix = is_placeholder & ((tokens & ~is_placeholder).cumsum(dim=-1) == 0)
         has_prefix = is_prefix.any(dim=-1)
         text_mask = tokens & ~is_prefix
@@ -940,13 +903,6 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
         )
         return replace_prefix(inputs_embeds, columns, prefix), visual_tokens, reader
 
-    def _columns_of(self, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        """Which columns `(B, S)` hold a token: by its id or, where there are no ids, by its embedding."""
-        if input_ids is not None:
-            return input_ids == token_id
-        embedding = self.get_input_embeddings()(torch.tensor(token_id, device=inputs_embeds.device))
-        return (inputs_embeds == embedding.to(inputs_embeds.dtype)).all(dim=-1)
-
     def _instruction_mask(
         self,
         text_mask: torch.Tensor,
@@ -956,7 +912,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
     ) -> torch.Tensor:
         """The instruction `(B, S)`: the text before the response, as the markers and `instruction_scope` tell."""
         marker_ids, sequence_length = self.config.response_marker_ids, text_mask.shape[1]
-        markers = torch.stack([self._columns_of(token_id, input_ids, inputs_embeds) for token_id in marker_ids])
+        markers = torch.stack([self._columns_of_token(token_id, input_ids, inputs_embeds) for token_id in marker_ids])
         response_start = find_response_start(markers & text_mask, self.config.instruction_scope)
         no_marker = response_start == sequence_length
         if not is_tracing(no_marker) and (no_marker & has_prefix).any():
@@ -980,8 +936,10 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
     ) -> None:
         """Warns if `labels` `(B, S)` ask for what the prefix reads, which it need only copy then."""
         columns = torch.arange(labels.shape[1], device=labels.device)
-        is_placeholder = self._columns_of(self.config.image_token_id, input_ids, inputs_embeds)
-        markers = [self._columns_of(token, input_ids, inputs_embeds) for token in self.config.response_marker_ids]
+        is_placeholder = self._columns_of_token(self.config.image_token_id, input_ids, inputs_embeds)
+        markers = [
+            self._columns_of_token(token, input_ids, inputs_embeds) for token in self.config.response_marker_ids
+        ]
         response_start = find_response_start(torch.stack(markers), self.config.instruction_scope)
         in_instruction = is_placeholder.any(dim=-1, keepdim=True) & ~is_placeholder
         in_instruction &= (columns + len(markers) <= response_start[:, None]) & (response_start < len(columns))[

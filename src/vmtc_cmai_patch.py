@@ -49,12 +49,14 @@ from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, Unpack
 from transformers.tokenization_utils_base import TextInput
 from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing, logging
 
+from .attention_masks import non_padding_columns
 from .chat_messages import TypedPlaceholdersMixin
-from .cmai import Inhibition, check_attention, make_inhibitable, text_token_mask
+from .cmai import Inhibition, check_attention, make_inhibitable
 from .cmai_cache import prepare_cache
 from .image_loading import open_images, resize_first
 from .library_versions import CACHE, cache_of_call
-from .safe_loading import SafetensorsMixin, check_image_size, check_sizes
+from .safe_loading import check_image_size, check_sizes
+from .vision_language_model import VisionLanguageModelMixin
 from .vision_towers import blank_image, compression_of_call, make_compressible, patch_grid
 from .vmtc import VisualBudgetMixin, VmtcConfig, at_least_1, count_visual_tokens, share_above_0, spatial_downsample
 
@@ -161,23 +163,20 @@ class VmtcCmaiLlavaConfig(VmtcConfig, LlavaConfig):  # trf-ignore: TRF057
         return {**config_dict, "model_type": cls.model_type}, kwargs
 
 
-class VmtcCmaiLlavaPreTrainedModel(VisualBudgetMixin, SafetensorsMixin, LlavaPreTrainedModel):  # trf-ignore: TRF057
+AUTO_MAP = {
+    "AutoConfig": "vmtc_cmai_patch.VmtcCmaiLlavaConfig",
+    "AutoModel": "vmtc_cmai_patch.VmtcCmaiLlavaModel",
+    "AutoModelForImageTextToText": "vmtc_cmai_patch.VmtcCmaiLlavaForConditionalGeneration",
+    "AutoModelForMultimodalLM": "vmtc_cmai_patch.VmtcCmaiLlavaForConditionalGeneration",
+    "AutoProcessor": "vmtc_cmai_patch.VmtcCmaiLlavaProcessor",
+}
+
+
+class VmtcCmaiLlavaPreTrainedModel(VisionLanguageModelMixin, LlavaPreTrainedModel):  # trf-ignore: TRF057
     config: VmtcCmaiLlavaConfig
     config_class = VmtcCmaiLlavaConfig
     model_tags = ["vmtc", "cmai", "llava"]  # of a repo that `push_to_hub` makes
-
-    def initialize_weights(self):
-        # For code outside the library, containers without parameters of their own are passed over, and some library
-        # models initialise through these: let the sub-models do their own part first.
-        self.base_model.vision_tower.initialize_weights()
-        self.base_model.language_model.initialize_weights()
-        super().initialize_weights()
-
-    def save_pretrained(self, save_directory, **kwargs):
-        if self._auto_class is not None:
-            # The library writes the entry of one auto class only.
-            self.config.auto_map = AUTO_MAP
-        super().save_pretrained(save_directory, **kwargs)
+    auto_map = AUTO_MAP
 
 
 def _check_config(config: VmtcCmaiLlavaConfig) -> None:
@@ -335,13 +334,6 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
             f"The text has {found} image placeholders (id {self.config.image_token_id}), but there are {each}. {remedy}"
         )
 
-    def _is_placeholder(self, input_ids: torch.Tensor | None, inputs_embeds: Any) -> torch.Tensor:
-        """Which columns `(B, S)` are placeholders: by their ids or, where there are none, by their embeddings."""
-        if input_ids is not None:
-            return (input_ids == self.config.image_token_id).to(inputs_embeds.device)
-        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(token).to(inputs_embeds.dtype)).all(dim=-1)
-
     @can_return_tuple
     def forward(  # trf-ignore: TRF057
         self,
@@ -407,7 +399,7 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
             outputs: Any = self.get_image_features(blank, return_dict=True)
             blank_features = outputs.pooler_output[0]
         if mm_encoder_outputs is not None and has_images:
-            is_image = self._is_placeholder(input_ids, inputs_embeds if input_ids is None else input_ids)
+            is_image = self._columns_of_token(self.config.image_token_id, input_ids, inputs_embeds)
             self._check_placeholders(is_image, mm_encoder_outputs["image"].pooler_output)
         if use_cache is not None:
             kwargs["use_cache"] = use_cache
@@ -476,8 +468,8 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         is_text = torch.ones(batch_size, num_columns, dtype=torch.bool, device=columns.device)
         # A single column without images is a step of the decoding, whose token is text, should it be a placeholder too.
         if num_columns > 1 or has_images:
-            tokens = text_token_mask(attention_mask, num_columns, past_length, columns.device)
-            is_image = self._is_placeholder(input_ids, columns)
+            tokens = non_padding_columns(attention_mask, batch_size, num_columns, columns.device, past_length)
+            is_image = self._columns_of_token(self.config.image_token_id, input_ids, columns).to(columns.device)
             is_text = ~is_image if tokens is None else tokens & ~is_image
         return cache, Inhibition(self.config, is_image, is_text, past_length, filled, max_ratio)
 
@@ -831,14 +823,6 @@ class VmtcCmaiLlavaProcessor(TypedPlaceholdersMixin, VisualBudgetMixin, LlavaPro
             data.num_image_tokens = [count] * len(image_sizes)
         return data
 
-
-AUTO_MAP = {
-    "AutoConfig": "vmtc_cmai_patch.VmtcCmaiLlavaConfig",
-    "AutoModel": "vmtc_cmai_patch.VmtcCmaiLlavaModel",
-    "AutoModelForImageTextToText": "vmtc_cmai_patch.VmtcCmaiLlavaForConditionalGeneration",
-    "AutoModelForMultimodalLM": "vmtc_cmai_patch.VmtcCmaiLlavaForConditionalGeneration",
-    "AutoProcessor": "vmtc_cmai_patch.VmtcCmaiLlavaProcessor",
-}
 
 # Without this, classes from outside the library do not get LLaVA's renaming of keys, and start with a random head.
 for _class, _mapping in ((VmtcCmaiLlavaForConditionalGeneration, "llava"), (VmtcCmaiLlavaModel, "LlavaModel")):

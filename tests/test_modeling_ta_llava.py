@@ -32,7 +32,6 @@ from ta_llava.modeling_ta_llava import (
     apply_rotary,
     eager_attention_forward,
     find_response_start,
-    non_padding_columns,
     reading_masks,
     replace_prefix,
 )
@@ -450,27 +449,6 @@ def test_inputs_embeds_give_the_same_as_ids(model):
     expected = model(**batch, **images).logits
     embeds = model.get_input_embeddings()(batch.pop("input_ids"))
     assert torch.equal(model(inputs_embeds=embeds, **batch, **images).logits, expected)
-
-
-def test_non_padding_columns_of_every_form_of_mask():
-    from transformers.masking_utils import create_masks_for_generate
-
-    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
-    config = build_config("gemma2").text_config
-    assert non_padding_columns(None, 2, 5, mask.device).all()
-    assert torch.equal(non_padding_columns(mask, 2, 5, mask.device), mask.bool())
-    for implementation in ("eager", "sdpa"):
-        config._attn_implementation = implementation
-        prepared = create_masks_for_generate(
-            config=config,
-            inputs_embeds=torch.empty(2, 5, 0),
-            attention_mask=mask,
-            past_key_values=StaticCache(config, max_cache_len=16),
-        )
-        assert isinstance(prepared, dict) and prepared["full_attention"].dim() == 4
-        assert torch.equal(non_padding_columns(prepared, 2, 5, mask.device), mask.bool())
-        for form in prepared.values():
-            assert torch.equal(non_padding_columns(form, 2, 5, mask.device), mask.bool())
 
 
 # --- cache ---------------------------------------------------------------------------------------------------------

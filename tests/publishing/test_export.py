@@ -310,6 +310,8 @@ TA_LLAVA_FILES = {
     "safe_loading",
     "vmtc",
     "vision_towers",
+    "vision_language_model",
+    "attention_masks",
     "library_versions",
     "library_layers",
 }
@@ -326,6 +328,8 @@ TA_LLAVA_FILES = {
             "chat_messages",
             "cmai_cache",
             "vision_towers",
+            "vision_language_model",
+            "attention_masks",
             "library_versions",
             "library_layers",
             "image_loading",

@@ -1,0 +1,53 @@
+# Copyright 2026 The TA-LLaVA Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the models of both systems have in common: a vision tower, a language model, and a repo on the Hub."""
+
+from typing import Any, ClassVar
+
+import torch
+
+from .safe_loading import SafetensorsMixin
+from .vmtc import VisualBudgetMixin
+
+
+class VisionLanguageModelMixin(VisualBudgetMixin, SafetensorsMixin):
+    """
+    For models with a `vision_tower` and a `language_model`, before `PreTrainedModel` among the bases.
+
+    auto_map (`dict[str, str]`): The auto classes that load the model, its config and its processor from its own code.
+    """
+
+    auto_map: ClassVar[dict[str, str]]
+
+    def initialize_weights(self: Any) -> None:
+        # The library passes over containers without parameters of their own in code outside of it, and some of its models
+        # initialise through these. So let the sub-models do their own part first.
+        self.base_model.vision_tower.initialize_weights()
+        self.base_model.language_model.initialize_weights()
+        super().initialize_weights()  # type: ignore[misc]
+
+    def save_pretrained(self: Any, save_directory: Any, **kwargs: Any) -> None:
+        if self._auto_class is not None:
+            # The library writes the entry of one auto class only.
+            self.config.auto_map = dict(self.auto_map)
+        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+
+    def _columns_of_token(
+        self: Any, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Which columns `(B, S)` hold a token: by its id or, where there are no ids, by its embedding."""
+        if input_ids is not None:
+            return input_ids == token_id
+        embedding = self.get_input_embeddings()(torch.tensor(token_id, device=inputs_embeds.device))
+        return (inputs_embeds == embedding.to(inputs_embeds.dtype)).all(dim=-1)
