@@ -932,11 +932,11 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
         return text_mask & (torch.arange(sequence_length, device=text_mask.device) < response_start[:, None])
 
     def _warn_of_labelled_instruction(
-        self, labels: torch.Tensor, input_ids: torch.Tensor | None, inputs_embeds: Any
+        self, labels: torch.Tensor, kept: slice | torch.Tensor, input_ids: torch.Tensor | None, inputs_embeds: Any
     ) -> None:
-        """Warns if `labels` `(B, S)` ask for what the prefix reads, which it need only copy then."""
-        columns = torch.arange(labels.shape[1], device=labels.device)
+        """Warns if `labels`, of the `kept` columns, ask for what the prefix reads, which it need only copy then."""
         is_placeholder = self._columns_of_token(self.config.image_token_id, input_ids, inputs_embeds)
+        columns = torch.arange(is_placeholder.shape[1], device=is_placeholder.device)
         markers = [
             self._columns_of_token(token, input_ids, inputs_embeds) for token in self.config.response_marker_ids
         ]
@@ -945,7 +945,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
         in_instruction &= (columns + len(markers) <= response_start[:, None]) & (response_start < len(columns))[
             :, None
         ]
-        if (in_instruction.to(labels.device) & (labels != -100)).any():
+        if (in_instruction[:, kept].to(labels.device) & (labels != -100)).any():
             logger.warning_once(
                 "The labels of a row with an image hold its instruction too, which the prefix has read: it need only be "
                 "copied. Set them to -100 up to the response marker (`config.response_marker_ids` "
@@ -1329,7 +1329,7 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin): 
         loss = None
         if labels is not None:
             if self.training and not is_tracing(labels):
-                self.model._warn_of_labelled_instruction(labels, input_ids, inputs_embeds)
+                self.model._warn_of_labelled_instruction(labels, columns, input_ids, inputs_embeds)
             labels = labels.masked_fill(labels == self.config.image_token_id, -100)
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
