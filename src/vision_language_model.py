@@ -13,6 +13,7 @@
 # limitations under the License.
 """What the models of both systems have in common: a vision tower, a language model, and a repo on the Hub."""
 
+import os
 from typing import Any, ClassVar
 
 import torch
@@ -37,11 +38,11 @@ class VisionLanguageModelMixin(VisualBudgetMixin, SafetensorsMixin):
         self.base_model.language_model.initialize_weights()
         super().initialize_weights()  # type: ignore[misc]
 
-    def save_pretrained(self: Any, save_directory: Any, **kwargs: Any) -> None:
+    def save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         if self._auto_class is not None:
             # The library writes the entry of one auto class only.
             self.config.auto_map = dict(self.auto_map)
-        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def _columns_of_token(
         self: Any, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
@@ -49,5 +50,7 @@ class VisionLanguageModelMixin(VisualBudgetMixin, SafetensorsMixin):
         """Which columns `(B, S)` hold a token: by its id or, where there are no ids, by its embedding."""
         if input_ids is not None:
             return input_ids == token_id
+        if inputs_embeds is None:
+            raise ValueError("You must specify exactly one of `input_ids` or `inputs_embeds`.")
         embedding = self.get_input_embeddings()(torch.tensor(token_id, device=inputs_embeds.device))
         return (inputs_embeds == embedding.to(inputs_embeds.dtype)).all(dim=-1)

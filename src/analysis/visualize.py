@@ -27,7 +27,7 @@ from ..common.shipped_models import DEFAULT_LLAVA, DEFAULT_MODEL
 from ..configuration_ta_llava import TaLlavaConfig
 from ..image_loading import load_rgb_image
 from ..inference import GREEDY, load
-from ..modeling_ta_llava import apply_rotary, eager_attention_forward
+from ..prefix_adapters import apply_rotary, eager_attention_forward
 from ..safe_loading import check_image_size, read_safetensors
 from ..vision_towers import compression_of_call, make_compressible, patch_grid
 from ..vmtc import VmtcStage, count_visual_tokens

@@ -30,7 +30,7 @@ from ta_llava import (
     TaLlavaForConditionalGeneration,
     VmtcCmaiLlavaConfig,
     VmtcCmaiLlavaForConditionalGeneration,
-    modeling_ta_llava,
+    prefix_adapters,
 )
 from ta_llava.analysis.drawing import (
     DROPPED,
@@ -251,7 +251,7 @@ def lively_ta_llava(backbone: str, **kwargs) -> TaLlavaForConditionalGeneration:
 
 def weights_of_the_vision_adapter(monkeypatch, model, inputs) -> list[torch.Tensor]:
     """The attention weights `(heads, L, M)` that the model itself uses, one per time that the prefix reads the image."""
-    weights, attend = [], modeling_ta_llava.eager_attention_forward
+    weights, attend = [], prefix_adapters.eager_attention_forward
 
     def keep(module, *args, **kwargs):
         output = attend(module, *args, **kwargs)
@@ -260,7 +260,7 @@ def weights_of_the_vision_adapter(monkeypatch, model, inputs) -> list[torch.Tens
         return output
 
     with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(modeling_ta_llava, "eager_attention_forward", keep)
+        patch.setattr(prefix_adapters, "eager_attention_forward", keep)
         model(**inputs)
     return weights
 

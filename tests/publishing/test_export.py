@@ -311,6 +311,8 @@ TA_LLAVA_FILES = {
     "vmtc",
     "vision_towers",
     "vision_language_model",
+    "prefix_adapters",
+    "image_inputs",
     "attention_masks",
     "library_versions",
     "library_layers",
