@@ -60,8 +60,8 @@ def one_hidden_state(index: int) -> bool | list[int]:
 
 def soft_caps_attention(text_config: Any) -> bool:
     """
-    Whether a language model (Gemma-2) caps its attention scores, which SDPA cannot do, so that its attention must be eager.
-    Ends with 5.21, which refuses SDPA for it; an earlier version takes SDPA and drops the capping.
+    Whether a language model (Gemma-2) caps its attention scores. SDPA cannot, so its attention must be eager. The library
+    sees to that since 5.21; earlier it chose SDPA and dropped the capping.
     """
     return getattr(text_config, "attn_logit_softcapping", None) is not None
 

@@ -71,7 +71,7 @@ from .prefix_adapters import (
     prefix_reading_layer_class,
     replace_prefix,
 )
-from .vision_language_model import VisionLanguageModelMixin
+from .vision_language_model import VisionLanguageModelMixin, kept_columns
 from .vision_towers import blank_image, blocks_of, compression_of_call, has_class_token, make_compressible
 
 
@@ -219,7 +219,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         make_compressible(self.vision_tower)
         # trf-ignore: TRF051
         if soft_caps_attention(text_config) and text_config._attn_implementation in (None, "sdpa"):
-            text_config._attn_implementation = "eager"  # trf-ignore: TRF051
+            text_config._attn_implementation = "eager"
         self.language_model = AutoModel.from_config(text_config)
 
         vision_width, width = config.vision_config.hidden_size, text_config.hidden_size
@@ -350,7 +350,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         if image_mask is None:
             image_mask = torch.ones(visual_tokens.shape[:2])
         image_mask = image_mask.to(visual_tokens.device).bool()
-        # CODEPATH: as in `__init__`.
+        # CODEPATH: the paper's models have no index embeddings.
         if self.config.num_image_index_embeddings > 0:
             image_index = self._embed_image_index(image_mask).to(visual_tokens.device)
             visual_tokens = visual_tokens + image_index[:, :, None, :]
@@ -540,7 +540,8 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         self._check_length(inputs_embeds.shape[1])
         # In training a batch without an image takes the way of one with images, and comes out as it was: see `blank_image`.
         is_trained = self.training and torch.is_grad_enabled()
-        if images.is_empty and inputs_embeds.shape[1] < self.config.num_prefix_tokens and not is_trained:
+        has_room = inputs_embeds.shape[1] >= self.config.num_prefix_tokens
+        if images.is_empty and not has_room and not is_trained:
             return inputs_embeds, None, None
         is_prefix, text_mask = self._find_prefix(input_ids, inputs_embeds, attention_mask)
         has_prefix = is_prefix.any(dim=-1)
@@ -1047,16 +1048,14 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin):
             cache=cache,
             **kwargs,
         )
-        columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, columns, :])
-        softcap = getattr(self.config.text_config, "final_logit_softcapping", None)
-        if softcap is not None:
-            logits = torch.tanh(logits / softcap) * softcap
+        logits = self._predict(outputs.last_hidden_state, logits_to_keep)
 
         loss = None
         if labels is not None:
             if self.training and not is_tracing(labels):
-                self.model._warn_of_labelled_instruction(labels, columns, input_ids, inputs_embeds)
+                self.model._warn_of_labelled_instruction(
+                    labels, kept_columns(logits_to_keep), input_ids, inputs_embeds
+                )
             labels = labels.masked_fill(labels == self.config.image_token_id, -100)
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs

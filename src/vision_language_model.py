@@ -22,6 +22,11 @@ from .safe_loading import SafetensorsMixin
 from .vmtc import VisualBudgetMixin
 
 
+def kept_columns(logits_to_keep: int | torch.Tensor) -> slice | torch.Tensor:
+    """The columns that `logits_to_keep` asks for: the last so many, all for 0, or those of its indices."""
+    return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+
+
 class VisionLanguageModelMixin(VisualBudgetMixin, SafetensorsMixin):
     """
     For models with a `vision_tower` and a `language_model`, before `PreTrainedModel` among the bases.
@@ -54,3 +59,11 @@ class VisionLanguageModelMixin(VisualBudgetMixin, SafetensorsMixin):
             raise ValueError("You must specify exactly one of `input_ids` or `inputs_embeds`.")
         embedding = self.get_input_embeddings()(torch.tensor(token_id, device=inputs_embeds.device))
         return (inputs_embeds == embedding.to(inputs_embeds.dtype)).all(dim=-1)
+
+    def _predict(self: Any, hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+        """Logits `(B, columns, vocabulary)` of `hidden_states` `(B, S, d)`, soft-capped where the language model does so."""
+        logits = self.lm_head(hidden_states[:, kept_columns(logits_to_keep), :])
+        softcap = getattr(self.config.text_config, "final_logit_softcapping", None)
+        if softcap is not None:  # Gemma-2; stock LLaVA leaves it out
+            logits = torch.tanh(logits / softcap) * softcap
+        return logits

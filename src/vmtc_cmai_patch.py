@@ -54,7 +54,7 @@ from .chat_messages import TypedPlaceholdersMixin
 from .cmai import Inhibition, check_attention, make_inhibitable
 from .cmai_cache import prepare_cache
 from .image_loading import open_images, resize_first
-from .library_versions import CACHE, cache_of_call
+from .library_versions import CACHE, PROCESSING_DEFAULTS, cache_of_call, soft_caps_attention
 from .safe_loading import check_image_size, check_sizes
 from .vision_language_model import VisionLanguageModelMixin
 from .vision_towers import blank_image, compression_of_call, make_compressible, patch_grid
@@ -80,9 +80,8 @@ _REFUSAL = (
 )
 
 
-# What is ignored in this file, TRF057, asks for docstrings that are put together from those of the library.
 @strict
-class VmtcCmaiLlavaConfig(VmtcConfig, LlavaConfig):  # trf-ignore: TRF057
+class VmtcCmaiLlavaConfig(VmtcConfig, LlavaConfig):
     r"""
     Configuration of a [`VmtcCmaiLlavaForConditionalGeneration`]: that of a LLaVA, the fields of [`VmtcConfig`], and those
     below. A `config.json` of a stock LLaVA loads too, with all of it off.
@@ -172,7 +171,7 @@ AUTO_MAP = {
 }
 
 
-class VmtcCmaiLlavaPreTrainedModel(VisionLanguageModelMixin, LlavaPreTrainedModel):  # trf-ignore: TRF057
+class VmtcCmaiLlavaPreTrainedModel(VisionLanguageModelMixin, LlavaPreTrainedModel):
     config: VmtcCmaiLlavaConfig
     config_class = VmtcCmaiLlavaConfig
     model_tags = ["vmtc", "cmai", "llava"]  # of a repo that `push_to_hub` makes
@@ -187,7 +186,6 @@ def _check_config(config: VmtcCmaiLlavaConfig) -> None:
         check_attention(config.text_config)
 
 
-# trf-ignore: TRF057
 class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignore: TRF013
     """LLaVA without its language modelling head, with VMTC in the vision tower and CMAI in the language model."""
 
@@ -198,11 +196,10 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         make_inhibitable(self.language_model)
         text_config = self.language_model.config
         # trf-ignore: TRF051
-        if getattr(text_config, "attn_logit_softcapping", None) and "sdpa" in text_config._attn_implementation:
-            # SDPA cannot soft-cap. Before 5.23 the library lets Gemma-2 use it all the same, and drops the capping.
+        if soft_caps_attention(text_config) and "sdpa" in text_config._attn_implementation:
             self.language_model.set_attn_implementation("eager")
 
-    def get_image_features(  # trf-ignore: TRF057
+    def get_image_features(
         self,
         pixel_values: torch.Tensor,
         vision_feature_layer: int | list[int] | None = None,
@@ -335,7 +332,7 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         )
 
     @can_return_tuple
-    def forward(  # trf-ignore: TRF057
+    def forward(
         self,
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -480,7 +477,7 @@ _NAMES_OF_OUTPUTS = [
 ]
 
 
-class VmtcCmaiLlavaForConditionalGeneration(  # trf-ignore: TRF057
+class VmtcCmaiLlavaForConditionalGeneration(
     VmtcCmaiLlavaPreTrainedModel, LlavaForConditionalGeneration, GenerationMixin
 ):
     r"""
@@ -536,7 +533,6 @@ class VmtcCmaiLlavaForConditionalGeneration(  # trf-ignore: TRF057
         """
         return super().generate(inputs, generation_config, *args, **kwargs)
 
-    # trf-ignore: TRF057
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> tuple | BaseModelOutputWithPooling:
         """See [`VmtcCmaiLlavaModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
@@ -583,7 +579,7 @@ class VmtcCmaiLlavaForConditionalGeneration(  # trf-ignore: TRF057
         return super()._get_candidate_generator(*args, **kwargs)
 
     @can_return_tuple
-    def forward(  # trf-ignore: TRF057
+    def forward(
         self,
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -672,11 +668,7 @@ class VmtcCmaiLlavaForConditionalGeneration(  # trf-ignore: TRF057
             cmai_max_ratio=cmai_max_ratio,
             **kwargs,
         )
-        columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, columns, :])
-        softcap = getattr(self.config.text_config, "final_logit_softcapping", None)
-        if softcap is not None:  # Gemma-2; stock LLaVA leaves it out
-            logits = torch.tanh(logits / softcap) * softcap
+        logits = self._predict(outputs.last_hidden_state, logits_to_keep)
 
         loss = None
         if labels is not None:
@@ -702,11 +694,11 @@ class VmtcCmaiLlavaImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call
 
 
 class VmtcCmaiLlavaProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
-    _defaults = {}  # type: ignore[var-annotated]  # transformers before 5.23 looks for it
+    _defaults = PROCESSING_DEFAULTS  # type: ignore[misc]
     images_kwargs: VmtcCmaiLlavaImagesKwargs
 
 
-class VmtcCmaiLlavaProcessor(TypedPlaceholdersMixin, VisualBudgetMixin, LlavaProcessor):  # trf-ignore: TRF057
+class VmtcCmaiLlavaProcessor(TypedPlaceholdersMixin, VisualBudgetMixin, LlavaProcessor):
     r"""
     Processor of a LLaVA that writes as many placeholders as the model makes visual tokens. That of a stock LLaVA loads
     as it is; what changes the number of tokens in the model's config must be given here too. An `<image>` that is typed in a
@@ -754,7 +746,7 @@ class VmtcCmaiLlavaProcessor(TypedPlaceholdersMixin, VisualBudgetMixin, LlavaPro
             **kwargs,
         )
 
-    def __call__(  # trf-ignore: TRF057
+    def __call__(
         self,
         images: ImageInput | None = None,
         text: TextInput | list[TextInput] | None = None,

@@ -15,7 +15,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from ..common.errors import one_line
 from ..common.files import temporary_name, write_text
 from ..common.loading import check_source, config_of, load_complete
+from ..library_versions import checkpointing_argument
 from ..vision_towers import blocks_of
 from .dataset import Collator, iterate_images, prepare_dataset
 from .lora import add_lora
@@ -303,11 +304,7 @@ def _training_arguments(recipe: Recipe) -> TrainingArguments:
         "eval_strategy": "no" if recipe.evaluation_data is None else "epoch",
         **recipe.training_arguments,
     }
-    known = {entry.name for entry in fields(TrainingArguments)}
-    for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):  # newer versions of the library rename it
-        new_name = name.replace("gradient", "activation")
-        if name in settings and new_name in known:
-            settings[new_name] = settings.pop(name)
+    settings = {checkpointing_argument(name): value for name, value in settings.items()}
     if "gradient_accumulation_steps" in settings:
         raise ValueError("`gradient_accumulation_steps` follows from `global_batch_size`; leave it out of the recipe.")
     if recipe.data.streaming:
