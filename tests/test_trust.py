@@ -127,7 +127,7 @@ def pickled_adapter(folder: Path) -> None:
 PICKLES = {
     "weights": (write_pickle, "are pickles (pytorch_model.bin), which can run code"),
     "shards": (pickles_in_shards, "are pickles (pytorch_model.bin.index.json), which can run code"),
-    "shards of an index": (index_of_a_pickle, "The weights in 'model.bin' are no safetensors"),
+    "shards of an index": (index_of_a_pickle, "The weights in 'model.bin' are not safetensors"),
     "named": (pickle_named_by_the_config, "`transformers_weights` of `config` names 'adapter_model.bin'"),
     "index named": (
         index_named_by_the_config,
@@ -340,7 +340,7 @@ def test_the_model_of_an_adapter_is_looked_at_too(tmp_path, monkeypatch, unpickl
         files |= {"adapter_config.json": json.dumps(adapter), "adapter_model.safetensors": safetensors.torch.save({})}
         hub.add("alice/model", files)
         code, _, error = ask("alice/model")
-    assert code == 1 and "The weights in 'model.bin' are no safetensors" in error and unpickled == []
+    assert code == 1 and "The weights in 'model.bin' are not safetensors" in error and unpickled == []
 
 
 @pytest.mark.parametrize("what", ["weights", "shards"])
