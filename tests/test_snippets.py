@@ -1,4 +1,4 @@
-"""Each snippet of the README and of `docs/` runs when you paste it alone in a clone. Small models stand in for large ones."""
+"""Each snippet of the README and of `docs/` runs when you paste it alone in a clone. Small models replace the large ones."""
 
 import importlib.util
 import json
