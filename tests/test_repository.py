@@ -2,6 +2,7 @@
 
 import ast
 import re
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,17 @@ def test_workflows_run_the_targets_of_continuous_integration():
     ran |= set(re.findall(r"run: make ([a-z-]+)", "".join(path.read_text() for path in workflows.glob("*.yml"))))
     assert ran <= TARGETS
     assert set(re.findall(r"^make ([a-z-]+)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)) <= ran
+
+
+def test_setup_names_all_packages():
+    """An editable install has all folders, but a wheel has only those in `setup.cfg`."""
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    packages = {
+        name for name in setup["options"]["packages"].split() if not name.endswith((".checkpoints", ".hub_card"))
+    }
+    folders = [path.parent.relative_to(ROOT / "src") for path in (ROOT / "src").rglob("__init__.py")]
+    assert packages == {".".join(("ta_llava", *folder.parts)) for folder in folders}
 
 
 def test_pre_commit_has_the_ruff_of_make():
