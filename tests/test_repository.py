@@ -1,4 +1,4 @@
-"""What the files of the repository say about each other: the README, the links of the docs, the workflows and pre-commit."""
+"""Files of the repository agree with each other: README, links and messages in the docs, workflows, setup, pre-commit."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""What is declared to work is what `make test-versions` runs."""
+"""`make test-versions` runs the versions that `setup.cfg` and the docs declare."""
 
 import re
 from configparser import ConfigParser
