@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from ..common.errors import one_line
-from ..common.files import check_new_folder, complete_folder_or_not_at_all
+from ..common.files import atomic_folder, check_new_folder
 from ..common.loading import check_complete, check_source
 from ..configuration_ta_llava import TaLlavaConfig
 from ..modeling_ta_llava import TaLlavaForConditionalGeneration
@@ -491,7 +491,7 @@ def _build(out: str | Path, parts: _Parts, model_class: Any, config: Any, proces
     model.tie_weights()
     model.generation_config = _generation_config(language_model, parts)
 
-    with complete_folder_or_not_at_all(Path(out)) as unfinished:
+    with atomic_folder(Path(out)) as unfinished:
         processor.save_pretrained(unfinished)
         model.save_pretrained(unfinished)
         config.dtype = dtype  # the library has written that of the first weight

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 @contextmanager
-def complete_or_not_at_all(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary name to write to; what has been written there is on the disk before it gets its own name."""
     unfinished = temporary_name(path)
     try:
@@ -21,7 +21,7 @@ def complete_or_not_at_all(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def complete_folder_or_not_at_all(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """An empty folder to write to, which then gets its own name: a new one, or that of an empty folder."""
     path = path.resolve()  # a link stays, and leads to the folder
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def complete_folder_or_not_at_all(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """UTF-8, in a folder that is made if it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with complete_or_not_at_all(path) as unfinished:
+    with atomic_file(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 

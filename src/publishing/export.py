@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import has_file, logging
 
 from ..common.errors import one_line
-from ..common.files import check_new_folder, complete_folder_or_not_at_all
+from ..common.files import atomic_folder, check_new_folder
 from ..common.loading import check_complete, check_processor, config_of, loading_from
 from ..configuration_ta_llava import TaLlavaConfig
 from ..vmtc_cmai_patch import VmtcCmaiLlavaConfig
@@ -87,7 +87,7 @@ def write_export(model: str | Path, processor: Any, files: dict[str, str], folde
             model, dtype="auto", trust_remote_code=False, output_loading_info=True
         )
     check_complete(str(model), info["missing_keys"])
-    with complete_folder_or_not_at_all(folder) as unfinished:
+    with atomic_folder(folder) as unfinished:
         has_bars = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()  # a second one, after that of loading
         try:
