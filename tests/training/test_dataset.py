@@ -20,8 +20,9 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from ta_llava import TaLlavaProcessor, VmtcCmaiLlavaProcessor
 from ta_llava.building.chat_templates import GEMMA_CHAT_TEMPLATE
 from ta_llava.data import samples
+from ta_llava.data.report import DataReport
 from ta_llava.data.samples import SampleError, find_damaged_files, read_sample
-from ta_llava.training.dataset import COLUMNS, Collator, DataReport, iterate_images, prepare_dataset
+from ta_llava.training.dataset import COLUMNS, Collator, iterate_images, prepare_dataset
 from ta_llava.training.encoding import SampleEncoder
 
 
