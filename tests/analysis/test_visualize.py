@@ -5,10 +5,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from command_line import run
 from conftest import EXAMPLE_IMAGE, SHIPPED_MODEL, build_llava, make_lively, text_config
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_cli import run
 from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
