@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT
+from training_runs import READING
 
 from ta_llava.training.recipe import DataSettings, accumulation_steps, load_recipe
 from ta_llava.training.run import train
