@@ -7,7 +7,7 @@ from transformers import AutoProcessor
 from transformers.utils import cached_file, has_file
 
 from ..common.adapters import merge_into, model_of_adapter
-from ..common.files import complete_folder_or_not_at_all, write_text
+from ..common.files import atomic_folder, write_text
 from ..common.loading import load_complete
 from ..training.parts import PARTS
 from ..training.summary import SUMMARY
@@ -35,7 +35,7 @@ def merge_adapter(adapter: str | Path, out: str | Path, model: str | None = None
     base = load_complete(source, dtype="auto")
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
     merged = merge_into(base, adapter, source)
-    with complete_folder_or_not_at_all(out) as unfinished:
+    with atomic_folder(out) as unfinished:
         merged.save_pretrained(unfinished)
         processor.save_pretrained(unfinished)
         # For the card, which comes in the place of PEFT's form to fill in.
