@@ -1,6 +1,5 @@
 """Loads the models that a user names, and says in one line what is wrong with those that cannot be loaded."""
 
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,28 +8,10 @@ from typing import Any
 from transformers import AutoModelForImageTextToText, LlavaProcessor, PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
+from .. import auto_classes  # noqa: F401 - a process that loads models has their classes registered
 from ..safe_loading import check_image_size, load_config, read_safetensors
 from .errors import ADAPTER_CONFIG, one_line, why_not_loaded
-
-
-def check_source(source: str | Path) -> None:
-    """
-    Checks that what a user names as a model is here or can be a repo on the Hub, which would be asked for it, again and
-    again where it cannot be reached.
-
-    Raises:
-        `ValueError`: There is no such folder. In a folder that is here it is looked for here only.
-    """
-    name = str(source)
-    if Path(name).exists():
-        return
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        raise ValueError(f"There is no folder {name!r}, and a repo on the Hub is called USER/NAME.")
-    if Path(name).parent.is_dir():
-        parent = str(Path(name).parent)
-        raise ValueError(
-            f"There is no folder {name!r}. If a repo on the Hub is meant, start this where there is no folder {parent!r}."
-        )
+from .sources import check_source
 
 
 def check_complete(what: str, missing: Iterable[str]) -> None:
