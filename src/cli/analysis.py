@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from PIL import Image
 
-from .common import Cmai, VisualTokens, check_image, check_sources, errors_as_messages
+from .common import Cmai, VisualTokens, check_exists, check_image, check_sources, errors_as_messages
 
 
 OVERLAYS = ("vmtc", "prefix", "cmai")
@@ -144,7 +144,8 @@ def cost(
 ) -> None:
     """Count parameters, operations and cache of models, beside LLaVA-1.5-7B and 13B."""
     with errors_as_messages():
-        check_sources(*(name for name in models or () if "/" in name or name.endswith(".json")))
+        check_exists(*(Path(name) for name in models or () if name.endswith(".json")))
+        check_sources(*(name for name in models or () if "/" in name))  # others may be names of models of full size
 
         from transformers.utils import logging
 

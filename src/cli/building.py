@@ -30,8 +30,8 @@ def compress(
     ] = False,
 ) -> None:
     """
-    Write a LLaVA with VMTC (fewer visual tokens) and CMAI (inhibited attention to them) turned on. The weights are unchanged.
-    The new folder loads anywhere with trust_remote_code=True.
+    Write a LLaVA with VMTC (fewer visual tokens) and CMAI (inhibited attention to them) turned on. The weights stay as they
+    are. The new folder loads anywhere with trust_remote_code=True.
 
     Settings you don't pass are unchanged. If you pass neither --visual-tokens nor --cmai, and LLAVA has both off, this turns
     both on: half of the tokens, and 0.6.
