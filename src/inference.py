@@ -10,10 +10,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from .building.compress import compressed_parts
 from .common.adapters import is_adapter, merge_into, model_of_adapter
-from .common.loading import check_complete, check_processor, config_of, loading_from
+from .common.loading import check_processor, config_of, load_complete, loading_from
 from .common.shipped_models import DEFAULT_MODEL
 from .image_loading import open_images
-from .safe_loading import read_safetensors
 from .vmtc_cmai_patch import VmtcCmaiLlavaForConditionalGeneration
 
 
@@ -77,16 +76,13 @@ def load(
         model_class, kwargs = VmtcCmaiLlavaForConditionalGeneration, {"config": config}
     else:
         config = config_of(model)
-    with loading_from(model):
-        # Loading the processor first finds a wrong name before any weights are downloaded.
-        if not kwargs:
+    if not kwargs:
+        with loading_from(model):  # before any weights are downloaded
             processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
-        # Of a model that bitsandbytes has quantised, the library would widen some weights and leave others.
-        is_quantised = getattr(config, "quantization_config", None) is not None
-        dtype = "auto" if on_gpu or is_quantised else torch.float32
-        kwargs |= {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
-        loaded, info = read_safetensors(model_class.from_pretrained, model, **kwargs)
-    check_complete(str(model), info["missing_keys"])
+    # The library would widen some weights of a model that bitsandbytes has quantised, and leave others.
+    is_quantised = getattr(config, "quantization_config", None) is not None
+    dtype = "auto" if on_gpu or is_quantised else torch.float32
+    loaded = load_complete(model, model_class, dtype=dtype, **kwargs)
     check_processor(processor, model)
     return loaded.to("cuda" if on_gpu else "cpu").eval(), processor
 

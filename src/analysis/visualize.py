@@ -22,13 +22,13 @@ from transformers.utils import logging
 from ..building.compress import DEFAULT_CMAI_MAX_RATIO
 from ..cmai import Inhibition
 from ..common.errors import one_line
-from ..common.loading import check_complete, config_of
+from ..common.loading import config_of, load_complete
 from ..common.shipped_models import DEFAULT_LLAVA, DEFAULT_MODEL
 from ..configuration_ta_llava import TaLlavaConfig
 from ..image_loading import load_rgb_image
 from ..inference import GREEDY, load
 from ..modeling_ta_llava import apply_rotary, eager_attention_forward
-from ..safe_loading import check_image_size, read_safetensors
+from ..safe_loading import check_image_size
 from ..vision_towers import compression_of_call, make_compressible, patch_grid
 from ..vmtc import VmtcStage, count_visual_tokens
 from ..vmtc_cmai_patch import VmtcCmaiLlavaConfig
@@ -223,21 +223,15 @@ def _load_settings(model: str | Path) -> tuple[Any, Any]:
 
 
 def _load_tower(model: str | Path, settings: Any) -> Any:
-    try:
-        tower, info = read_safetensors(
-            AutoModel.from_pretrained,
-            model,
-            config=settings.vision_config,
-            key_mapping={r"^(model\.)?vision_tower\.": ""},
-            output_loading_info=True,
-            dtype=torch.float32,
-            trust_remote_code=False,
-        )
-    except Exception as error:
-        raise _cannot_load(model, error) from error
-    needed = ("embeddings.", "pre_layrnorm.", "encoder.")  # not what comes after the blocks, where VMTC has no part
-    missing = [key for key in info["missing_keys"] if key.startswith(needed)]
-    check_complete(f"The vision tower in {str(model)!r}", missing)
+    tower = load_complete(
+        model,
+        AutoModel,
+        what="vision tower",
+        needed=("embeddings.", "pre_layrnorm.", "encoder."),  # VMTC has no part in what comes after the blocks
+        config=settings.vision_config,
+        key_mapping={r"^(model\.)?vision_tower\.": ""},
+        dtype=torch.float32,
+    )
     make_compressible(tower)
     return tower.eval()
 

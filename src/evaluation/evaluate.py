@@ -28,6 +28,7 @@ from ..common.adapters import is_adapter, model_of_adapter
 from ..common.errors import one_line
 from ..common.files import write_text
 from ..common.loading import config_of, loading_from
+from ..common.sources import REPO_NAME
 from ..data.samples import find_damaged_files
 from ..inference import answer, load
 from .results import DESCRIPTIONS, PREDICTIONS, RESULTS, SETTINGS, TABLE, describe_evaluation, format_table, full_path
@@ -118,7 +119,7 @@ def evaluate(
         raise ValueError(
             f"Only if16 describes the images first, the task {task} does not; leave `describe_first` out."
         )
-    if benchmark is not None and not re.fullmatch(r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?", benchmark):
+    if benchmark is not None and not re.fullmatch(rf"{REPO_NAME}(:[\w.-]+)?", benchmark):
         raise ValueError(f"A benchmark on the Hub is called USER/DATASET or USER/DATASET:TASK, not {benchmark!r}.")
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():

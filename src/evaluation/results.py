@@ -1,8 +1,9 @@
 """Results of an evaluation, as files and as a table."""
 
-import re
 from pathlib import Path
 from typing import Any
+
+from ..common.sources import is_repo_name
 
 
 PREDICTIONS, RESULTS, TABLE, SETTINGS = "predictions.jsonl", "results.json", "results.md", "settings.json"
@@ -35,12 +36,7 @@ _DATASETS = {"easy-vqa": "easy-VQA", "if16": "IF16", "pope": "POPE"}
 
 def is_repo(name: Any) -> bool:
     """Whether a recorded name can only be that of a Hub repo, as far as can be seen from here."""
-    return (
-        isinstance(name, str)
-        and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
-        and not Path(name).exists()
-        and not Path(name).parent.is_dir()
-    )
+    return isinstance(name, str) and is_repo_name(name) and not Path(name).exists() and not Path(name).parent.is_dir()
 
 
 def full_path(name: str | Path) -> str:

@@ -6,12 +6,12 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoProcessor
 from transformers.utils import has_file, logging
 
 from ..common.errors import one_line
 from ..common.files import atomic_folder, check_new_folder
-from ..common.loading import check_complete, check_processor, config_of, loading_from
+from ..common.loading import check_processor, config_of, load_complete, loading_from
 from ..configuration_ta_llava import TaLlavaConfig
 from ..vmtc_cmai_patch import VmtcCmaiLlavaConfig
 from .model_card import CARD, find_card, is_unedited, tells_same_training, write_eval_results, write_model_card
@@ -82,11 +82,7 @@ def write_export(model: str | Path, processor: Any, files: dict[str, str], folde
     Raises:
         `ValueError`: The model lacks weights, or they cannot be loaded.
     """
-    with loading_from(model):
-        weights, info = AutoModelForImageTextToText.from_pretrained(
-            model, dtype="auto", trust_remote_code=False, output_loading_info=True
-        )
-    check_complete(str(model), info["missing_keys"])
+    weights = load_complete(model, dtype="auto")
     with atomic_folder(folder) as unfinished:
         has_bars = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()  # a second one, after that of loading

@@ -34,13 +34,14 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..common.errors import one_line
 from ..common.files import temporary_name, write_text
-from ..common.loading import check_source, config_of, load_complete
+from ..common.loading import config_of, load_complete
+from ..common.sources import check_source
 from ..vision_towers import blocks_of
 from .dataset import Collator, iterate_images, prepare_dataset
 from .lora import add_lora
 from .parts import count_parameters, describe_parameters, module_names, train_only
 from .recipe import DataSettings, Recipe, accumulation_steps, check_recipe
-from .summary import SUMMARY
+from .summary import SUMMARY, ParameterCount, TrainingSummary
 from .vision_feature_cache import VisionFeatureCache
 
 
@@ -204,11 +205,9 @@ def _train(recipe: Recipe) -> Path:
     if is_main:
         if recipe.data.streaming:
             print(f"{folder}: {report}", flush=True)
-        parameters = {part: {"trainable": count[0], "frozen": count[1]} for part, count in counts.items()}
-        summary = {"recipe": asdict(recipe), "data": asdict(report), "parameters": parameters}
-        if evaluation_report is not None:
-            summary["evaluation_data"] = asdict(evaluation_report)
-        write_text(folder / SUMMARY, json.dumps({**summary, "log": trainer.state.log_history}, indent=1))
+        parameters = {part: ParameterCount(*count) for part, count in counts.items()}
+        summary = TrainingSummary(recipe, report, trainer.state.log_history, parameters, evaluation_report)
+        summary.write(folder)
     trainer.accelerator.wait_for_everyone()  # the next phase starts from these files
     return folder
 

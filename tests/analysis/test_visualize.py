@@ -5,10 +5,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from command_line import run
 from conftest import EXAMPLE_IMAGE, SHIPPED_MODEL, build_llava, make_lively, text_config
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_cli import run
 from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
@@ -669,7 +669,10 @@ def test_the_command_draws_what_cmai_inhibits(tmp_path, monkeypatch, options):
         ([EXAMPLE_IMAGE, "--cmai", 0.6], "--cmai is for --show cmai"),
         ([EXAMPLE_IMAGE, "--show", "prefix"], "needs one or more questions"),
         ([EXAMPLE_IMAGE, "what?", " ", "--show", "prefix"], "The question is empty"),
-        ([EXAMPLE_IMAGE, "what?", "--show", "prefix", "--visual-tokens", 16], "--visual-tokens is not for --show prefix"),
+        (
+            [EXAMPLE_IMAGE, "what?", "--show", "prefix", "--visual-tokens", 16],
+            "--visual-tokens is not for --show prefix",
+        ),
         ([EXAMPLE_IMAGE, "what?", "--show", "prefix", "--model", DEFAULT_LLAVA], "only a TA-LLaVA has a prefix"),
         ([EXAMPLE_IMAGE, "what?", "--show", "prefix", "--model", EXAMPLE_IMAGE.parent], "No model could be loaded"),
         ([__file__, "what?", "--show", "prefix"], "not a readable image"),

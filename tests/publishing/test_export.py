@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import EXAMPLE_IMAGE, SHIPPED_MODEL, run_without_the_package
+from conftest import EXAMPLE_IMAGE, SHIPPED_MODEL, copy_without_a_weight, run_without_the_package
 from hub_server import HubServer
 from huggingface_hub import constants, parse_eval_result_entries
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -192,19 +192,6 @@ def test_what_is_no_such_model_is_refused(tmp_path):
     (tmp_path / "model" / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="has a PEFT adapter.*`ta-llava merge`"):
         export_model(tmp_path / "model", tmp_path / "out")
-
-
-def copy_without_a_weight(folder: Path) -> str:
-    """A copy of the shipped model that lacks a weight; returns its name."""
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(SHIPPED_MODEL, folder, ignore=shutil.ignore_patterns("*.py"))
-    weights = load_file(SHIPPED_MODEL / "model.safetensors")
-    name = next(name for name in weights if "prefix" in name)
-    del weights[name]
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    (folder / "README.md").write_text("mine")
-    return name
 
 
 def test_a_model_that_lacks_weights_is_refused(tmp_path):
