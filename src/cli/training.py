@@ -95,7 +95,7 @@ def _set_options(recipe: "Recipe", cache_vision_features: Path | None, lora: boo
         recipe.lora = {}
     if on_bad_sample is not None:
         for data in filter(None, (recipe.data, recipe.evaluation_data)):
-            data.on_bad_sample = on_bad_sample
+            data.on_bad_sample = on_bad_sample  # type: ignore[assignment]  # `check_recipe` checks the value
 
 
 def _print_where(folder: Path, is_adapter: bool) -> None:
