@@ -807,18 +807,18 @@ NOTES = f"""Medians; in brackets, how many times as much LLaVA takes. Random wei
 - Kernels (with `--kernel-time`): the time in which the GPU computes; the rest of the prefill it waits for Python."""
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="TA-LLaVA against LLaVA and the Q-Former with the same backbones.")
     parser.add_argument("--configs", nargs="+", choices=list(SETUPS), default=DEFAULT_SETUPS)
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--images", nargs="+", type=int, default=[1], help="images of a row")
+    parser.add_argument("--images", nargs="+", type=int, default=[1], help="numbers of images per row")
     parser.add_argument(
         "--repeats",
         type=int,
         default=7,
-        help="rounds that a median is over (10 times as many for tiny); before several, and at first, one more warms up",
+        help="take the median of this many rounds (10 times as many for tiny), after one that warms up",
     )
-    parser.add_argument("--threads", type=int, help="threads of torch; its own choice by default")
+    parser.add_argument("--threads", type=int, help="number of threads (default: torch's choice)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], help="default: float32, bfloat16 for gemma-2-2b and vicuna-7b"
@@ -826,55 +826,65 @@ def main() -> None:
     parser.add_argument(
         "--attention",
         choices=["eager", "sdpa", "flex_attention", "flash_attention_2"],
-        help="of the language models; the library's choice by default, which is eager for Gemma-2",
+        help="attention of the language models (default: the library's choice, which is eager for Gemma-2)",
     )
     parser.add_argument("--kernel-time", action="store_true", help="also profile the prefill's kernels (cuda)")
     parser.add_argument(
-        "--output", type=Path, help="also write the tables to this Markdown file, and a JSON beside it"
+        "--output", type=Path, help="also write the tables to this Markdown file, and a JSON file beside it"
     )
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda: torch {torch.__version__} finds no GPU.")
-    if arguments.kernel_time and device.type != "cuda":
+    if arguments.kernel_time and arguments.device != "cuda":
         parser.error("--kernel-time needs --device cuda.")
+    return arguments
 
+
+def measure_setup(name: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What is measured of a configuration; the same `dict` after each batch size and number of images, with its records."""
+    setup, device = SETUPS[name], torch.device(arguments.device)
+    dtype = getattr(torch, arguments.dtype or setup.dtype)
+    # Not in inference mode: parameters that are created in it take slower paths.
+    systems = build_systems(setup, dtype, device, arguments.attention)
+    check_backbones(systems)
+    result: dict[str, Any] = {
+        "machine": describe_machine(dtype, device),
+        "attention": attention_implementations(systems),
+        "num_layers": setup.num_layers(device),
+        "records": [],
+    }
+    for num_images in arguments.images:
+        for batch_size in arguments.batch_sizes:
+            measurement = measure(
+                setup,
+                systems,
+                batch_size,
+                num_images,
+                arguments.repeats,
+                arguments.kernel_time,
+                warm_up=not result["records"],
+                progress=f"{name}, batch {batch_size}, images {num_images}",
+            )
+            weight_bytes = systems.weight_bytes(setup.depth(device))
+            result["records"] += make_records(setup, batch_size, num_images, measurement, weight_bytes)
+            yield result
+
+
+def main() -> None:
+    arguments = parse_arguments()
     torch.manual_seed(0)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     results: dict[str, dict[str, Any]] = {}
+    report = ""
     for name in arguments.configs:
-        setup = SETUPS[name]
-        dtype = getattr(torch, arguments.dtype or setup.dtype)
-        # Not in inference mode: parameters that are born in it take slower paths.
-        systems = build_systems(setup, dtype, device, arguments.attention)
-        check_backbones(systems)
-        result = results[name] = {
-            "machine": describe_machine(dtype, device),
-            "attention": attention_implementations(systems),
-            "num_layers": setup.num_layers(device),
-            "records": [],
-        }
-        for num_images in arguments.images:
-            for batch_size in arguments.batch_sizes:
-                measurement = measure(
-                    setup,
-                    systems,
-                    batch_size,
-                    num_images,
-                    arguments.repeats,
-                    arguments.kernel_time,
-                    warm_up=not result["records"],
-                    progress=f"{name}, batch {batch_size}, images {num_images}",
-                )
-                weight_bytes = systems.weight_bytes(setup.depth(device))
-                result["records"] += make_records(setup, batch_size, num_images, measurement, weight_bytes)
-                report = "\n\n".join([*(format_section(measured, results) for measured in results), NOTES])
-                if arguments.output is not None:  # after each, as the next may take long
-                    arguments.output.write_text(report + "\n")
-                    arguments.output.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
-        del systems
-        if device.type == "cuda":
+        for result in measure_setup(name, arguments):
+            results[name] = result
+            report = "\n\n".join([*(format_section(measured, results) for measured in results), NOTES])
+            if arguments.output is not None:  # after each, as the next may take long
+                arguments.output.write_text(report + "\n")
+                arguments.output.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
+        if arguments.device == "cuda":
             torch.cuda.empty_cache()
     print(report)
 

@@ -321,10 +321,17 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def format_tables(results: Results, operations: dict[str, int]) -> str:
     """All tables as Markdown."""
-    config = results.config
-    parts = []
-    longest = max(config["prefix_lengths"])
-    types = results.question_types()
+    parts = [format_phases(results), format_prefix_lengths(results, operations)]
+    for title, variants in LLAVA_TABLES.items():
+        variants = {name: variant for name, variant in variants.items() if variant in results.config["variants"]}
+        if len(variants) > 1:
+            parts.append(format_llava_table(results, title, variants))
+    return "\n\n".join([*parts, format_claims(results)]) + "\n"
+
+
+def format_phases(results: Results) -> str:
+    """TA-LLaVA's accuracy before and after its language model is trained, by type of question."""
+    longest, types = max(results.config["prefix_lengths"]), results.question_types()
     rows = [
         [f"TA-LLaVA, after phase {phase[-1]}"]
         + [cell(results.read(f"ta-llava-{longest}", "accuracy", phase, name)) for name in types]
@@ -332,11 +339,15 @@ def format_tables(results: Results, operations: dict[str, int]) -> str:
     ]
     rows.append(["LLaVA"] + [cell(results.read("llava-base-trained", "accuracy", name)) for name in types])
     change = verdict(*(results.prefix_accuracy(longest, False, phase) for phase in ("phase3", "phase2")))
-    parts.append(
+    return (
         f"## TA-LLaVA, Table 2: before and after the language model is trained ({longest} prefix tokens)\n\n"
         f"{markdown(['accuracy, %', *types], rows)}\n\nPhase 3 is more accurate than phase 2: {change}."
     )
 
+
+def format_prefix_lengths(results: Results, operations: dict[str, int]) -> str:
+    """TA-LLaVA's accuracy and operations with and without the text adapter, by number of prefix tokens."""
+    config = results.config
     rows, lengths = [], config["prefix_lengths"]
     for length in lengths:
         row = [str(length), *(_mega(operations[f"{length}{blind}"]) for blind in ("", "-blind"))]
@@ -357,38 +368,40 @@ def format_tables(results: Results, operations: dict[str, int]) -> str:
     base = f"LLaVA with all {config_tokens(config['variants']['base'], config)} visual tokens: " + (
         f"{cell(results.accuracy('base', 'trained'))} % at {_mega(operations['base'])} MFLOP."
     )
-    parts.append(
+    return (
         "## TA-LLaVA: with and without the text adapter\n\n"
         f"{markdown(header, rows)}\n\n{base} Blind: without the text adapter, and so with fewer layers too. "
         "Operations are those of a prefill after the vision tower.\n\n"
         f"A prefix that reads the instruction is more accurate (mean over the rows): {'; '.join(over_lengths)}."
     )
 
-    for title, variants in LLAVA_TABLES.items():
-        variants = {name: variant for name, variant in variants.items() if variant in config["variants"]}
-        if len(variants) < 2:
-            continue
-        header = ["", "visual tokens"]
-        header += [f"{score}, {training}" for training in TRAININGS for score in ("accuracy", "IF16")]
-        rows = []
-        for name, variant in variants.items():
-            row = [name, str(config_tokens(config["variants"][variant], config))]
-            for training in TRAININGS:
-                row += [cell(results.accuracy(variant, training)), cell(results.if16(variant, training))]
-            rows.append(row)
-        if "SPD" in variants:
-            limit = results.read("llava-base-training-free", "upper_limit", "average")
-            rows.append(["upper limit: LLaVA describes first", "", "", cell(limit), "", ""])
-        parts.append(f"## {title}\n\n{markdown(header, rows)}")
 
+def format_llava_table(results: Results, title: str, variants: dict[str, str]) -> str:
+    """Accuracy and IF16 of variants of the LLaVA, by name of the row."""
+    config = results.config
+    header = ["", "visual tokens"]
+    header += [f"{score}, {training}" for training in TRAININGS for score in ("accuracy", "IF16")]
+    rows = []
+    for name, variant in variants.items():
+        row = [name, str(config_tokens(config["variants"][variant], config))]
+        for training in TRAININGS:
+            row += [cell(results.accuracy(variant, training)), cell(results.if16(variant, training))]
+        rows.append(row)
+    if "SPD" in variants:
+        limit = results.read("llava-base-training-free", "upper_limit", "average")
+        rows.append(["upper limit: LLaVA describes first", "", "", cell(limit), "", ""])
+    return f"## {title}\n\n{markdown(header, rows)}"
+
+
+def format_claims(results: Results) -> str:
+    """What the VMTC + CMAI paper claims, and whether it is seen here."""
     rows = []
     for claim, measure, first, second in CLAIMS:
-        if not {first, second} <= set(config["variants"]):
+        if not {first, second} <= set(results.config["variants"]):
             continue
         read = results.accuracy if measure == "accuracy" else results.if16
         rows.append([claim, *(verdict(read(first, training), read(second, training)) for training in TRAININGS)])
-    parts.append(f"## The directions of the VMTC + CMAI paper\n\n{markdown(['', *TRAININGS], rows)}")
-    return "\n\n".join(parts) + "\n"
+    return f"## The directions of the VMTC + CMAI paper\n\n{markdown(['', *TRAININGS], rows)}"
 
 
 def config_tokens(fields: dict[str, Any], config: dict[str, Any]) -> int:
