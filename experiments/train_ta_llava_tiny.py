@@ -316,11 +316,7 @@ def run_stage(
     finished = folder / "finished.safetensors"
     settings = {"seed": seed, "steps": steps, "batch_size": batch_size}
     if finished.exists():
-        with safe_open(finished, framework="pt") as file:
-            trained_with = json.loads(file.metadata()["settings"])
-        if trained_with != settings:
-            raise ValueError(f"{folder} was trained with {trained_with}, not {settings}. Choose another --output-dir.")
-        load_model(model, finished)
+        load_finished_stage(model, finished, settings)
         print(f"{name}: finished before, loaded from {finished}")
         return
     set_seed(seed)
@@ -355,6 +351,22 @@ def run_stage(
         save_model(model, str(unfinished), metadata={"settings": json.dumps(settings)})
     for folder_of_state in folder.glob("checkpoint-*"):  # they hold the optimizer, and are three times as large
         shutil.rmtree(folder_of_state)
+
+
+def load_finished_stage(model: nn.Module, path: Path, settings: dict[str, int]) -> None:
+    """
+    Loads the weights of a finished stage.
+
+    Raises:
+        `ValueError`: It was trained with other settings.
+    """
+    with safe_open(path, framework="pt") as file:
+        trained_with = json.loads(file.metadata()["settings"])
+    if trained_with != settings:
+        raise ValueError(
+            f"{path.parent} was trained with {trained_with}, not {settings}. Choose another --output-dir."
+        )
+    load_model(model, path)
 
 
 def trainable(model: nn.Module, groups: list[tuple[list[nn.Module], float]]) -> list[dict]:
