@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 
 from ..common.sources import check_source
@@ -58,9 +57,16 @@ def errors_as_messages(extra: str = "train") -> Iterator[None]:
 
         typer.echo(f"error: {error}. What this command needs is in an extra: {how_to_install(extra)}.", err=True)
         raise typer.Exit(1) from error
-    except (ValueError, OSError, StrictDataclassError) as error:
+    except (ValueError, OSError, _config_error()) as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(1) from error
+
+
+def _config_error() -> type[Exception]:
+    """What a config raises for a wrong value. Its import takes as long as all others of a command that has no error."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return StrictDataclassError
 
 
 def is_main_process() -> bool:
