@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..common.loading import is_repo_name
+from ..common.sources import is_repo_name
 
 
 PREDICTIONS, RESULTS, TABLE, SETTINGS = "predictions.jsonl", "results.json", "results.md", "settings.json"
