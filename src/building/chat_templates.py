@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -219,13 +220,14 @@ def _marked_answers(turns: Turns) -> str:
 
 
 def _render(
-    chat_template: str, messages: list[dict], special_tokens: dict[str, str], **kwargs: Any
+    chat_template: str, messages: list[dict], special_tokens: Mapping[str, Any], **kwargs: Any
 ) -> tuple[str, list[tuple[int, int]]]:
     """A conversation as text, and start and end of each answer if `return_assistant_tokens_mask` asks for them."""
     try:
-        texts, answers = render_jinja_template(
+        rendered: Any = render_jinja_template(
             conversations=[messages], chat_template=chat_template, **kwargs, **special_tokens
         )
     except Exception as error:  # templates are programs and may fail in any way
         raise ValueError(f"The chat template cannot be rendered: {one_line(error)[:300]}") from error
+    texts, answers = rendered
     return texts[0], answers[0] if answers else []
