@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_model, save_model
+from scene_pixels import load_pixels, shape_mask
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import nn
 from tqdm.auto import tqdm
@@ -40,7 +41,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from ta_llava.building.chat_templates import GEMMA_CHAT_TEMPLATE
 from ta_llava.common.files import atomic_file
 from ta_llava.configuration_ta_llava import TaLlavaConfig
-from ta_llava.data.easy_vqa import CAPTION_PROMPT, COLORS, SHAPES, Scene, load_easy_vqa, load_pixels, shape_mask
+from ta_llava.data.easy_vqa import CAPTION_PROMPT, COLORS, SHAPES, Scene, load_easy_vqa
 from ta_llava.modeling_ta_llava import TaLlavaForConditionalGeneration
 from ta_llava.processing_ta_llava import TaLlavaProcessor
 from ta_llava.training.run import last_complete_checkpoint

@@ -77,7 +77,7 @@ def convert_original(folder: str | Path, vision_tower: str | Path) -> TaLlavaFor
     else:  # Gemma's instruction-tuned models end a turn with <end_of_turn>
         model.generation_config.eos_token_id = [config.text_config.eos_token_id, _END_OF_TURN_ID]
     dtype = next(iter(original_state.values())).dtype
-    return model.to(dtype)
+    return model.to(dtype)  # type: ignore[arg-type]  # the library's wrapper hides `self`
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def build_processor(folder: str | Path, vision_tower: str | Path, config: TaLlav
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     image_processor = load_part("image processor", vision_tower, AutoImageProcessor.from_pretrained)
     # The placeholder is an unused token of Gemma's vocabulary, so that no embedding has to be added.
-    placeholder = tokenizer.convert_ids_to_tokens(config.image_token_id)
+    placeholder = str(tokenizer.convert_ids_to_tokens(config.image_token_id))
     tokenizer.add_special_tokens({"additional_special_tokens": [placeholder]}, replace_extra_special_tokens=False)
     return TaLlavaProcessor(
         image_processor,

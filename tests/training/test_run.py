@@ -65,7 +65,7 @@ def test_an_interrupted_run_goes_on_and_a_finished_one_does_not(recipe, llava, t
         return training_step(*args, **kwargs)
 
     monkeypatch.setattr(Trainer, "training_step", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="Run the same command again: it goes on from .*out/checkpoint-2"):
+    with pytest.raises(KeyboardInterrupt, match="Run the same command again: it resumes from .*out/checkpoint-2"):
         train(recipe)
     folder = train(recipe)
     assert len(steps) == 3 + 1 + 2  # from the checkpoint of step 2
@@ -99,7 +99,7 @@ def test_ctrl_c_says_how_to_go_on_and_from_where(recipe, tmp_path, monkeypatch, 
     assert result.stderr.splitlines()[-1] == f"Interrupted. {message}"
     result = CliRunner().invoke(app, [command, str(path)])
     assert result.exit_code == 130
-    message = f"Run the same command again: it goes on from {folder}/checkpoint-2."
+    message = f"Run the same command again: it resumes from {folder}/checkpoint-2."
     assert result.stderr.splitlines()[-1] == f"Interrupted. {message}"
     assert CliRunner().invoke(app, [command, str(path)]).exit_code == 0
 
