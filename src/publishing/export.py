@@ -14,7 +14,9 @@ from ..common.files import check_new_folder, complete_folder_or_not_at_all
 from ..common.loading import check_complete, check_processor, config_of, loading_from
 from ..configuration_ta_llava import TaLlavaConfig
 from ..vmtc_cmai_patch import VmtcCmaiLlavaConfig
-from .model_card import CARD, find_card, is_unedited, tells_same_training, write_eval_results, write_model_card
+from .evaluations import write_eval_results
+from .existing_card import CARD, find_card, is_unedited, tells_same_training
+from .model_card import write_model_card
 
 
 def export_model(

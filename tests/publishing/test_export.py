@@ -15,8 +15,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
 from ta_llava.inference import answer, load
+from ta_llava.publishing.existing_card import is_unedited
 from ta_llava.publishing.export import export_model
-from ta_llava.publishing.model_card import is_unedited, write_model_card
+from ta_llava.publishing.model_card import write_model_card
 
 
 QUESTIONS = ["what color is the shape?", "is there a circle in the image?"]

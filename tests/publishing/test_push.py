@@ -23,7 +23,7 @@ from ta_llava.building.compress import compress_llava
 from ta_llava.cli import app
 from ta_llava.image_loading import load_rgb_image
 from ta_llava.inference import load
-from ta_llava.publishing import model_card
+from ta_llava.publishing import existing_card, model_card
 from ta_llava.publishing import push as publish
 
 
@@ -246,7 +246,7 @@ def test_the_blank_card_of_the_library_is_no_card(hub, compressed):
     assert "[More Information Needed]" in blank
     code, _, error = push(compressed, "alice/blank")
     assert code == 0 and "kept" not in error
-    assert model_card.is_unedited(hub.files("alice/blank")["README.md"].decode())
+    assert existing_card.is_unedited(hub.files("alice/blank")["README.md"].decode())
 
     filled_in = blank.replace("[More Information Needed]", "mine", 1)
     hub.add("alice/blank", {"README.md": filled_in})
@@ -303,11 +303,11 @@ def test_results_that_only_the_card_has_are_kept(hub, compressed, measured, capl
 
     # With other code they are of the same model.
     old = hub.add("alice/results", {"vmtc.py": "old"})
-    hub.add("alice/results", {"README.md": model_card.pin_revision(card(), "alice/results", old)})
+    hub.add("alice/results", {"README.md": existing_card.pin_revision(card(), "alice/results", old)})
     assert "so it was kept" in push(compressed, "alice/results")[2]
     head = hub.history("alice/results")[1].oid
-    assert head != old and model_card.pinned_revision(card(), "alice/results") == head
-    assert "| all | 2 | 50.00% |" in card() and model_card.is_unedited(card())
+    assert head != old and existing_card.pinned_revision(card(), "alice/results") == head
+    assert "| all | 2 | 50.00% |" in card() and existing_card.is_unedited(card())
 
     assert "written anew" not in caplog.text
     assert "kept" not in push(compressed, "alice/results", "--results", measured(3))[2]
@@ -337,7 +337,7 @@ def test_training_that_only_the_card_has_is_kept(hub, compressed, measured, tmp_
     (other / "config.json").write_text(json.dumps({**config, "transformers_version": "5.0.0"}))
     old = hub.add("alice/trained", {"config.json": (other / "config.json").read_bytes(), "notes.json": "{}"})
     card = hub.files("alice/trained")["README.md"].decode()
-    hub.add("alice/trained", {"README.md": model_card.pin_revision(card, "alice/trained", old)})
+    hub.add("alice/trained", {"README.md": existing_card.pin_revision(card, "alice/trained", old)})
     assert "so it was kept" in push(compressed, "alice/trained")[2]
     assert trained in hub.files("alice/trained")["README.md"].decode()
 
