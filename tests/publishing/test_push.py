@@ -316,7 +316,7 @@ def test_results_that_only_the_card_has_are_kept(hub, compressed, measured, capl
     assert message in caplog.text
     caplog.clear()
     assert "kept" not in push(compressed, "alice/results", "--overwrite-card")[2]
-    assert "No evaluation of it is recorded" in card() and "written anew" not in caplog.text
+    assert "No evaluation of this model" in card() and "written anew" not in caplog.text
 
 
 def test_training_that_only_the_card_has_is_kept(hub, compressed, measured, tmp_path):
@@ -358,7 +358,7 @@ def test_results_of_an_earlier_model_are_not_kept(hub, compressed, measured, tmp
     caplog.clear()
     code, _, error = push(tmp_path / "other", "alice/newer")
     assert code == 0 and "kept" not in error and ".eval_results" not in caplog.text
-    assert "No evaluation of it is recorded" in hub.files("alice/newer")["README.md"].decode()
+    assert "No evaluation of this model" in hub.files("alice/newer")["README.md"].decode()
     assert "is written anew, without what it had under Results" in caplog.text
 
     # Those of the new model are in place of those of the old one, and nothing is lost.
