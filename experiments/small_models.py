@@ -43,7 +43,7 @@ from ta_llava import (
     VmtcCmaiLlavaForConditionalGeneration,
 )
 from ta_llava.analysis.cost import CPU_ATTENTION, build_without_data, run
-from ta_llava.common.files import complete_folder_or_not_at_all, complete_or_not_at_all, write_text
+from ta_llava.common.files import atomic_file, atomic_folder, write_text
 from ta_llava.evaluation.instruction_following import (
     TASKS,
     Prompt,
@@ -234,7 +234,7 @@ def make_language_model(folder: Path, config: dict[str, Any]) -> None:
         model.load_state_dict(quantized.state_dict())
     else:
         tokenizer, model = train_language_model(folder, config)
-    with complete_folder_or_not_at_all(out) as unfinished:
+    with atomic_folder(out) as unfinished:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
 
@@ -310,14 +310,14 @@ def compute_features(folder: Path, config: dict[str, Any], name: str, fields: di
             batches.append(model.get_vision_features(pixel_values.to(DEVICE)).half().cpu())
         features[split] = torch.cat(batches)
     path.parent.mkdir(exist_ok=True)
-    with complete_or_not_at_all(path) as unfinished:
+    with atomic_file(path) as unfinished:
         save_file(features, unfinished)
 
 
 def write_tower(folder: Path, config: dict[str, Any]) -> None:
     """The vision tower in `folder/tower`."""
     if not (folder / "tower").is_dir():
-        with complete_folder_or_not_at_all(folder / "tower") as unfinished:
+        with atomic_folder(folder / "tower") as unfinished:
             write_dinov2(unfinished, config["image_size"])
 
 

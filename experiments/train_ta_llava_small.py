@@ -22,7 +22,7 @@ from ta_llava.evaluation.evaluate import evaluate
 from ta_llava.evaluation.results import Scores
 from ta_llava.training.recipe import load_recipe
 from ta_llava.training.run import run_curriculum
-from ta_llava.training.summary import SUMMARY
+from ta_llava.training.summary import TrainingSummary
 
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "ta_llava"
@@ -122,14 +122,14 @@ def format_table(results: dict[str, Scores]) -> str:
 
 def read_log(folder: Path) -> dict[str, Any]:
     """What a phase was, and its losses by step, from its summary."""
-    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    arguments, log = summary["recipe"]["training_arguments"], summary["log"]
+    summary = TrainingSummary.read(folder)
+    arguments = summary.recipe.training_arguments
     return {
-        "samples": summary["recipe"]["global_batch_size"] * arguments["max_steps"],
+        "samples": summary.recipe.global_batch_size * arguments["max_steps"],
         "steps": arguments["max_steps"],
         "learning_rate": arguments["learning_rate"],
-        "minutes": round(next(entry["train_runtime"] for entry in log if "train_runtime" in entry) / 60, 1),
-        "losses": [(entry["step"], entry["loss"]) for entry in log if "loss" in entry],
+        "minutes": round(summary.seconds / 60, 1),
+        "losses": summary.losses,
     }
 
 

@@ -38,7 +38,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from ta_llava.building.chat_templates import GEMMA_CHAT_TEMPLATE
-from ta_llava.common.files import complete_or_not_at_all
+from ta_llava.common.files import atomic_file
 from ta_llava.configuration_ta_llava import TaLlavaConfig
 from ta_llava.data.easy_vqa import CAPTION_PROMPT, COLORS, SHAPES, Scene, load_easy_vqa, load_pixels, shape_mask
 from ta_llava.modeling_ta_llava import TaLlavaForConditionalGeneration
@@ -348,7 +348,7 @@ def run_stage(
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # with `bf16` it would stay so after training
     (folder / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
-    with complete_or_not_at_all(finished) as unfinished:
+    with atomic_file(finished) as unfinished:
         save_model(model, str(unfinished), metadata={"settings": json.dumps(settings)})
     for folder_of_state in folder.glob("checkpoint-*"):  # with the optimizer, three times as large
         shutil.rmtree(folder_of_state)

@@ -732,13 +732,13 @@ def convert_original(
     with _errors_as_messages():
         from .building.convert_original import build_processor
         from .building.convert_original import convert_original as convert
-        from .common.files import check_new_folder, complete_folder_or_not_at_all
+        from .common.files import atomic_folder, check_new_folder
 
         check_new_folder(out)
         model = convert(folder, vision_tower)
         has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
         processor = build_processor(folder, vision_tower, model.config) if has_tokenizer else None
-        with complete_folder_or_not_at_all(out) as unfinished:
+        with atomic_folder(out) as unfinished:
             model.save_pretrained(unfinished)
             if processor is not None:
                 processor.save_pretrained(unfinished)

@@ -1,6 +1,7 @@
 """What the tests share: small models of both backbones with lively weights, and prompts for them."""
 
 import os
+import shutil
 import subprocess
 import venv
 from importlib.metadata import PackageNotFoundError, distribution
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from packaging.requirements import Requirement
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoProcessor,
     CLIPVisionConfig,
@@ -150,6 +152,17 @@ def batch_of(rows: list[list[int]], side: str = "left") -> dict[str, torch.Tenso
 SHIPPED_MODEL = ROOT / "checkpoints" / "ta-llava-tiny"
 SHIPPED_LLAVA = ROOT / "checkpoints" / "llava-tiny"
 EXAMPLE_IMAGE = ROOT / "examples" / "teal_triangle.png"
+
+
+def copy_without_a_weight(folder: Path) -> str:
+    """A copy of the shipped model that lacks a weight; returns its name."""
+    shutil.copytree(SHIPPED_MODEL, folder, ignore=shutil.ignore_patterns("*.py"))
+    weights = load_file(SHIPPED_MODEL / "model.safetensors")
+    name = next(name for name in weights if "prefix" in name)
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (folder / "README.md").write_text("mine")
+    return name
 
 
 @pytest.fixture(scope="session")

@@ -5,18 +5,8 @@ import sys
 from importlib import metadata
 
 import pytest
+from command_line import run
 from conftest import EXAMPLE_IMAGE, FIXTURES, ROOT
-from typer.testing import CliRunner
-
-from ta_llava.cli import app
-
-
-RUNNER = CliRunner()
-
-
-def run(*arguments) -> tuple[int, str, str]:
-    result = RUNNER.invoke(app, [str(argument) for argument in arguments])
-    return result.exit_code, result.stdout, result.stderr
 
 
 def test_ask():

@@ -17,12 +17,12 @@ from transformers import AutoImageProcessor, AutoModel
 
 from ..building.compress import DEFAULT_CMAI_MAX_RATIO
 from ..common.errors import one_line
-from ..common.loading import check_complete, config_of
+from ..common.loading import config_of, load_complete
 from ..common.shipped_models import DEFAULT_LLAVA, DEFAULT_MODEL
 from ..configuration_ta_llava import TaLlavaConfig
 from ..image_loading import load_rgb_image
 from ..inference import load
-from ..safe_loading import check_image_size, read_safetensors
+from ..safe_loading import check_image_size
 from ..vision_towers import make_compressible, patch_grid
 from ..vmtc import count_visual_tokens
 from ..vmtc_cmai_patch import VmtcCmaiLlavaConfig
@@ -155,21 +155,15 @@ def _load_settings(model: str | Path) -> tuple[Any, Any]:
 
 
 def _load_tower(model: str | Path, settings: Any) -> Any:
-    try:
-        tower, info = read_safetensors(
-            AutoModel.from_pretrained,
-            model,
-            config=settings.vision_config,
-            key_mapping={r"^(model\.)?vision_tower\.": ""},
-            output_loading_info=True,
-            dtype=torch.float32,
-            trust_remote_code=False,
-        )
-    except Exception as error:
-        raise _cannot_load(model, error) from error
-    needed = ("embeddings.", "pre_layrnorm.", "encoder.")  # the norm after the blocks is not used
-    missing = [key for key in info["missing_keys"] if key.startswith(needed)]
-    check_complete(f"The vision tower in {str(model)!r}", missing)
+    tower = load_complete(
+        model,
+        AutoModel,
+        what="vision tower",
+        needed=("embeddings.", "pre_layrnorm.", "encoder."),  # the norm after the blocks is not used
+        config=settings.vision_config,
+        key_mapping={r"^(model\.)?vision_tower\.": ""},
+        dtype=torch.float32,
+    )
     make_compressible(tower)
     return tower.eval()
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,12 @@ from transformers import (
 )
 
 from ..common.errors import one_line
-from ..common.files import check_new_folder, complete_folder_or_not_at_all
-from ..common.loading import check_complete, check_source
+from ..common.files import atomic_folder, check_new_folder
+from ..common.loading import load_complete, loading_from
 from ..configuration_ta_llava import TaLlavaConfig
 from ..modeling_ta_llava import TaLlavaForConditionalGeneration
 from ..processing_ta_llava import TaLlavaProcessor
-from ..safe_loading import check_image_size, load_config, read_safetensors
+from ..safe_loading import check_image_size, load_config
 from ..vmtc import count_visual_tokens
 from ..vmtc_cmai_patch import VmtcCmaiLlavaConfig, VmtcCmaiLlavaForConditionalGeneration, VmtcCmaiLlavaProcessor
 from .chat_templates import VICUNA_CHAT_TEMPLATE, Turns, add_images, recognise_turns
@@ -322,8 +321,8 @@ def _read_parts(
         f"The placeholder is {image_token!r}, id {image_token_id}{grown if text_config.vocab_size > num_rows else ''}."
     )
     return _Parts(
-        load_tower=lambda: _load_weights("vision tower", vision_tower, AutoModel, config=vision_config, dtype="auto"),
-        load_language_model=lambda: _load_weights(
+        load_tower=lambda: load_weights("vision tower", vision_tower, AutoModel, config=vision_config, dtype="auto"),
+        load_language_model=lambda: load_weights(
             "language model", language_model, AutoModelForCausalLM, dtype="auto", **gguf
         ),
         vision_config=vision_config,
@@ -356,21 +355,13 @@ def load_part(what: str, source: str | Path, from_pretrained: Callable, **kwargs
     """
     if Path(source).is_file():
         raise ValueError(f"{source} is a file, not the folder of a checkpoint.")
-    check_source(source)
-    is_folder = Path(source).is_dir()
-    try:
-        return from_pretrained(source, local_files_only=is_folder, trust_remote_code=False, **kwargs)
-    except Exception as error:  # of the network, the Hub, or files that may be missing or damaged in any way
-        where = f"{source}" if is_folder else f"{str(source)!r}, which is no folder here and was looked for on the Hub"
-        raise ValueError(f"No {what} could be loaded from {where}: {one_line(error)}") from error
+    with loading_from(source, what):
+        return from_pretrained(source, local_files_only=Path(source).is_dir(), trust_remote_code=False, **kwargs)
 
 
-def _load_weights(what: str, source: str | Path, auto_class: Any, **kwargs: Any) -> Any:
-    """A model, all of whose weights were there."""
-    from_pretrained = partial(read_safetensors, auto_class.from_pretrained)
-    model, info = load_part(what, source, from_pretrained, output_loading_info=True, **kwargs)
-    check_complete(f"The {what} in {source}", info["missing_keys"])
-    return model
+def load_weights(what: str, source: str | Path, auto_class: Any, **kwargs: Any) -> Any:
+    """A part with all its weights; see [`load_complete`]."""
+    return load_complete(source, auto_class, what=what, local_files_only=Path(source).is_dir(), **kwargs)
 
 
 def load_vision_config(source: str | Path) -> Any:
@@ -491,7 +482,7 @@ def _build(out: str | Path, parts: _Parts, model_class: Any, config: Any, proces
     model.tie_weights()
     model.generation_config = _generation_config(language_model, parts)
 
-    with complete_folder_or_not_at_all(Path(out)) as unfinished:
+    with atomic_folder(Path(out)) as unfinished:
         processor.save_pretrained(unfinished)
         model.save_pretrained(unfinished)
         config.dtype = dtype  # the library has written that of the first weight

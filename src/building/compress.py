@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import LlavaConfig, LlavaProcessor
 
 from ..common.errors import one_line
-from ..common.files import check_new_folder, complete_folder_or_not_at_all
+from ..common.files import atomic_folder, check_new_folder
 from ..common.loading import check_format, check_source
 from ..configuration_ta_llava import TaLlavaConfig
 from ..safe_loading import check_sizes
@@ -82,7 +82,7 @@ def compress_llava(
     folder, config, processor = compressed_parts(source, num_visual_tokens, cmai_max_ratio)
     files = _find_weights(source, folder)
 
-    with complete_folder_or_not_at_all(out) as unfinished:
+    with atomic_folder(out) as unfinished:
         processor.save_pretrained(unfinished)
         if (folder / "generation_config.json").is_file():
             shutil.copyfile(folder / "generation_config.json", unfinished / "generation_config.json")

@@ -3,7 +3,6 @@
 import json
 import re
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,8 +20,8 @@ from ..common.errors import one_line
 from ..configuration_ta_llava import TaLlavaConfig
 from ..modeling_ta_llava import TaLlavaForConditionalGeneration
 from ..processing_ta_llava import TaLlavaProcessor
-from ..safe_loading import check_sizes, read_safetensors
-from .assemble import load_part, load_vision_config
+from ..safe_loading import check_sizes
+from .assemble import load_part, load_vision_config, load_weights
 from .chat_templates import GEMMA_CHAT_TEMPLATE
 
 
@@ -95,8 +94,7 @@ def convert_original(folder: str | Path, vision_tower: str | Path) -> TaLlavaFor
         pattern, name = next(((p, n) for p, n in _KEY_MAPPING if re.search(p, key)), ("^", ""))
         state[re.sub(pattern, name, key)] = value
     if not any(key.startswith("model.vision_tower.") for key in state):
-        from_pretrained = partial(read_safetensors, AutoModel.from_pretrained)
-        tower = load_part("vision tower", vision_tower, from_pretrained, config=vision_config).state_dict()
+        tower = load_weights("vision tower", vision_tower, AutoModel, config=vision_config).state_dict()
         state.update({f"model.vision_tower.{key}": value for key, value in tower.items()})
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"]

@@ -28,7 +28,7 @@ from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from ..common.adapters import is_adapter, model_of_adapter
 from ..common.errors import one_line
-from ..common.loading import config_of, loading_from
+from ..common.loading import REPO_NAME, config_of, loading_from
 from ..data.samples import find_damaged_files
 from ..inference import answer, load
 from .questions import HeldImage, Question
@@ -169,7 +169,7 @@ def _check_task(task: str, describe_first: bool, benchmark: str | None) -> None:
         raise ValueError(
             f"Only if16 describes the images first, the task {task} does not; leave `describe_first` out."
         )
-    if benchmark is not None and not re.fullmatch(r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?", benchmark):
+    if benchmark is not None and not re.fullmatch(rf"{REPO_NAME}(:[\w.-]+)?", benchmark):
         raise ValueError(f"A benchmark on the Hub is called USER/DATASET or USER/DATASET:TASK, not {benchmark!r}.")
 
 

@@ -1,13 +1,13 @@
 """What an evaluation leaves in its folder: the names of the files, and `settings.json`, `results.json` and `results.md`."""
 
 import json
-import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self, get_type_hints
 
 from ..common.errors import one_line
 from ..common.files import write_text
+from ..common.loading import is_repo_name
 
 
 PREDICTIONS, RESULTS, TABLE, SETTINGS = "predictions.jsonl", "results.json", "results.md", "settings.json"
@@ -214,12 +214,7 @@ def format_score(value: float | None, count_format: str = "") -> str:
 
 def is_repo(name: Any) -> bool:
     """Whether a recorded name can only be that of a Hub repo, as far as can be seen from here."""
-    return (
-        isinstance(name, str)
-        and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
-        and not Path(name).exists()
-        and not Path(name).parent.is_dir()
-    )
+    return isinstance(name, str) and is_repo_name(name) and not Path(name).exists() and not Path(name).parent.is_dir()
 
 
 def full_path(name: str | Path) -> str:

@@ -6,7 +6,6 @@ The facts come from the config, from `training_summary.json` of `ta-llava train`
 """
 
 import filecmp
-import json
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -16,20 +15,18 @@ import jinja2
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..analysis.cost import LANGUAGE_MODEL, Cost, count_cost, in_millions, read_config, scaled
-from ..common.errors import one_line
 from ..common.shipped_models import DEFAULT_LLAVA, DEFAULT_MODEL
 from ..configuration_ta_llava import TaLlavaConfig
 from ..evaluation.results import is_repo
 from ..modeling_ta_llava import TaLlavaForConditionalGeneration
+from ..training.summary import SUMMARY, TrainingSummary
 from ..vmtc_cmai_patch import VmtcCmaiLlavaForConditionalGeneration
 from .evaluations import read_evaluations
-from .existing_card import CARD, pin_line, seal
+from .existing_card import pin_line, seal
 from .licences import CODE_LICENCE, LICENCE_TERMS, find_licence
 
 
-__all__ = ["CARD", "write_model_card"]
-
-_TRAINING_SUMMARY, _WEIGHTS = "training_summary.json", "model.safetensors"
+_WEIGHTS = "model.safetensors"
 _TEXT_TOKENS = 40
 
 _NAMES = {
@@ -121,44 +118,35 @@ def _read_training(folder: Path) -> tuple[list[dict[str, Any]], str | None]:
     """
     phases: list[dict[str, Any]] = []
     seen: set[Path] = set()
-    while (folder / _TRAINING_SUMMARY).is_file() and folder.resolve() not in seen:
+    while (folder / SUMMARY).is_file() and folder.resolve() not in seen:
         seen.add(folder.resolve())
-        try:
-            summary = json.loads((folder / _TRAINING_SUMMARY).read_text(encoding="utf-8"))
-            recipe, log = summary["recipe"], summary["log"]
-            # What an adapter was merged into has the adapter's summary.
-            own, written = folder / _TRAINING_SUMMARY, Path(recipe["output_dir"]) / _TRAINING_SUMMARY
-            is_here = written.is_file() and filecmp.cmp(own, written, shallow=False)
-            source = recipe["data"]["path"]
-            dataset = source if is_here and is_repo(source) and not Path(source).suffix else None
-            trained = [
-                f"{part} (LoRA)" if part == "language_model" and recipe.get("lora") is not None else part
-                for part in recipe["train"]
-            ]
-            phases.insert(
-                0,
-                {
-                    "name": Path(recipe["output_dir"]).name,
-                    "trained": ", ".join(trained).replace("_", " "),
-                    "data": f"[{dataset}](https://huggingface.co/datasets/{dataset})"
-                    if dataset
-                    else Path(source).name,
-                    "dataset": dataset,
-                    "samples": f"{summary['data']['kept']:,}",
-                    "batch": recipe["global_batch_size"],
-                    "steps": f"{log[-1]['step']:,}",
-                    "learning_rate": recipe["training_arguments"].get("learning_rate", "default"),
-                    "loss": f"{log[-1]['train_loss']:.3g}",
-                },
-            )
-            start = recipe["model"]
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ValueError(
-                f"{folder / _TRAINING_SUMMARY} is not as `ta-llava train` writes it: {one_line(error)}"
-            ) from error
-        if not is_here or not Path(start).is_dir():
-            return phases, start if is_here and is_repo(start) else None
-        folder = Path(start)
+        summary = TrainingSummary.read(folder)
+        recipe = summary.recipe
+        # What an adapter was merged into has the adapter's summary.
+        own, written = folder / SUMMARY, Path(recipe.output_dir) / SUMMARY
+        is_here = written.is_file() and filecmp.cmp(own, written, shallow=False)
+        source = recipe.data.path
+        dataset = source if is_here and is_repo(source) and not Path(source).suffix else None
+        trained = [
+            f"{part} (LoRA)" if part == "language_model" and recipe.lora is not None else part for part in recipe.train
+        ]
+        phases.insert(
+            0,
+            {
+                "name": Path(recipe.output_dir).name,
+                "trained": ", ".join(trained).replace("_", " "),
+                "data": f"[{dataset}](https://huggingface.co/datasets/{dataset})" if dataset else Path(source).name,
+                "dataset": dataset,
+                "samples": f"{summary.data.kept:,}",
+                "batch": recipe.global_batch_size,
+                "steps": f"{summary.steps:,}",
+                "learning_rate": recipe.training_arguments.get("learning_rate", "default"),
+                "loss": f"{summary.train_loss:.3g}",
+            },
+        )
+        if not is_here or not Path(recipe.model).is_dir():
+            return phases, recipe.model if is_here and is_repo(recipe.model) else None
+        folder = Path(recipe.model)
     return phases, None
 
 

@@ -28,6 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
 from ..common.errors import one_line
+from ..data.report import DataReport
 from ..data.samples import (
     HOW_TO_CAST,
     SampleError,
@@ -51,38 +52,6 @@ _IMAGE_COLUMNS = ("image", "images")
 
 
 # --- data sets -----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class DataReport:
-    """
-    How many samples were kept, and how many left out for which reason. That of a streamed dataset grows while the main
-    process reads it for the first time.
-    """
-
-    kept: int = 0
-    text_only: int = 0
-    too_long: int = 0
-    bad: int = 0
-    max_length: int = 0
-    began_with_answer: int = 0  # of those that were kept; the answer was dropped
-
-    @property
-    def total(self) -> int:
-        return self.kept + self.text_only + self.too_long + self.bad
-
-    def __str__(self) -> str:
-        text = (
-            f"{self.kept} of {self.total} samples kept; left out: {self.text_only} without an image, {self.too_long} over "
-            f"{self.max_length} tokens, {self.bad} bad"
-        )
-        if self.began_with_answer:
-            text += f"; {self.began_with_answer} began with an answer, which was dropped"
-        return text
-
-    def _count(self, row: Mapping[str, Any]) -> None:
-        setattr(self, row["outcome"], getattr(self, row["outcome"]) + 1)
-        self.began_with_answer += row["outcome"] == "kept" and row["began_with_answer"]
 
 
 @dataclass
@@ -192,7 +161,7 @@ class _StreamedPreparation:
         if row["outcome"] == "bad":
             self.bad_samples.handle([(row["id"], index, row["reason"])])
         if index > self.last_index:
-            self.report._count(row)
+            self.report.count(row)
             self.last_index = index
         return row
 

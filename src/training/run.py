@@ -40,7 +40,7 @@ from .dataset import Collator, iterate_images, prepare_dataset
 from .lora import add_lora
 from .parts import count_parameters, describe_parameters, module_names, train_only
 from .recipe import DataSettings, Recipe, accumulation_steps, check_recipe
-from .summary import SUMMARY
+from .summary import SUMMARY, ParameterCount, TrainingSummary
 from .vision_feature_cache import VisionFeatureCache
 
 
@@ -204,11 +204,9 @@ def _train(recipe: Recipe) -> Path:
     if is_main:
         if recipe.data.streaming:
             print(f"{folder}: {report}", flush=True)
-        parameters = {part: {"trainable": count[0], "frozen": count[1]} for part, count in counts.items()}
-        summary = {"recipe": asdict(recipe), "data": asdict(report), "parameters": parameters}
-        if evaluation_report is not None:
-            summary["evaluation_data"] = asdict(evaluation_report)
-        write_text(folder / SUMMARY, json.dumps({**summary, "log": trainer.state.log_history}, indent=1))
+        parameters = {part: ParameterCount(*count) for part, count in counts.items()}
+        summary = TrainingSummary(recipe, report, trainer.state.log_history, parameters, evaluation_report)
+        summary.write(folder)
     trainer.accelerator.wait_for_everyone()  # the next phase starts from these files
     return folder
 

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from ..common.files import complete_or_not_at_all
+from ..common.files import atomic_file
 from ..data.encoded_images import encoded_bytes
 
 
@@ -232,7 +232,7 @@ class VisionFeatureCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._lock():
                 if not path.exists():
-                    with complete_or_not_at_all(path) as unfinished:
+                    with atomic_file(path) as unfinished:
                         unfinished.write_text(json.dumps(fingerprint, indent=1), encoding="utf-8")
         try:
             made_with = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -284,7 +284,7 @@ class VisionFeatureCache:
     def _write_shard(self, features: dict[str, torch.Tensor]) -> None:
         checksums = {key: _checksum(tensor) for key, tensor in features.items()}
         path = self.folder / _SHARDS.replace("*", uuid.uuid4().hex)
-        with complete_or_not_at_all(path) as unfinished:
+        with atomic_file(path) as unfinished:
             save_file(features, unfinished, metadata={"crc32": json.dumps(checksums)})
         self._shards.add(path.name)
         self._index.update(dict.fromkeys(features, path.name))

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import EXAMPLE_IMAGE, build_model, make_lively
+from pictures import SHAPE, heat, pixels_of_panels
 from PIL import Image
-from test_drawing import heat, pixels_of_panels
-from test_prefix_attention import SHAPE
 
 from ta_llava import VmtcCmaiLlavaConfig, VmtcCmaiLlavaForConditionalGeneration
 from ta_llava.analysis.asking import prompt_inputs

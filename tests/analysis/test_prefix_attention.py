@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import EXAMPLE_IMAGE, SHIPPED_MODEL, build_llava, make_lively, text_config
+from pictures import SHAPE, TEAL, heat, pixels_of_panels
 from PIL import Image
-from test_drawing import heat, pixels_of_panels
 from transformers import GenerationConfig
 
 from ta_llava import TaLlavaConfig, TaLlavaForConditionalGeneration, modeling_ta_llava
@@ -22,9 +22,6 @@ from ta_llava.analysis.drawing import (
 from ta_llava.analysis.prefix_attention import PrefixView, prefix_panels, trace_prefix
 from ta_llava.analysis.vmtc_stages import trace_stages
 from ta_llava.inference import answer, load
-
-
-SHAPE, TEAL = "what shape is in the image?", "is there a teal shape?"
 
 
 @pytest.fixture(scope="module")

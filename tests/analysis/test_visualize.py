@@ -5,11 +5,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from command_line import run
 from conftest import EXAMPLE_IMAGE, SHIPPED_MODEL, build_llava, make_lively
+from pictures import SHAPE, TEAL
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_cli import run
-from test_prefix_attention import SHAPE, TEAL
 from transformers import (
     AutoModel,
     AutoModelForImageTextToText,

@@ -7,7 +7,7 @@ import yaml
 from conftest import EXAMPLE_IMAGE, SHIPPED_MODEL, build_config, build_llava_config
 from hub_server import HubServer
 from huggingface_hub import EvalResultEntry, ModelCard, parse_eval_result_entries
-from test_model_card import count_nothing, save_config, section
+from model_cards import count_nothing, save_config, section
 
 from ta_llava.evaluation.evaluate import evaluate
 from ta_llava.publishing.evaluations import write_eval_results

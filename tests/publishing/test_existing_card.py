@@ -4,7 +4,7 @@ import pytest
 from conftest import build_config
 from hub_server import HubServer
 from huggingface_hub import ModelCard, close_session
-from test_model_card import count_nothing, save_config
+from model_cards import count_nothing, save_config
 
 from ta_llava.publishing.existing_card import find_card, is_unedited, pin_revision, pinned_revision
 from ta_llava.publishing.model_card import write_model_card

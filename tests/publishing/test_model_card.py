@@ -7,31 +7,16 @@ import pytest
 from conftest import SHIPPED_LLAVA, SHIPPED_MODEL, build_config, build_llava_config
 from hub_server import HubServer
 from huggingface_hub import ModelCard
+from model_cards import count_nothing, save_config, section
 
-from ta_llava.analysis.cost import Cost
 from ta_llava.building.compress import compress_llava
-from ta_llava.publishing import model_card
 from ta_llava.publishing.model_card import write_model_card
 from ta_llava.training.recipe import DataSettings, Recipe
-
-
-def count_nothing(monkeypatch) -> None:
-    """For tests that are about other things: counting takes seconds."""
-    parts = {"vision tower": 1_000, "projector": 200, "language model": 30_000}
-    monkeypatch.setattr(model_card, "count_cost", lambda *_, **__: Cost(parts, {"vision tower": 5_000_000}, 49, 2_000))
 
 
 @pytest.fixture
 def counted(monkeypatch):
     count_nothing(monkeypatch)
-
-
-def save_config(folder, config) -> None:
-    """As a model that nothing else is known of."""
-    folder.mkdir(parents=True)
-    config.save_pretrained(folder)
-    for code in folder.glob("*.py"):
-        code.unlink()
 
 
 def save_training(folder, start, **settings) -> None:
@@ -48,10 +33,6 @@ def save_training(folder, start, **settings) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     summary = {"recipe": asdict(recipe), "data": {"kept": 38575}, "log": log}
     (folder / "training_summary.json").write_text(json.dumps(summary))
-
-
-def section(card: str, title: str) -> str:
-    return card.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
 
 
 def test_the_card_of_the_shipped_model():

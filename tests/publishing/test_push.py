@@ -8,12 +8,11 @@ import shutil
 
 import pytest
 import torch
-from building.test_assemble import save_language_model, save_tower
-from conftest import EXAMPLE_IMAGE, SHIPPED_LLAVA, SHIPPED_MODEL, run_without_the_package
+from conftest import EXAMPLE_IMAGE, SHIPPED_LLAVA, SHIPPED_MODEL, copy_without_a_weight, run_without_the_package
 from hub_server import HubServer
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
-from test_export import copy_without_a_weight
+from tiny_parts import save_language_model, save_tower
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 

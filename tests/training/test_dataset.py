@@ -12,16 +12,16 @@ import pytest
 import torch
 from conftest import EXAMPLE_IMAGE, SHIPPED_MODEL
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tiny_parts import build_image_processor, build_tokenizer
 from transformers import AutoModelForImageTextToText, LlavaNextProcessor, PreTrainedTokenizerFast
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from ta_llava import TaLlavaProcessor, VmtcCmaiLlavaProcessor
 from ta_llava.building.chat_templates import GEMMA_CHAT_TEMPLATE
 from ta_llava.data import samples
+from ta_llava.data.report import DataReport
 from ta_llava.data.samples import SampleError, find_damaged_files, read_sample
-from ta_llava.training.dataset import COLUMNS, Collator, DataReport, iterate_images, prepare_dataset
+from ta_llava.training.dataset import COLUMNS, Collator, iterate_images, prepare_dataset
 from ta_llava.training.encoding import SampleEncoder
 
 
@@ -68,33 +68,22 @@ def cache(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def build_tokenizer(model_max_length: int = 4096) -> PreTrainedTokenizerFast:
+def build_byte_tokenizer(model_max_length: int = 4096) -> PreTrainedTokenizerFast:
     """A token for every byte, so that any text comes back as it was, and a BOS token before everything."""
-    special = ["<pad>", "</s>", "<s>", "<image>", "<start_of_turn>", "<end_of_turn>", "<|im_end|>", "<|end|>"]
-    tokens = special + sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        eos_token="</s>",
-        bos_token="<s>",
-        additional_special_tokens=special[3:],
+    return build_tokenizer(
+        "bytes",
+        ["<image>", "<start_of_turn>", "<end_of_turn>", "<|im_end|>", "<|end|>"],
+        {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>"},
+        starts_with_bos=True,
         model_max_length=model_max_length,
         padding_side="left",
     )
 
 
-def build_image_processor() -> CLIPImageProcessorPil:
-    return CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
-
-
 def build_ta_llava(chat_template: str = GEMMA_CHAT_TEMPLATE, **kwargs) -> TaLlavaProcessor:
     return TaLlavaProcessor(
         build_image_processor(),
-        build_tokenizer(**kwargs),
+        build_byte_tokenizer(**kwargs),
         num_prefix_tokens=NUM_PREFIX_TOKENS,
         chat_template=chat_template,
     )
@@ -103,7 +92,7 @@ def build_ta_llava(chat_template: str = GEMMA_CHAT_TEMPLATE, **kwargs) -> TaLlav
 def build_llava(chat_template: str = VICUNA, **kwargs) -> VmtcCmaiLlavaProcessor:
     return VmtcCmaiLlavaProcessor(
         build_image_processor(),
-        build_tokenizer(**kwargs),
+        build_byte_tokenizer(**kwargs),
         patch_size=4,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
