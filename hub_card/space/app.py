@@ -25,18 +25,12 @@ import torch
 from PIL import Image
 from transformers import TextIteratorStreamer
 
+from ta_llava.analysis.asking import prompt_inputs, seen_image
 from ta_llava.analysis.cost import count_cost
 from ta_llava.analysis.drawing import Panels, draw_heat_scale
-from ta_llava.analysis.visualize import (
-    inhibition_panels,
-    prefix_panels,
-    prompt_inputs,
-    seen_image,
-    stage_panels,
-    trace_inhibition,
-    trace_prefix,
-    trace_stages,
-)
+from ta_llava.analysis.inhibition import inhibition_panels, trace_inhibition
+from ta_llava.analysis.prefix_attention import prefix_panels, trace_prefix
+from ta_llava.analysis.vmtc_stages import stage_panels, trace_stages
 from ta_llava.common.shipped_models import DEFAULT_LLAVA, DEFAULT_MODEL
 from ta_llava.image_loading import load_rgb_image
 from ta_llava.inference import GREEDY, load

@@ -22,7 +22,7 @@ from ta_llava.building.compress import compress_llava
 from ta_llava.cli import app
 from ta_llava.image_loading import load_rgb_image
 from ta_llava.inference import load
-from ta_llava.publishing import model_card
+from ta_llava.publishing import existing_card, model_card
 from ta_llava.publishing import push as publish
 
 
@@ -245,7 +245,7 @@ def test_the_blank_card_of_the_library_is_no_card(hub, compressed):
     assert "[More Information Needed]" in blank
     code, _, error = push(compressed, "alice/blank")
     assert code == 0 and "kept" not in error
-    assert model_card.is_unedited(hub.files("alice/blank")["README.md"].decode())
+    assert existing_card.is_unedited(hub.files("alice/blank")["README.md"].decode())
 
     filled_in = blank.replace("[More Information Needed]", "mine", 1)
     hub.add("alice/blank", {"README.md": filled_in})
@@ -302,11 +302,11 @@ def test_results_that_only_the_card_has_are_kept(hub, compressed, measured, capl
 
     # With other code they are of the same model.
     old = hub.add("alice/results", {"vmtc.py": "old"})
-    hub.add("alice/results", {"README.md": model_card.pin_revision(card(), "alice/results", old)})
+    hub.add("alice/results", {"README.md": existing_card.pin_revision(card(), "alice/results", old)})
     assert "README.md of the repo was kept" in push(compressed, "alice/results")[2]
     head = hub.history("alice/results")[1].oid
-    assert head != old and model_card.pinned_revision(card(), "alice/results") == head
-    assert "| all | 2 | 50.00% |" in card() and model_card.is_unedited(card())
+    assert head != old and existing_card.pinned_revision(card(), "alice/results") == head
+    assert "| all | 2 | 50.00% |" in card() and existing_card.is_unedited(card())
 
     assert "written anew" not in caplog.text
     assert "kept" not in push(compressed, "alice/results", "--results", measured(3))[2]
@@ -315,7 +315,7 @@ def test_results_that_only_the_card_has_are_kept(hub, compressed, measured, capl
     assert message in caplog.text
     caplog.clear()
     assert "kept" not in push(compressed, "alice/results", "--overwrite-card")[2]
-    assert "No evaluation of it is recorded" in card() and "written anew" not in caplog.text
+    assert "No evaluation of this model" in card() and "written anew" not in caplog.text
 
 
 def test_training_that_only_the_card_has_is_kept(hub, compressed, measured, tmp_path):
@@ -336,7 +336,7 @@ def test_training_that_only_the_card_has_is_kept(hub, compressed, measured, tmp_
     (other / "config.json").write_text(json.dumps({**config, "transformers_version": "5.0.0"}))
     old = hub.add("alice/trained", {"config.json": (other / "config.json").read_bytes(), "notes.json": "{}"})
     card = hub.files("alice/trained")["README.md"].decode()
-    hub.add("alice/trained", {"README.md": model_card.pin_revision(card, "alice/trained", old)})
+    hub.add("alice/trained", {"README.md": existing_card.pin_revision(card, "alice/trained", old)})
     assert "README.md of the repo was kept" in push(compressed, "alice/trained")[2]
     assert trained in hub.files("alice/trained")["README.md"].decode()
 
@@ -357,7 +357,7 @@ def test_results_of_an_earlier_model_are_not_kept(hub, compressed, measured, tmp
     caplog.clear()
     code, _, error = push(tmp_path / "other", "alice/newer")
     assert code == 0 and "kept" not in error and ".eval_results" not in caplog.text
-    assert "No evaluation of it is recorded" in hub.files("alice/newer")["README.md"].decode()
+    assert "No evaluation of this model" in hub.files("alice/newer")["README.md"].decode()
     assert "is written anew, without what it had under Results" in caplog.text
 
     # Those of the new model are in place of those of the old one, and nothing is lost.
