@@ -37,8 +37,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ta_llava import TaLlavaConfig, TaLlavaForConditionalGeneration
-from ta_llava.library_versions import CACHE
-from ta_llava.modeling_ta_llava import keep_state
+from ta_llava.library_versions import CACHE, one_hidden_state
 
 
 NUM_TEXT_TOKENS = 40
@@ -441,7 +440,7 @@ def run_tower(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tenso
     if isinstance(model, TaLlavaForConditionalGeneration):
         return model.get_vision_features(pixel_values)
     layer = model.config.vision_feature_layer % (model.config.vision_config.num_hidden_layers + 1)
-    outputs = model.model.vision_tower(pixel_values, output_hidden_states=keep_state(layer), return_dict=True)
+    outputs = model.model.vision_tower(pixel_values, output_hidden_states=one_hidden_state(layer), return_dict=True)
     return outputs.hidden_states[layer][:, 1:]
 
 

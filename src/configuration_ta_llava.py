@@ -42,7 +42,7 @@ _MAX_IMAGE_INDEX_EMBEDDINGS = 10_000
 
 
 @strict
-class TaLlavaConfig(VmtcConfig):  # trf-ignore: TRF057
+class TaLlavaConfig(VmtcConfig):
     r"""
     Configuration of a [`TaLlavaForConditionalGeneration`]. The defaults are those of the paper: CLIP ViT-L/14@336,
     Gemma-2-2B, 32 prefix tokens, adapters after every fourth layer. The fields of [`VmtcConfig`], all off by default,

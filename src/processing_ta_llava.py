@@ -31,7 +31,7 @@ from .image_loading import cut_to_aspect_ratio, load_rgb_image, open_images, res
 from .safe_loading import check_image_size, check_sizes
 
 
-class TaLlavaProcessor(TypedPlaceholdersMixin, ProcessorMixin):  # trf-ignore: TRF057
+class TaLlavaProcessor(TypedPlaceholdersMixin, ProcessorMixin):
     r"""
     Turns images and text into the inputs of [`TaLlavaForConditionalGeneration`].
 
@@ -89,7 +89,7 @@ class TaLlavaProcessor(TypedPlaceholdersMixin, ProcessorMixin):  # trf-ignore: T
         self.num_video_frames = num_video_frames
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
 
-    def __call__(  # trf-ignore: TRF057
+    def __call__(
         self,
         images: ImageInput | None = None,
         text: TextInput | list[TextInput] | None = None,

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from ..configuration_ta_llava import TaLlavaConfig
-from ..modeling_ta_llava import apply_rotary, eager_attention_forward
+from ..prefix_adapters import apply_rotary, eager_attention_forward
 from .asking import ask, at_patches, decode, hooked, tokens_of_patches, traced_tower
 from .drawing import Panels, draw_heat, enlarge
 

@@ -1,7 +1,6 @@
 """The arguments of the Trainer that follow from a recipe."""
 
 import os
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..common.errors import one_line
+from ..library_versions import checkpointing_argument
 from .recipe import Recipe, accumulation_steps
 
 
@@ -27,11 +27,7 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
         "eval_strategy": "no" if recipe.evaluation_data is None else "epoch",
         **recipe.training_arguments,
     }
-    known = {entry.name for entry in fields(TrainingArguments)}
-    for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):  # newer versions of the library rename it
-        new_name = name.replace("gradient", "activation")
-        if name in settings and new_name in known:
-            settings[new_name] = settings.pop(name)
+    settings = {checkpointing_argument(name): value for name, value in settings.items()}
     if "gradient_accumulation_steps" in settings:
         raise ValueError("`gradient_accumulation_steps` follows from `global_batch_size`; leave it out of the recipe.")
     if recipe.data.streaming:

@@ -8,7 +8,7 @@ from pictures import SHAPE, TEAL, heat, pixels_of_panels
 from PIL import Image
 from transformers import GenerationConfig
 
-from ta_llava import TaLlavaConfig, TaLlavaForConditionalGeneration, modeling_ta_llava
+from ta_llava import TaLlavaConfig, TaLlavaForConditionalGeneration, prefix_adapters
 from ta_llava.analysis.asking import prompt_inputs
 from ta_llava.analysis.drawing import (
     DROPPED,
@@ -40,7 +40,7 @@ def lively_ta_llava(backbone: str, **kwargs) -> TaLlavaForConditionalGeneration:
 
 def weights_of_the_vision_adapter(monkeypatch, model, inputs) -> list[torch.Tensor]:
     """The attention weights `(heads, L, M)` that the model itself uses, one per time that the prefix reads the image."""
-    weights, attend = [], modeling_ta_llava.eager_attention_forward
+    weights, attend = [], prefix_adapters.eager_attention_forward
 
     def keep(module, *args, **kwargs):
         output = attend(module, *args, **kwargs)
@@ -49,7 +49,7 @@ def weights_of_the_vision_adapter(monkeypatch, model, inputs) -> list[torch.Tens
         return output
 
     with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(modeling_ta_llava, "eager_attention_forward", keep)
+        patch.setattr(prefix_adapters, "eager_attention_forward", keep)
         model(**inputs)
     return weights
 

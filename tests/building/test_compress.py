@@ -152,6 +152,8 @@ def test_the_folder_has_all_that_the_hub_needs(stock, tmp_path):
         "cmai.py",
         "cmai_cache.py",
         "vision_towers.py",
+        "vision_language_model.py",
+        "attention_masks.py",
         "library_versions.py",
         "library_layers.py",
         "chat_messages.py",
@@ -360,6 +362,8 @@ def test_a_compressed_folder_can_be_exported(stock, tmp_path):
         "cmai.py",
         "cmai_cache.py",
         "vision_towers.py",
+        "vision_language_model.py",
+        "attention_masks.py",
         "library_versions.py",
         "library_layers.py",
     } <= {path.name for path in (tmp_path / "two").iterdir()}
