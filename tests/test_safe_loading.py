@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import text_config
+from full_size_configs import CLIP_LARGE, GEMMA_2_9B, LLAMA_405B, VICUNA_13B
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
-from test_trust import CLIP_LARGE, GEMMA_2_9B, LLAMA_405B, VICUNA_13B
 from transformers import AutoModel, LlamaForCausalLM
 
 from ta_llava import safe_loading

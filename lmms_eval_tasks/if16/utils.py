@@ -10,7 +10,8 @@ from datasets import Dataset
 from PIL import Image
 
 from ta_llava.evaluation.instruction_following import Prompt, build_prompts, check, load_checkers
-from ta_llava.evaluation.tasks import one_per_image, read_questions
+from ta_llava.evaluation.questions import read_questions
+from ta_llava.evaluation.tasks import one_per_image
 from ta_llava.image_loading import load_rgb_image
 
 

@@ -20,8 +20,9 @@ from ta_llava.data import easy_vqa as easy_vqa_data
 from ta_llava.evaluation import evaluate as module
 from ta_llava.evaluation import instruction_following
 from ta_llava.evaluation.evaluate import evaluate
+from ta_llava.evaluation.questions import read_records
 from ta_llava.evaluation.results import format_table
-from ta_llava.evaluation.tasks import evenly_spaced, read_records
+from ta_llava.evaluation.tasks import evenly_spaced
 
 
 EXAMPLES = ROOT / "examples"
