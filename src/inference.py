@@ -131,7 +131,8 @@ def answer(
                 return_dict=True,
                 return_tensors="pt",
                 processor_kwargs={"padding": True, "padding_side": "left"},
-            ).to(model.device)
+            )
+            inputs = inputs.to(model.device)
             output = generate(**inputs, max_new_tokens=max_new_tokens, **GREEDY)
             new_tokens = output[:, inputs["input_ids"].shape[1] :]
             bar.update(len(batch))

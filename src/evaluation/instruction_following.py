@@ -88,7 +88,8 @@ class Task:
         Whether an answer follows the instruction; an empty one does not.
 
         Raises:
-            `ValueError`: The arguments are not those of this task, the answer is not text, or the checkers are not installed.
+            `ValueError`: The arguments are not those of this task, the answer is not text, or the checkers are not
+                installed.
         """
         self._check_arguments(arguments)
         if not isinstance(answer, str):

@@ -325,13 +325,14 @@ class TaLlavaLmms(_Model):
 
 class VmtcCmaiLlavaLmms(_Model):
     """
-    A LLaVA in lmms-eval, `--model vmtc_cmai_llava`, with VMTC and CMAI. Settings that you don't pass are those of its config;
-    in a stock checkpoint both are off.
+    A LLaVA in lmms-eval, `--model vmtc_cmai_llava`, with VMTC and CMAI. Settings that you don't pass are those of its
+    config; in a stock checkpoint both are off.
 
     Args:
         pretrained, batch_size, device: See [`TaLlavaLmms`].
         visual_tokens (`int`, *optional*): Turn VMTC on and keep this many visual tokens per image.
-        cmai (`float`, *optional*): Turn CMAI on and inhibit this share of the image tokens in the last layer; 0 turns it off.
+        cmai (`float`, *optional*): Turn CMAI on and inhibit this share of the image tokens in the last layer; 0 turns it
+            off.
 
     Raises:
         `ValueError`: No LLaVA can be loaded from there, or the batch size, visual tokens or share are wrong.
