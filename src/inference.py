@@ -115,6 +115,7 @@ def answer(
     Raises:
         `ValueError`: A question is empty or one of its images cannot be read.
     """
+    generate: Any = model.generate  # of GenerationMixin, which `PreTrainedModel` does not name
     for images, question in questions:
         if not question.strip():
             raise ValueError(f"The question about {images} is empty.")
@@ -123,15 +124,16 @@ def answer(
             batch = questions[start : start + batch_size]
             # The processors of the library take fewer kinds of images.
             conversations = [_conversation(open_images(images), question) for images, question in batch]
-            inputs = processor.apply_chat_template(
+            inputs: Any = processor.apply_chat_template(  # a BatchFeature, since `return_dict` is set
                 conversations,
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
                 processor_kwargs={"padding": True, "padding_side": "left"},
-            ).to(model.device)
-            output = model.generate(**inputs, max_new_tokens=max_new_tokens, **GREEDY)
+            )
+            inputs = inputs.to(model.device)
+            output = generate(**inputs, max_new_tokens=max_new_tokens, **GREEDY)
             new_tokens = output[:, inputs["input_ids"].shape[1] :]
             bar.update(len(batch))
             yield from (text.strip() for text in processor.post_process_image_text_to_text(new_tokens))

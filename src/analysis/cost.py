@@ -212,12 +212,9 @@ class _Row(nn.Module):
 
 def inhibit(config: VmtcCmaiLlavaConfig, visual_tokens: int, text_tokens: int) -> None:
     """Does the matrix products of CMAI in the prefill of a row. `run` lacks them, since it skips the model's own forward."""
-    text_config = config.text_config
-    heads, key_heads, num_layers = (
-        text_config.num_attention_heads,
-        text_config.num_key_value_heads,
-        text_config.num_hidden_layers,
-    )
+    text_config: Any = config.text_config
+    heads, key_heads = text_config.num_attention_heads, text_config.num_key_value_heads
+    num_layers = text_config.num_hidden_layers
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
     query = torch.empty(1, heads, text_tokens, head_dim)
     key = torch.empty(1, key_heads, visual_tokens + text_tokens, head_dim)

@@ -112,13 +112,7 @@ def evaluate(
             something else.
     """
     _check_task(task, describe_first, benchmark)
-    for name, number in (
-        ("batch_size", batch_size),
-        ("max_new_tokens", max_new_tokens),
-        ("num_questions", num_questions),
-    ):
-        if number is not None and number < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {number}.")
+    _check_numbers(batch_size=batch_size, max_new_tokens=max_new_tokens, num_questions=num_questions)
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, not a folder for the results.")
@@ -172,6 +166,12 @@ def _check_task(task: str, describe_first: bool, benchmark: str | None) -> None:
         )
     if benchmark is not None and not re.fullmatch(rf"{REPO_NAME}(:[\w.-]+)?", benchmark):
         raise ValueError(f"A benchmark on the Hub is called USER/DATASET or USER/DATASET:TASK, not {benchmark!r}.")
+
+
+def _check_numbers(**numbers: int | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {number}.")
 
 
 def _check_model(model: str | Path) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Writes a model as a folder that loads anywhere: weights, config, processor, the code that defines them, and a card."""
+"""Writes a model as a folder that loads anywhere: weights, config, processor, their code, and a model card."""
 
 from collections.abc import Sequence
 from pathlib import Path

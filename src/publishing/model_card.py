@@ -113,8 +113,8 @@ def _is_shipped(model: Path) -> bool:
 
 def _read_training(folder: Path) -> tuple[list[dict[str, Any]], str | None]:
     """
-    The phases of training that led to a folder, the first first, and the Hub repo that they began with. What a recipe
-    calls a model or data is only looked for from where it was run: elsewhere a folder could pass for a repo.
+    The phases of training that led to a folder, in order, and the Hub repo that they began with. Names in a recipe are only
+    followed where the recipe was run: elsewhere the name of a folder could pass for that of a repo.
     """
     phases: list[dict[str, Any]] = []
     seen: set[Path] = set()
@@ -122,7 +122,7 @@ def _read_training(folder: Path) -> tuple[list[dict[str, Any]], str | None]:
         seen.add(folder.resolve())
         summary = TrainingSummary.read(folder)
         recipe = summary.recipe
-        # What an adapter was merged into has the adapter's summary.
+        # A model that an adapter was merged into has the adapter's summary.
         own, written = folder / SUMMARY, Path(recipe.output_dir) / SUMMARY
         is_here = written.is_file() and filecmp.cmp(own, written, shallow=False)
         source = recipe.data.path

@@ -86,11 +86,11 @@ def without(**changes) -> list[dict]:
     [
         (RECORDS, {"strategy": "hard"}, "no strategy 'hard' of POPE, only random, popular, adversarial"),
         (RECORDS, {"objects_per_image": 0}, "`objects_per_image` must be at least 1, got 0"),
-        (RECORDS, {"objects_per_image": 4}, "4 objects that are in an image .* no image has more than 3"),
+        (RECORDS, {"objects_per_image": 4}, "4 objects that are in an image.* no image has more than 3"),
         (
             [{"image": "a.png", "objects": list("abcd")}, {"image": "b.png", "objects": list("de")}],
             {"objects_per_image": 2},
-            r"2 objects that are not in 'a.png' .* of the 5 in the dataset only 1 are not in it",
+            r"2 objects that are not in 'a.png'.* of the 5 in the dataset only 1 are not in it",
         ),
         (without(objects=[]), {}, r"Record 6 \('g.png'\) has no list of `objects`"),
         (without(objects=None), {}, r"Record 6 \('g.png'\) has no list of `objects`"),
