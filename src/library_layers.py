@@ -37,6 +37,12 @@ class RoutedConfig:
         implementation = self._config._attn_implementation
         return self._routes.get(implementation, implementation)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("_config", "_routes"):
+            super().__setattr__(name, value)
+        else:
+            setattr(self._config, name, value)
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # asked for while it is copied or unpickled, and has no config yet
             raise AttributeError(name)

@@ -733,7 +733,8 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
             raise ValueError(
                 f"Row {row} begins with {count} placeholder tokens (id {self.config.image_token_id}), but a row with images "
                 f"needs {num_prefix_tokens} (`num_prefix_tokens`) side by side, whatever the number of its images, and a "
-                "row without images none. Let the processor write them."
+                "row without images none. Let the processor write them. If the row was truncated (`max_length`), allow more "
+                "tokens."
             )
         if images.is_empty and has_prefix.any():  # not an error: assistants are called like this
             logger.warning_once(
@@ -1056,7 +1057,14 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin):
                 self.model._warn_of_labelled_instruction(
                     labels, kept_columns(logits_to_keep), input_ids, inputs_embeds
                 )
-            labels = labels.masked_fill(labels == self.config.image_token_id, -100)
+            is_placeholder = labels == self.config.image_token_id
+            # The Trainer has counted the labels before (`num_items_in_batch`), also those that are left out here.
+            if self.training and not is_tracing(labels) and is_placeholder.any():
+                logger.warning_once(
+                    "`labels` include placeholders of images. The loss leaves them out, but the Trainer counts them, which "
+                    "makes it too small. Set them to -100: `labels[labels == model.config.image_token_id] = -100`."
+                )
+            labels = labels.masked_fill(is_placeholder, -100)
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
