@@ -220,7 +220,8 @@ class SafetensorsMixin:
         ... )
         ```
         """
-        loaded = read_safetensors(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+        from_pretrained = super().from_pretrained  # type: ignore[misc]
+        loaded = read_safetensors(from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
         # The library hands the fields of the config to the generation config too. There they would hide an argument of
         # `generate()` of the same name from the model.
         model = loaded[0] if isinstance(loaded, tuple) else loaded
