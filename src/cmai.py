@@ -50,6 +50,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 from transformers.utils.generic import maybe_autocast
 
+from .attention_masks import as_boolean_mask
 from .cmai_cache import cmai_layer
 from .library_layers import route_attention
 
@@ -166,33 +167,6 @@ def inhibited_pairs(focus: torch.Tensor, rank: torch.Tensor, num_lowest: int) ->
 
 
 # --- one forward pass ----------------------------------------------------------------------------------------------
-
-
-def text_token_mask(
-    attention_mask: Any, num_columns: int, past_length: Any, device: torch.device
-) -> torch.Tensor | None:
-    """
-    Which of the last `num_columns` columns are not padding, `(B or 1, columns)`; `None` if all. `attention_mask` is
-    what `generate()` or a user gives: none, `(B, S)`, `(B or 1, 1, columns, keys)` boolean or additive, or a dict of those.
-    """
-    if isinstance(attention_mask, dict):
-        attention_mask = next((mask for mask in attention_mask.values() if mask is not None), None)
-    if attention_mask is None:
-        return None
-    attention_mask = attention_mask.to(device)
-    if attention_mask.dim() == 2:
-        return attention_mask[:, -num_columns:].bool()
-    # Every token reads itself, whether the mask is causal or a sliding window; no token reads padding.
-    last_keys = past_length + num_columns - attention_mask.shape[-1]
-    offset = last_keys.clamp(min=0) if isinstance(last_keys, torch.Tensor) else max(last_keys, 0)
-    own = torch.arange(num_columns, device=device) + past_length - offset
-    own = attention_mask[:, 0].take_along_dim(own[None, :, None], dim=2).squeeze(2)
-    return _is_allowed(own)
-
-
-def _is_allowed(mask: torch.Tensor) -> torch.Tensor:
-    """Boolean form of an attention mask; an additive one holds zeros and very low numbers."""
-    return mask if mask.dtype == torch.bool else mask > -1e4
 
 
 class Inhibition:
@@ -388,7 +362,7 @@ class _VisibleKeys:
             allowed = torch.arange(num_keys, device=device) + lost <= call.columns.to(device)[:, None]
             allowed = allowed.expand(len(query_columns), -1, -1)
         else:
-            allowed = _is_allowed(attention_mask[:, 0]).expand(len(query_columns), -1, -1)
+            allowed = as_boolean_mask(attention_mask[:, 0]).expand(len(query_columns), -1, -1)
         # Padding sees nothing, and attention to no key is not a number. So it sees all, which changes no text.
         blocked = ~allowed & allowed.any(dim=-1, keepdim=True)
         self._blocked = nn.functional.pad(blocked, (0, 1))

@@ -42,11 +42,11 @@ _MAX_IMAGE_INDEX_EMBEDDINGS = 10_000
 
 
 @strict
-class TaLlavaConfig(VmtcConfig):  # trf-ignore: TRF057
+class TaLlavaConfig(VmtcConfig):
     r"""
     Configuration of a [`TaLlavaForConditionalGeneration`]. The defaults are those of the paper: CLIP ViT-L/14@336,
-    Gemma-2-2B, 32 prefix tokens, adapters after every fourth layer. The fields of [`VmtcConfig`], all off by default,
-    compress what the vision tower hands to the prefix.
+    Gemma-2-2B, 32 prefix tokens, and both adapters once in four layers. The fields of [`VmtcConfig`] compress the visual
+    tokens in the vision tower; all are off by default.
 
     Args:
         vision_config (`dict` or `PreTrainedConfig`, *optional*):
@@ -57,25 +57,26 @@ class TaLlavaConfig(VmtcConfig):  # trf-ignore: TRF057
         num_prefix_tokens (`int`, *optional*, defaults to 32):
             Number L of learned prefix tokens, which is also the number of placeholder tokens in `input_ids`.
         adapter_interval (`int`, *optional*, defaults to 4):
-            Interval k, at least 2. After language model layer i (never the last one) the prefix reads the instruction
-            if `i % k == 0` and the image if `i % k == 1`.
+            Interval k, at least 2. After layer i of the language model the prefix reads the instruction if `i % k == 0`
+            and the image if `i % k == 1`. It never reads after the last layer.
         vision_feature_layer (`int`, *optional*, defaults to -2):
-            Index into the hidden states of the vision tower that gives the visual tokens.
+            Index of the hidden state of the vision tower that gives the visual tokens.
         vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`):
-            `"default"` drops the class token of the vision tower, if it has one (SigLIP does not), `"full"` keeps it.
+            `"default"` drops the class token of the vision tower, `"full"` keeps it. SigLIP has none.
         projector_type (`str`, *optional*, defaults to `"linear"`):
             `"linear"` (one linear layer, the paper) or `"mlp"` (two linear layers with a GELU between).
         image_token_id (`int`, *optional*, defaults to 7):
             Id of the placeholder token. The default is `<unused0>` of Gemma's vocabulary.
         response_marker_ids (`list[int]`, *optional*, defaults to `[106, 2516]`):
             Ids of the tokens, in sequence, that open a response. The instruction is all text before the last of them.
-            The default is Gemma's `<start_of_turn>model`; a question with the word "model" in it does not match it.
+            The default is Gemma's `<start_of_turn>model`, which a question with the word "model" does not match.
         instruction_scope (`str`, *optional*, defaults to `"first"`):
-            `"first"`: the prefix reads the text before the first response marker (the paper; the prefix can be cached
-            across turns). `"last"`: the text before the last marker.
+            `"first"`: the prefix reads the text before the first response marker, as in the paper. It can then be cached
+            across turns. `"last"`: it reads the text before the last marker.
         num_image_index_embeddings (`int`, *optional*, defaults to 0):
-            So many images of a row have a learned embedding of their place in it, which is added to their visual tokens;
-            0: none, and any number of images. New embeddings are zero, so that a trained model can be given them.
+            Number of learned embeddings that are added to the visual tokens of an image, one for each place in its row.
+            They limit the number of images of a row; 0 means no embeddings and no limit. New embeddings are zero, so you
+            can add them to a trained model.
 
     Example:
 
@@ -112,7 +113,7 @@ class TaLlavaConfig(VmtcConfig):  # trf-ignore: TRF057
         super().__post_init__(**kwargs)
 
     def validate_prefix(self):
-        """Part of `@strict` validation: checks the fields that describe the prefix and its adapters."""
+        """Checks the fields that describe the prefix and its adapters. `@strict` calls it."""
         if not 1 <= self.num_prefix_tokens <= _MAX_PREFIX_TOKENS:
             raise ValueError(
                 f"`num_prefix_tokens` must be at least 1 and at most {_MAX_PREFIX_TOKENS}, got {self.num_prefix_tokens}."
@@ -134,12 +135,12 @@ class TaLlavaConfig(VmtcConfig):  # trf-ignore: TRF057
             )
 
 
-def _build_sub_config(name: str, config, default: dict) -> PreTrainedConfig:
-    """Turns a `dict` (or nothing) into the config class that its `model_type` names."""
+def _build_sub_config(name: str, config: Any, default: dict) -> PreTrainedConfig:
+    """Makes a config of the class that `model_type` names from a `dict`, or from `default` if there is none."""
     if isinstance(config, PreTrainedConfig):
         return config
     if config is not None and not isinstance(config, dict):
-        raise TypeError(f"`vision_config` and `text_config` must be a config or a dict, got {type(config)}.")
+        raise TypeError(f"`{name}` must be a config or a dict, got {type(config)}.")
     config = dict(default if config is None else config)
     check_sizes(name, config)
     return AutoConfig.for_model(config.pop("model_type", default["model_type"]), **config)

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Images from whatever a user has: paths, URLs, base64 strings, PIL images, arrays and tensors."""
+"""Reads images and videos from paths, URLs, base64 strings, PIL images, arrays and tensors."""
 
 import base64
 import os
@@ -28,11 +28,11 @@ from transformers.utils import is_av_available, is_torchcodec_available
 from transformers.video_utils import VideoMetadata, default_sample_indices_fn, load_video
 
 
-# Wider or taller than this, the middle of an image is cut out before it is resized by its shortest edge: what a centre
-# crop would discard is not blown up to gigapixels first.
+# If one side of an image is more than this many times as long as the other, its middle is cut out before its shortest edge
+# is resized. Otherwise the resizing could make gigapixels, most of which a centre crop discards.
 _MAX_ASPECT_RATIO = 4
 
-# A server that sends nothing for so many seconds is given up.
+# Seconds without an answer after which a download is given up.
 _DOWNLOAD_TIMEOUT = 60
 
 _VIDEO_DECODERS = {"pyav": is_av_available, "torchcodec": is_torchcodec_available}
@@ -40,11 +40,11 @@ _VIDEO_DECODERS = {"pyav": is_av_available, "torchcodec": is_torchcodec_availabl
 
 def open_images(images: Any) -> Any:
     """
-    The same, lists in lists included, with what [`load_rgb_image`] makes of every path, URL, base64 string and PIL image.
-    Arrays and tensors stay as they are: the image processor of the library takes them.
+    Opens every path, URL, base64 string and PIL image by [`load_rgb_image`], also in nested lists. Arrays and tensors stay
+    as they are, since the image processor of the library takes them.
 
     Raises:
-        `ValueError`: One of them is not a readable image; the message names it.
+        `ValueError`: One of them is not a readable image. The message names it.
     """
     if isinstance(images, (list, tuple)):
         return [open_images(image) for image in images]
@@ -53,22 +53,22 @@ def open_images(images: Any) -> Any:
 
 def load_rgb_image(image: Any) -> Image.Image:
     """
-    An RGB image from whatever a user has: path, URL, base64 string, PIL image, or an array or tensor of shape
-    `(H, W)`, `(H, W, C)` or `(C, H, W)` with 1 to 4 channels.
+    An RGB image from a path, URL, base64 string or PIL image, or from an array or tensor of shape `(H, W)`, `(H, W, C)` or
+    `(C, H, W)` with 1 to 4 channels.
 
-    Transparent images are laid on white, 16-bit ones scaled to 8 bits, and the EXIF orientation is applied. A PIL image is
-    taken as it is: of an animated one the frame that it shows, which is the first of a file. Arrays hold integers of 8 or
-    16 bits, or floats in [0, 1] or [0, 255].
+    It lays transparent images on white, scales 16 bits to 8, and applies the EXIF orientation. From an animated image it
+    takes the frame that is shown, which in a file is the first. Arrays hold integers of 8 or 16 bits, or floats in [0, 1] or
+    [0, 255].
 
     Raises:
-        `ValueError`: What was given is not a readable image; the message names it.
+        `ValueError`: `image` is not a readable image. The message names it.
     """
     if isinstance(image, (str, os.PathLike)):
         image = _open_image(os.fspath(image))
     elif not isinstance(image, Image.Image):
         return _image_from_array(image)
     try:
-        image = ImageOps.exif_transpose(image)  # a copy, of what is read to its end
+        image = ImageOps.exif_transpose(image)  # reads the file to its end
     except Exception as error:  # Pillow's readers raise nearly anything
         name = repr(image.filename) if getattr(image, "filename", "") else f"of size {image.width}x{image.height}"
         raise ValueError(f"The image {name} cannot be read to its end; is it truncated? ({error})") from error
@@ -83,13 +83,13 @@ def load_rgb_image(image: Any) -> Image.Image:
 
 def resize_first(images: Any, image_processor: Any, **kwargs) -> Any:
     """
-    The PIL image or images, in the size to which the image processor resizes them. The result is the same bit for bit;
-    but the image processor makes an array of all pixels first, which for a large photograph takes longer than the
-    resizing. Returned as they are: arrays, and the images of an image processor that does more or does not use Pillow.
+    Resizes PIL images as the image processor would. The result is the same bit for bit, but the image processor makes an
+    array of all pixels first, which for a large photograph takes longer than the resizing. Arrays are returned as they are,
+    and so are images for an image processor that does more or does not use Pillow.
 
     Args:
         images (image or list): RGB.
-        image_processor (`BaseImageProcessor`): It gets the images next.
+        image_processor (`BaseImageProcessor`): The one that gets the images next.
         kwargs: Settings of the call of `image_processor`.
     """
     if isinstance(images, list):
@@ -119,16 +119,16 @@ def resize_first(images: Any, image_processor: Any, **kwargs) -> Any:
 
 def sample_frames(video: Any, num_frames: int | None = None) -> list:
     """
-    Frames of a video, at equal distances from the first one on.
+    Frames of a video, at equal distances, beginning with the first.
 
     Args:
-        video (`str`, path, array, tensor or list): A file or URL, `(frames, H, W, C)` or `(frames, C, H, W)`, or the
-            frames.
-        num_frames (`int`, *optional*): At most so many; by default all.
+        video (`str`, path, array, tensor or list): A file or URL, an array `(frames, H, W, C)` or `(frames, C, H, W)`, or a
+            list of frames.
+        num_frames (`int`, *optional*): Largest number of frames. By default all are taken.
 
     Raises:
-        `ValueError`: The video cannot be read, or has no frames.
-        `ImportError`: It is a file or URL, and nothing is installed that decodes it.
+        `ValueError`: The video cannot be read or has no frames.
+        `ImportError`: The video is a file or URL, and nothing that decodes it is installed.
     """
 
     def choose(total: int) -> np.ndarray:
@@ -141,15 +141,15 @@ def sample_frames(video: Any, num_frames: int | None = None) -> list:
         backend = next((name for name, is_available in _VIDEO_DECODERS.items() if is_available()), None)
         if backend is None:
             raise ImportError(
-                f"Nothing is installed that decodes the video {str(video)!r}: `pip install av`, or pass its frames."
+                f"Nothing that decodes the video {str(video)!r} is installed: `pip install av`, or pass its frames."
             )
         try:
             frames, _ = load_video(
-                os.fspath(video),
+                os.fspath(video),  # type: ignore[arg-type]  # its type has a name for URLs, not `str`
                 backend=backend,
                 sample_indices_fn=lambda metadata, **kwargs: choose(metadata.total_num_frames),
             )
-        except Exception as error:  # of the network, and whatever a decoder raises
+        except Exception as error:  # the network fails, or the decoder does
             raise ValueError(f"The video {str(video)!r} could not be read: {error}") from error
         return list(frames)
     if len(video) == 0:
@@ -158,7 +158,7 @@ def sample_frames(video: Any, num_frames: int | None = None) -> list:
 
 
 def _open_image(source: str) -> Image.Image:
-    """The image of a path, URL or base64 string, read to its end, in the mode that it has."""
+    """The image of a path, URL or base64 string, in its own mode."""
     name = repr(source if len(source) <= 200 else source[:200] + "...")
     if source.startswith(("http://", "https://")):
         return _decode(BytesIO(_download(source, name)), f"What was downloaded from {name}")
@@ -179,14 +179,14 @@ def _open_image(source: str) -> Image.Image:
         if not isinstance(error.__cause__, UnidentifiedImageError):
             raise
         raise ValueError(
-            f"There is no image file {name}, and it is no http(s) URL or base64-encoded image."
+            f"There is no image file {name}, and it is neither an http(s) URL nor a base64-encoded image."
         ) from error
 
 
 def _download(url: str, name: str) -> bytes:
     try:
         response = httpx.get(url, follow_redirects=True, timeout=_DOWNLOAD_TIMEOUT)
-    except Exception as error:  # of the network, or of a URL that is none
+    except Exception as error:  # the network fails, or the URL is not valid
         raise ValueError(f"The image {name} could not be downloaded: {error}") from error
     if not response.is_success:
         status = f"{response.status_code} {response.reason_phrase}".strip()
@@ -226,17 +226,17 @@ def _image_from_array(array: Any) -> Image.Image:
             f"An image array has shape (height, width), (height, width, channels) or (channels, height, width) with 1 to "
             f"4 channels, got {array.shape}."
         )
-    # Resizing overshoots: floats a little outside of a range are still of that range, and clipped to it.
+    # Resizing overshoots, so floats a little outside of a range still count as of that range and are clipped to it.
     floats = np.issubdtype(array.dtype, np.floating)
     if floats and low >= -0.1 and high <= 1.1:
         array = np.clip(array, 0, 1) * 255
     elif floats and (low >= 0 or high > 16) and low >= -25 and high <= 280:
         array = np.clip(array, 0, 255)
-    elif floats or low < 0 or high > 65535:  # also where a value is not a number
+    elif floats or low < 0 or high > 65535:  # or a value is not a number
         raise ValueError(
-            "The values of an image array must be in [0, 255], as integers also in [0, 65535] (16 bits), as floats also in "
-            f"[0, 1]; got {low} to {high}. Images that are normalised already go to the model as `pixel_values`, not "
-            "through the processor."
+            "The values of an image array must be in [0, 255]. Integers may also be in [0, 65535] (16 bits), floats in "
+            f"[0, 1]. Got {low} to {high}. Pass images that are normalised already to the model as `pixel_values`, not to "
+            "the processor."
         )
     elif high > 255 or array.dtype == np.uint16:
         array = array / 257
@@ -246,7 +246,7 @@ def _image_from_array(array: Any) -> Image.Image:
 
 
 def cut_to_aspect_ratio(image: Image.Image) -> Image.Image:
-    """The middle of an image that is more than `_MAX_ASPECT_RATIO` times as long as it is wide."""
+    """Cuts out the middle of an image if one side is more than `_MAX_ASPECT_RATIO` times as long as the other."""
     width, height = image.size
     limit = _MAX_ASPECT_RATIO * min(width, height)
     if max(width, height) <= limit:

@@ -1,4 +1,4 @@
-"""Questions about images, answered in batches: what the command line and the evaluation share."""
+"""Loads a model and answers questions about images in batches, for the command line and the evaluation."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,15 +10,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from .building.compress import compressed_parts
 from .common.adapters import is_adapter, merge_into, model_of_adapter
-from .common.loading import check_complete, check_processor, config_of, loading_from
+from .common.loading import check_processor, config_of, load_complete, loading_from
 from .common.shipped_models import DEFAULT_MODEL
 from .image_loading import open_images
-from .safe_loading import read_safetensors
 from .vmtc_cmai_patch import VmtcCmaiLlavaForConditionalGeneration
 
 
-# Arguments of `generate()` for the likeliest token at each step and one answer a question, whatever the model's
-# generation_config.json says; which tokens end an answer or are never written is left to that.
+# Arguments of `generate()` that take the likeliest token at each step and give one answer per question, whatever the model's
+# generation_config.json says. That file still decides which tokens end an answer or are never written.
 GREEDY: dict[str, Any] = {
     "do_sample": False,
     "num_beams": 1,
@@ -51,19 +50,20 @@ def load(
     model: str | Path = DEFAULT_MODEL, num_visual_tokens: int | None = None, cmai_max_ratio: float | None = None
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """
-    Model and processor of a folder or Hub repo, in evaluation mode, on the GPU if there is one. On the CPU half
-    precision weights are widened to float32, unless the model is quantised.
+    Loads the model and the processor of a folder or Hub repo, in evaluation mode, on the GPU if there is one. On the CPU,
+    half precision weights become float32, unless the model is quantised.
 
     Args:
-        model (`str` or `Path`): Folder or Hub repo. Of a LoRA adapter the model that it names is loaded, and the adapter
-            merged into its weights.
-        num_visual_tokens (`int`, *optional*): Load a LLaVA with VMTC on, and so many visual tokens per image.
-        cmai_max_ratio (`float`, *optional*): Load a LLaVA with CMAI on, and this share inhibited in the last layer; with
-            CMAI off, if it is 0. What is not given stays as the config says.
+        model (`str` or `Path`): Folder or Hub repo. For a LoRA adapter, the model that it names is loaded and the adapter
+            is merged into its weights.
+        num_visual_tokens (`int`, *optional*): Turn VMTC of a LLaVA on and keep this many visual tokens per image. By
+            default, the config decides.
+        cmai_max_ratio (`float`, *optional*): Turn CMAI of a LLaVA on and inhibit this share of the image tokens in the last
+            layer; 0 turns CMAI off. By default, the config decides.
 
     Raises:
-        `ValueError`: Nothing can be loaded from there, or not with VMTC and CMAI, or not all weights; the message says what
-            is missing.
+        `ValueError`: The model cannot be loaded, lacks weights, or cannot have VMTC and CMAI. The message says what is
+            missing.
     """
     if is_adapter(model):
         source = model_of_adapter(model)
@@ -77,16 +77,13 @@ def load(
         model_class, kwargs = VmtcCmaiLlavaForConditionalGeneration, {"config": config}
     else:
         config = config_of(model)
-    with loading_from(model):
-        # Loading the processor first finds a wrong name before any weights are downloaded.
-        if not kwargs:
+    if not kwargs:
+        with loading_from(model):  # before any weights are downloaded
             processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
-        # Of a model that bitsandbytes has quantised, the library would widen some weights and leave others.
-        is_quantised = getattr(config, "quantization_config", None) is not None
-        dtype = "auto" if on_gpu or is_quantised else torch.float32
-        kwargs |= {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
-        loaded, info = read_safetensors(model_class.from_pretrained, model, **kwargs)
-    check_complete(str(model), info["missing_keys"])
+    # The library would widen some weights of a model that bitsandbytes has quantised, and leave others.
+    is_quantised = getattr(config, "quantization_config", None) is not None
+    dtype = "auto" if on_gpu or is_quantised else torch.float32
+    loaded = load_complete(model, model_class, dtype=dtype, **kwargs)
     check_processor(processor, model)
     return loaded.to("cuda" if on_gpu else "cpu").eval(), processor
 
@@ -106,11 +103,11 @@ def answer(
     progress: bool = False,
 ) -> Iterator[str]:
     """
-    Answers to `(images, question)` pairs, in order, as they are found. Greedy decoding.
+    Answers `(images, question)` pairs by greedy decoding. Yields the answers in order, as soon as they are there.
 
     Args:
         questions (`list[tuple[list, str]]`):
-            Images as the processor takes them (path, URL, PIL image, array), any number, and the question about them.
+            Any number of images (path, URL, PIL image or array), and the question about them.
         batch_size (`int`): Questions answered at a time; does not change an answer.
         max_new_tokens (`int`): Longest answer in tokens.
         progress (`bool`): Show a progress bar.
@@ -118,23 +115,25 @@ def answer(
     Raises:
         `ValueError`: A question is empty or one of its images cannot be read.
     """
+    generate: Any = model.generate  # of GenerationMixin, which `PreTrainedModel` does not name
     for images, question in questions:
         if not question.strip():
             raise ValueError(f"The question about {images} is empty.")
     with tqdm(total=len(questions), unit="question", disable=None if progress else True) as bar:
         for start in range(0, len(questions), batch_size):
             batch = questions[start : start + batch_size]
-            # Opened here, since the processors of the library take less.
+            # The processors of the library take fewer kinds of images.
             conversations = [_conversation(open_images(images), question) for images, question in batch]
-            inputs = processor.apply_chat_template(
+            inputs: Any = processor.apply_chat_template(  # a BatchFeature, since `return_dict` is set
                 conversations,
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
                 processor_kwargs={"padding": True, "padding_side": "left"},
-            ).to(model.device)
-            output = model.generate(**inputs, max_new_tokens=max_new_tokens, **GREEDY)
+            )
+            inputs = inputs.to(model.device)
+            output = generate(**inputs, max_new_tokens=max_new_tokens, **GREEDY)
             new_tokens = output[:, inputs["input_ids"].shape[1] :]
             bar.update(len(batch))
             yield from (text.strip() for text in processor.post_process_image_text_to_text(new_tokens))

@@ -11,20 +11,32 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""TA-LLaVA model ("Instruction-aware Visual Feature Extraction for Multimodal Large Language Model").
+"""
+TA-LLaVA model ("Instruction-aware Visual Feature Extraction for Multimodal Large Language Model").
 
-Conventions of this file. B: batch, S: sequence columns (prefix, text and padding), L: prefix tokens, I: images of a
-row, M: visual tokens of one image, d: width of the language model. The sequence of a row is `[Y, BOS, text]`: the
-prefix Y stands on the L columns of the placeholder token, before all text. A row without placeholders is text only.
+Algorithm 1 of the paper, and where each step of it is. V are the visual tokens, Y is the prefix, X the embedded text.
 
-Y is computed in the prefill: between the layers of the language model it reads the instruction through one adapter
-and the image through the other. What the layers write of it lives in the ordinary KV cache, so that a decode step is
-the unchanged language model on one token.
+1. V = projector(vision tower(image)): `TaLlavaModel.get_vision_features`, then `TaLlavaModel._encode_vision_features`, which
+   also makes the keys and values of V, once for all insertions (`TaLlavaAdapter.project`).
+2. [Y, X]: the learned prefix takes the placeholder columns before the text: `TaLlavaModel._place_prefix`.
+3. [X_instruct, X_response] = X, line 3: `TaLlavaModel._instruction_mask`, with `find_response_start`.
+4. In each layer i of the language model, with k = `adapter_interval`:
+   a. [Y, X] = layer(Y, X), lines 1 and 2: the layer of the library, unchanged, within `prefix_reading_layer_class`.
+   b. i % k == 0, lines 4 to 6: Y reads X_instruct as it is after this layer: `PrefixReader`, `TaLlavaAdapter.read`.
+   c. i % k == 1, lines 7 to 9: Y reads V through the other adapter: the same two.
+   `adapter_after_layer` says which, and none after the last layer.
+5. The language modelling head predicts the text: `TaLlavaForConditionalGeneration.forward`.
+
+`TaLlavaModel._prepare_prefix` does steps 1 to 3; `prefix_adapters.py` has 4b and 4c. All of this happens in the prefill. The
+keys and values of Y stay in the ordinary KV cache, so that a decode step is the unchanged language model on one token.
+
+Conventions of this file. B: batch, S: sequence columns (prefix, text and padding), L: prefix tokens, I: images of a row,
+M: visual tokens of one image, d: width of the language model. The sequence of a row is `[Y, BOS, text]`: the prefix Y stands
+on the L columns of the placeholder token, before all text. A row without placeholders is text only.
 """
 
 import inspect
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -36,27 +48,38 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     BaseModelOutputWithPooling,
     CausalLMOutputWithPast,
-    ModelOutput,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing, logging, output_capturing
 
+from .attention_masks import non_padding_columns
 from .configuration_ta_llava import TaLlavaConfig
-from .library_layers import pass_as_parent
-from .library_versions import CACHE, cache_of_call
-from .safe_loading import SafetensorsMixin
+from .image_inputs import (
+    IMAGE_ARGUMENTS,
+    ImageInputs,
+    TaLlavaEncodedImages,
+    check_image_mask,
+    check_images,
+    check_rows,
+)
+from .library_versions import CACHE, cache_of_call, one_hidden_state, soft_caps_attention
+from .prefix_adapters import (
+    PrefixReader,
+    Rotary,
+    TaLlavaAdapter,
+    adapter_after_layer,
+    prefix_reading_layer_class,
+    replace_prefix,
+)
+from .vision_language_model import VisionLanguageModelMixin, kept_columns
 from .vision_towers import blank_image, blocks_of, compression_of_call, has_class_token, make_compressible
-from .vmtc import VisualBudgetMixin
 
 
 logger = logging.get_logger(__name__)
 
 
-# What is ignored in this file and the two beside it, TRF057, asks for docstrings that are put together from those of
-# the library. Outside of it this prints what it did not find, on every import.
 @dataclass
-class TaLlavaModelOutputWithPast(BaseModelOutputWithPast):  # trf-ignore: TRF057
+class TaLlavaModelOutputWithPast(BaseModelOutputWithPast):
     r"""
     Outputs of [`TaLlavaModel`]. `hidden_states` and `attentions` are those of the language model; `hidden_states[i + 1]`
     is the state after layer i and after the adapter that follows it.
@@ -69,7 +92,7 @@ class TaLlavaModelOutputWithPast(BaseModelOutputWithPast):  # trf-ignore: TRF057
 
 
 @dataclass
-class TaLlavaCausalLMOutputWithPast(CausalLMOutputWithPast):  # trf-ignore: TRF057
+class TaLlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
     r"""
     Outputs of [`TaLlavaForConditionalGeneration`].
 
@@ -84,42 +107,6 @@ class TaLlavaCausalLMOutputWithPast(CausalLMOutputWithPast):  # trf-ignore: TRF0
     """
 
     image_hidden_states: torch.Tensor | None = None
-
-
-@dataclass
-class TaLlavaEncodedImages(ModelOutput):  # trf-ignore: TRF057
-    r"""
-    The images of E rows as [`TaLlavaModel.encode_image`] makes them: all that depends on the images alone. One row
-    (E = 1) goes with any number of questions, else there is one row per question.
-
-    key, value (`torch.FloatTensor` of shape `(E, kv_heads, I * M, head_dim)`):
-        What the prefix reads in the vision adapter.
-    image_mask (`torch.BoolTensor` of shape `(E, I)`):
-        True for real images, False for filler.
-    """
-
-    key: torch.Tensor = None  # type: ignore[assignment]  # the library wants defaults; all three are there
-    value: torch.Tensor = None  # type: ignore[assignment]
-    image_mask: torch.Tensor = None  # type: ignore[assignment]
-
-    def to(self, *args, **kwargs) -> "TaLlavaEncodedImages":
-        """On another device or of another dtype, as `torch.Tensor.to` takes them; the mask stays boolean."""
-        key, value = self.key.to(*args, **kwargs), self.value.to(*args, **kwargs)
-        return type(self)(key=key, value=value, image_mask=self.image_mask.to(key.device))
-
-    def repeat_interleave(self, repeats: int) -> "TaLlavaEncodedImages":
-        """Each row so many times, side by side, as `generate()` repeats the questions for its beams."""
-        return type(self)(**{name: states.repeat_interleave(repeats, dim=0) for name, states in self.items()})
-
-
-def adapter_after_layer(layer_idx: int, num_layers: int, adapter_interval: int) -> str | None:
-    """
-    Which adapter follows a layer of the language model (Algorithm 1 of the paper): `"text"` after layers with
-    `layer_idx % adapter_interval == 0`, `"vision"` where it is 1, never after the last layer.
-    """
-    if layer_idx == num_layers - 1:
-        return None
-    return {0: "text", 1: "vision"}.get(layer_idx % adapter_interval)
 
 
 def find_response_start(marker_matches: torch.Tensor, instruction_scope: str) -> torch.Tensor:
@@ -150,312 +137,34 @@ def find_response_start(marker_matches: torch.Tensor, instruction_scope: str) ->
     return torch.where(end < 0, sequence_length, end)
 
 
-def non_padding_columns(
-    attention_mask: torch.Tensor | dict | None, batch_size: int, sequence_length: int, device: torch.device
-) -> torch.Tensor:
+def keep_num_images(cache: Cache, num_images: list[int]) -> None:
     """
-    Which columns of a prefill are not padding, `(B, S)`, whatever form the mask has come in: none, `(B, S)`, or what
-    `generate()` prepares for a static cache, `(B or 1, 1, S, cache length)`, boolean or additive, or a dict of those.
+    Notes in a cache how many images the prefix of each row in it has read, so that a later turn with others is refused.
+
+    The note is an attribute of ours. A `Cache` has no place for what is true of its rows rather than of a layer, and no hook
+    of `generate()` outlives the call, while a cache, and a copy of it (`copy.deepcopy`), goes from one call to the next.
     """
-    if isinstance(attention_mask, dict):
-        attention_mask = next((mask for mask in attention_mask.values() if mask is not None), None)
-    if attention_mask is None:
-        return torch.ones(batch_size, sequence_length, dtype=torch.bool, device=device)
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() not in (2, 4):
-        raise ValueError(
-            f"`attention_mask` must have shape ({batch_size}, {sequence_length}) with 1 for tokens and 0 for padding, got "
-            f"{tuple(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask)}."
-        )
-    if attention_mask.dim() == 2:
-        if attention_mask.shape != (batch_size, sequence_length):
-            raise ValueError(
-                f"`attention_mask` has shape {tuple(attention_mask.shape)}, the text {(batch_size, sequence_length)}."
-            )
-        return attention_mask.to(device).bool()
-    # Every token reads itself, whether the mask is causal or a sliding window; no token reads padding.
-    own = attention_mask[:, 0].diagonal(dim1=-2, dim2=-1)[:, :sequence_length].to(device)
-    return (own if own.dtype == torch.bool else own == 0).expand(batch_size, -1)
+    cache.num_images = num_images  # type: ignore[attr-defined]
 
 
-_IMAGE_ARGUMENTS = ("pixel_values", "image_mask", "vision_features", "encoded_images")
+def kept_num_images(cache: Cache) -> list[int] | None:
+    """What `keep_num_images` has noted; `None` for a cache that was filled otherwise."""
+    return getattr(cache, "num_images", None)
 
 
-def count_images(
-    batch_size: int,
-    pixel_values: torch.Tensor | None = None,
-    image_mask: torch.Tensor | None = None,
-    vision_features: torch.Tensor | None = None,
-    encoded_images: TaLlavaEncodedImages | None = None,
-    **kwargs,
-) -> list[int]:
-    """The number of images of each row, from the arguments of `forward`."""
-    images = pixel_values if vision_features is None else vision_features
-    if encoded_images is not None:
-        image_mask = getattr(encoded_images, "image_mask", None)
-    if image_mask is not None and image_mask.dim() == 2:  # another is refused later
-        counts = image_mask.long().sum(dim=-1).tolist()
-        return counts * batch_size if len(counts) == 1 else counts
-    if images is None:
-        return [0] * batch_size
-    return [images.shape[1] if images.dim() == 5 or vision_features is not None else 1] * batch_size
-
-
-def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of `states` `(B, heads, length, head_dim)` by `cos`, `sin` `(B or 1, length, head_dim)`."""
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    first, second = states.chunk(2, dim=-1)
-    return states * cos + torch.cat((-second, first), dim=-1) * sin
-
-
-def keep_state(index: int) -> bool | list[int]:
-    """
-    What `output_hidden_states` is for the library to keep one hidden state, by its index among all. Before it had the
-    function that is looked for here, it counted those that are named without the first: then all are kept.
-    """
-    return [index] if hasattr(output_capturing, "selected_hidden_states") else True
-
-
-def replace_prefix(hidden_states: torch.Tensor, columns: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
-    """Copy of `hidden_states` `(B, S, d)` with `prefix` `(B, L, d)` on the given `columns` `(B, L)` of each row."""
-    index = columns.unsqueeze(-1).expand_as(prefix)
-    return hidden_states.scatter(1, index, prefix.to(hidden_states.dtype))
-
-
-def eager_attention_forward(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention with soft-capping; `attention_mask` is boolean, True where a key may be read."""
-    scores = query @ key.transpose(2, 3) * scaling
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-class TaLlavaCrossAttention(nn.Module):
-    """
-    The self-attention of a layer of the language model, turned cross-attentive: the same projections, head layout,
-    scaling, soft-capping and query/key norms, but no causal mask and no sliding window.
-    """
-
-    def __init__(self, self_attn: Any):
-        super().__init__()
-        self.config = self_attn.config
-        self.head_dim = self_attn.head_dim
-        self.scaling = self_attn.scaling
-        self.softcap = getattr(self_attn, "attn_logit_softcapping", None)
-        self.attention_dropout = self_attn.attention_dropout
-        self.is_causal = False
-        self.q_proj, self.k_proj = self_attn.q_proj, self_attn.k_proj
-        self.v_proj, self.o_proj = self_attn.v_proj, self_attn.o_proj
-        self.q_norm = getattr(self_attn, "q_norm", None)
-        self.k_norm = getattr(self_attn, "k_norm", None)
-
-    def project_keys_values(
-        self, source: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values `(B, kv_heads, length, head_dim)` of a `source` `(B, length, d)`."""
-        shape = (*source.shape[:-1], -1, self.head_dim)
-        key = self.k_proj(source).view(shape)
-        if self.k_norm is not None:
-            key = self.k_norm(key)
-        value = self.v_proj(source).view(shape)
-        # Laid out once as they are multiplied: those of the image are read at several insertions.
-        return apply_rotary(key.transpose(1, 2), cos, sin).contiguous(), value.transpose(1, 2).contiguous()
-
-    def forward(
-        self,
-        prefix: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-    ) -> torch.Tensor:
-        query = self.q_proj(prefix).view(*prefix.shape[:-1], -1, self.head_dim)
-        if self.q_norm is not None:
-            query = self.q_norm(query)
-        query = apply_rotary(query.transpose(1, 2), cos, sin)
-        # Heads that share keys and values are more queries of one head: without a causal mask it is the same, and no key is
-        # copied for each of them.
-        by_head = query.shape
-        query = query.reshape(*key.shape[:2], -1, self.head_dim)
-
-        # The L queries are few, and so are their scores, whatever the language model uses for its own: SDPA serves every
-        # backbone but those that soft-cap, which it cannot express.
-        implementation = self.config._attn_implementation
-        implementation = "eager" if self.softcap is not None or implementation == "eager" else "sdpa"
-        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        output, _ = attention_interface(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=self.scaling,
-            dropout=self.attention_dropout if self.training else 0.0,
-            softcap=self.softcap,
-            is_causal=False,
-        )
-        output = output.transpose(1, 2).reshape(by_head).transpose(1, 2)
-        return self.o_proj(output.reshape(*prefix.shape[:-1], -1))
-
-
-class TaLlavaAdapter(nn.Module):
-    """
-    Cross-attention block through which the prefix reads one modality. It is made of the parts of a new layer of the
-    language model, in that layer's own order: norm on both sides, cross-attention, residual, norm, MLP, residual, and
-    Gemma's norms after attention and MLP where the layer has them.
-    """
-
-    def __init__(self, decoder_layer: Any):
-        super().__init__()
-        self.cross_attn = TaLlavaCrossAttention(decoder_layer.self_attn)
-        self.mlp = decoder_layer.mlp
-        self.input_layernorm = decoder_layer.input_layernorm
-        if hasattr(decoder_layer, "pre_feedforward_layernorm"):  # Gemma-2 and later: a norm before and after each part
-            self.post_attention_layernorm = decoder_layer.post_attention_layernorm
-            self.pre_feedforward_layernorm = decoder_layer.pre_feedforward_layernorm
-            self.post_feedforward_layernorm = decoder_layer.post_feedforward_layernorm
-        else:  # Llama and its kin: what they call `post_attention_layernorm` is the norm before the MLP
-            self.post_attention_layernorm = nn.Identity()
-            self.pre_feedforward_layernorm = decoder_layer.post_attention_layernorm
-            self.post_feedforward_layernorm = nn.Identity()
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        key_value: tuple[torch.Tensor, torch.Tensor] | None = None,
-        attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """
-        Called twice: with what is to be read, which gives its keys and values, and with these and the prefix, which
-        gives the prefix after reading. Both go through `forward`, so that sharding and offloading see them.
-
-        Args:
-            hidden_states (`torch.FloatTensor` of shape `(B, length, d)`):
-                The source, or with `key_value` the prefix Y `(B, L, d)`.
-            cos, sin (`torch.FloatTensor` of shape `(B or 1, length, head_dim)`):
-                Rotary embedding of `hidden_states`.
-            key_value (pair of `torch.FloatTensor` of shape `(B, kv_heads, length, head_dim)`, *optional*):
-                Keys and values of the source.
-            attention_mask (`torch.BoolTensor` of shape `(B, 1, 1, length)`, *optional*):
-                True where a key is read.
-        """
-        normed = self.input_layernorm(hidden_states)
-        if key_value is None:
-            return self.cross_attn.project_keys_values(normed, cos, sin)
-        prefix = hidden_states + self.post_attention_layernorm(
-            self.cross_attn(normed, *key_value, attention_mask, cos, sin)
-        )
-        return prefix + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(prefix)))
-
-
-class PrefixReader:
-    """
-    What the prefix reads in one forward pass, and where it stands: made by the model, handed to the layers of the
-    language model, which call it with their output.
-
-    Args:
-        columns (`torch.LongTensor` of shape `(B, L)`): Columns of the prefix in the sequence.
-        has_prefix (`torch.BoolTensor` of shape `(B,)`): Rows that have one. Others stay as they are.
-        instruction_mask (`torch.BoolTensor` of shape `(B, S)`): The instruction tokens.
-        instruction_rotary, prefix_rotary: Pairs (cos, sin) of shapes `(B, S, head_dim)` and `(1, L, head_dim)`.
-        visual (*optional*): Keys and values `(B, kv_heads, I * M, head_dim)` of the visual tokens, which are the same at
-            every insertion, and the mask `(B, I * M)` of real ones.
-    """
-
-    def __init__(
-        self,
-        text_adapter: TaLlavaAdapter,
-        vision_adapter: TaLlavaAdapter,
-        columns: torch.Tensor,
-        has_prefix: torch.Tensor,
-        instruction_mask: torch.Tensor,
-        instruction_rotary: tuple[torch.Tensor, torch.Tensor],
-        prefix_rotary: tuple[torch.Tensor, torch.Tensor],
-        visual: tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
-    ):
-        self.text_adapter, self.vision_adapter = text_adapter, vision_adapter
-        self.columns, self.instruction_rotary, self.prefix_rotary = columns, instruction_rotary, prefix_rotary
-        # Made once, not at every insertion.
-        self.text_masks = reading_masks(has_prefix, instruction_mask)
-        self.visual = None if visual is None else (visual[0], *reading_masks(has_prefix, visual[1]))
-
-    def __call__(self, hidden_states: torch.Tensor, source: str) -> torch.Tensor:
-        """Returns `hidden_states` `(B, S, d)` after the prefix in it has read from `source`, `"text"` or `"vision"`."""
-        device = hidden_states.device
-        if self.columns.device != device:  # layers on several devices
-            for name in ("columns", "instruction_rotary", "prefix_rotary", "text_masks", "visual"):
-                setattr(self, name, _to_device(getattr(self, name), device))
-        if source == "text":
-            adapter, (reads, attention_mask) = self.text_adapter, self.text_masks
-            key_value = adapter(hidden_states, *self.instruction_rotary)
-        elif self.visual is not None:
-            adapter, (key_value, reads, attention_mask) = self.vision_adapter, self.visual
-        else:
-            return hidden_states
-        prefix = hidden_states.gather(1, self.columns[:, :, None].expand(-1, -1, hidden_states.shape[-1]))
-        updated = adapter(prefix, *self.prefix_rotary, key_value=key_value, attention_mask=attention_mask)
-        updated = torch.where(reads, updated.to(device), prefix)
-        return replace_prefix(hidden_states, self.columns, updated)
-
-
-def reading_masks(has_prefix: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Of a `mask` `(B, length)` of what may be read: which rows read at all, `(B, 1, 1)`, and the mask for attention,
-    `(B, 1, 1, length)`. A row that has nothing to read keeps its prefix; attention over no key would give nan, so it is
-    shown all keys.
-    """
-    reads = has_prefix & mask.any(dim=-1)
-    return reads[:, None, None], (mask | ~reads[:, None])[:, None, None, :]
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    """A tensor, or nested tuples of tensors, on another device."""
-    if isinstance(value, tuple):
-        return tuple(_to_device(item, device) for item in value)
-    return value if value is None else value.to(device)
-
-
-@cache
-def prefix_reading_layer_class(layer_class: Any) -> type[nn.Module]:
-    """
-    Subclass of a decoder layer class after whose forward the prefix reads. It keeps the name of its parent, by which
-    device placement and sharding find layers, and without a `prefix_reader` it is its parent.
-    """
-
-    class PrefixReadingLayer(layer_class):
-        prefix_source: str | None = None
-
-        def forward(self, hidden_states, *args, prefix_reader: PrefixReader | None = None, **kwargs):
-            hidden_states = super().forward(hidden_states, *args, **kwargs)
-            if prefix_reader is None or self.prefix_source is None:
-                return hidden_states
-            return prefix_reader(hidden_states, self.prefix_source)
-
-    return pass_as_parent(PrefixReadingLayer, prefix_reading_layer_class)
-
-
-class TaLlavaPreTrainedModel(VisualBudgetMixin, SafetensorsMixin, PreTrainedModel):  # trf-ignore: TRF057
+class TaLlavaPreTrainedModel(VisionLanguageModelMixin, PreTrainedModel):
     config: TaLlavaConfig
     config_class = TaLlavaConfig
     model_tags = ["ta-llava", "llava"]  # of a repo that `push_to_hub` makes
+    auto_map = {
+        "AutoConfig": "configuration_ta_llava.TaLlavaConfig",
+        "AutoModel": "modeling_ta_llava.TaLlavaModel",
+        "AutoModelForImageTextToText": "modeling_ta_llava.TaLlavaForConditionalGeneration",
+        "AutoModelForMultimodalLM": "modeling_ta_llava.TaLlavaForConditionalGeneration",
+        "AutoProcessor": "processing_ta_llava.TaLlavaProcessor",
+    }
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["TaLlavaAdapter"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
@@ -482,20 +191,13 @@ class TaLlavaPreTrainedModel(VisualBudgetMixin, SafetensorsMixin, PreTrainedMode
         plan = super()._get_dtype_plan(dtype)
         return {name: kept for name, kept in plan.items() if name not in type(self)._keep_in_fp32_modules}
 
-    def initialize_weights(self):
-        # For code outside the library, containers without parameters of their own are passed over, and some library
-        # models initialise through these: let the sub-models do their own part first.
-        self.base_model.vision_tower.initialize_weights()
-        self.base_model.language_model.initialize_weights()
-        super().initialize_weights()
-
-    def set_attn_implementation(self, attn_implementation: str | dict, **kwargs):
+    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         """
         As in the library, for the whole model or by part (`{"text_config": ..., "vision_config": ...}`); but SDPA cannot
         soft-cap, so that where it is asked for, a language model that does (Gemma-2) is eager.
         """
         # CODEPATH: Gemma-2 caps its attention scores, others do not.
-        if _soft_caps(self.config.text_config):
+        if soft_caps_attention(self.config.text_config):
             if attn_implementation == "sdpa":
                 attn_implementation = dict.fromkeys(("", *self.config.sub_configs), "sdpa")
             if isinstance(attn_implementation, dict) and attn_implementation.get("text_config") in (
@@ -503,52 +205,21 @@ class TaLlavaPreTrainedModel(VisualBudgetMixin, SafetensorsMixin, PreTrainedMode
                 {"": "sdpa"},
             ):
                 attn_implementation = {**attn_implementation, "text_config": "eager"}
-        super().set_attn_implementation(attn_implementation, **kwargs)
-
-    def save_pretrained(self, save_directory, **kwargs):
-        if self._auto_class is not None:
-            # The library writes the entry of one auto class only.
-            self.config.auto_map = {
-                "AutoConfig": "configuration_ta_llava.TaLlavaConfig",
-                "AutoModel": "modeling_ta_llava.TaLlavaModel",
-                "AutoModelForImageTextToText": "modeling_ta_llava.TaLlavaForConditionalGeneration",
-                "AutoModelForMultimodalLM": "modeling_ta_llava.TaLlavaForConditionalGeneration",
-                "AutoProcessor": "processing_ta_llava.TaLlavaProcessor",
-            }
-        super().save_pretrained(save_directory, **kwargs)
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
 
-def _soft_caps(text_config: Any) -> bool:
-    """
-    Whether a language model caps its attention scores. SDPA cannot: before 5.23 the library lets Gemma-2 use it all the
-    same and drops the capping, since then it refuses.
-    """
-    return getattr(text_config, "attn_logit_softcapping", None) is not None
-
-
-class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
+class TaLlavaModel(TaLlavaPreTrainedModel):
     """Vision tower, projector, prefix, the two adapters and the language model, without a language modelling head."""
 
     def __init__(self, config: TaLlavaConfig):
         super().__init__(config)
+        self._check_config(config)
         text_config = config.text_config
-        num_states = config.vision_config.num_hidden_layers + 1
-        if not -num_states <= config.vision_feature_layer < num_states:
-            raise ValueError(
-                f"`vision_feature_layer` is {config.vision_feature_layer}, but the vision tower has {num_states} hidden "
-                "states."
-            )
-        for token_id in (config.image_token_id, *config.response_marker_ids):
-            if token_id >= text_config.vocab_size:
-                raise ValueError(
-                    f"`image_token_id` and `response_marker_ids` must be tokens of the language model, but {token_id} is "
-                    f"not in its vocabulary of {text_config.vocab_size}."
-                )
         self.vision_tower = AutoModel.from_config(config.vision_config)
         make_compressible(self.vision_tower)
         # trf-ignore: TRF051
-        if _soft_caps(text_config) and text_config._attn_implementation in (None, "sdpa"):
-            text_config._attn_implementation = "eager"  # trf-ignore: TRF051
+        if soft_caps_attention(text_config) and text_config._attn_implementation in (None, "sdpa"):
+            text_config._attn_implementation = "eager"
         self.language_model = AutoModel.from_config(text_config)
 
         vision_width, width = config.vision_config.hidden_size, text_config.hidden_size
@@ -578,6 +249,22 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
 
         self.post_init()
 
+    @staticmethod
+    def _check_config(config: TaLlavaConfig) -> None:
+        """Raises `ValueError` for fields that do not fit to the parts of the model."""
+        num_states = config.vision_config.num_hidden_layers + 1
+        if not -num_states <= config.vision_feature_layer < num_states:
+            raise ValueError(
+                f"`vision_feature_layer` is {config.vision_feature_layer}, but the vision tower has {num_states} hidden "
+                "states."
+            )
+        for token_id in (config.image_token_id, *config.response_marker_ids):
+            if token_id >= config.text_config.vocab_size:
+                raise ValueError(
+                    f"`image_token_id` and `response_marker_ids` must be tokens of the language model, but {token_id} is "
+                    f"not in its vocabulary of {config.text_config.vocab_size}."
+                )
+
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
 
@@ -585,7 +272,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
         self.language_model.set_input_embeddings(value)
 
     @can_return_tuple
-    def get_image_features(  # trf-ignore: TRF057
+    def get_image_features(
         self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple | BaseModelOutputWithPooling:
         """
@@ -602,7 +289,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
             a list of visual tokens `(M, d)`, one tensor per real image, row by row.
         """
         outputs, features = self._run_vision_tower(pixel_values, image_mask, **kwargs)
-        outputs.pooler_output = list(self.multi_modal_projector(features))
+        outputs.pooler_output = list(self.multi_modal_projector(features))  # type: ignore[assignment]  # as in the library
         return outputs
 
     def get_vision_features(self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -647,7 +334,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
             raise ValueError(
                 f"`pixel_values` has shape {tuple(pixel_values.shape)}: expected (rows, images, 3, height, width)."
             )
-        self._check_image_mask("pixel_values", pixel_values, image_mask)
+        check_image_mask("pixel_values", pixel_values, image_mask)
         if image_mask is not None and not image_mask.any():
             raise ValueError(
                 "`image_mask` is all 0: there is no image to encode. For text alone leave `encoded_images` out."
@@ -663,13 +350,13 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
         if image_mask is None:
             image_mask = torch.ones(visual_tokens.shape[:2])
         image_mask = image_mask.to(visual_tokens.device).bool()
-        # CODEPATH: as in `__init__`.
+        # CODEPATH: the paper's models have no index embeddings.
         if self.config.num_image_index_embeddings > 0:
             image_index = self._embed_image_index(image_mask).to(visual_tokens.device)
             visual_tokens = visual_tokens + image_index[:, :, None, :]
         source = visual_tokens.flatten(1, 2)
         rotary = self._rotary_embedding(source, image_mask.repeat_interleave(visual_tokens.shape[2], dim=1))
-        key, value = self.vision_adapter(source, *rotary)
+        key, value = self.vision_adapter("project", source, *rotary)
         return TaLlavaEncodedImages(key=key, value=value, image_mask=image_mask), visual_tokens
 
     def _embed_image_index(self, image_mask: torch.Tensor) -> torch.Tensor:
@@ -724,7 +411,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
         if torch.compiler.is_compiling():
             self._install_hooks()
         layer = self.config.vision_feature_layer % (self.config.vision_config.num_hidden_layers + 1)
-        kwargs["output_hidden_states"] = keep_state(layer) if features_only else True
+        kwargs["output_hidden_states"] = one_hidden_state(layer) if features_only else True
         if features_only and blocks_of(self.vision_tower):
             kwargs["num_blocks"] = layer
         vmtc = compression_of_call(self.config, self.vision_tower, pixel_values, layer)
@@ -738,7 +425,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
         return outputs, features
 
     @can_return_tuple
-    def forward(  # trf-ignore: TRF057
+    def forward(  # type: ignore[misc]  # the library lists `position_ids` among the keyword arguments too
         self,
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -779,41 +466,18 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
             forms, or a sequence longer than the context of the language model.
         """
         cache = cache_of_call(past_key_values, cache)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("You must specify exactly one of `input_ids` or `inputs_embeds`.")
-        if input_ids is not None and input_ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"`input_ids` must hold token ids of dtype torch.int64, got {input_ids.dtype}.")
+        images = ImageInputs(pixel_values, image_mask, vision_features, encoded_images)
+        self._check_call(input_ids, inputs_embeds, images)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
-        if pixel_values is not None and vision_features is not None:
-            raise ValueError("Give `pixel_values` or `vision_features`, not both.")
-        images = pixel_values if vision_features is None else vision_features
-        if encoded_images is not None:
-            if images is not None or image_mask is not None:
-                raise ValueError(
-                    "Give `encoded_images` or images in another form, not both; their `image_mask` is in them."
-                )
-            images = encoded_images
-
-        layer = self.language_model.layers[0]
-        checkpointing = getattr(layer, "_gradient_checkpointing_func", None) if layer.gradient_checkpointing else None
-        if self.training and getattr(checkpointing, "keywords", {}).get("use_reentrant"):
-            raise ValueError(
-                "Gradient checkpointing cannot be reentrant here: several layers share the keys and values of the image. "
-                'Pass `gradient_checkpointing_kwargs={"use_reentrant": False}`.'
-            )
-
         visual_tokens = num_images = None
-        is_prefill = self._is_prefill(cache, images is not None)
-        if is_prefill:
-            # For a cache; here, where there is nothing yet that a GPU would have to finish first.
+        if self._is_prefill(cache, not images.is_empty):
+            # They are counted here, where there is nothing yet that a GPU would have to finish first.
             if not torch.compiler.is_compiling() and not self.training:
-                num_images = count_images(
-                    inputs_embeds.shape[0], pixel_values, image_mask, vision_features, encoded_images
-                )
+                num_images = images.count(inputs_embeds.shape[0])
             inputs_embeds, visual_tokens, prefix_reader = self._prepare_prefix(
-                input_ids, inputs_embeds, pixel_values, vision_features, encoded_images, image_mask, attention_mask
+                input_ids, inputs_embeds, images, attention_mask
             )
             if prefix_reader is not None:
                 kwargs["prefix_reader"] = prefix_reader
@@ -827,7 +491,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
         )
         cache = getattr(outputs, CACHE)
         if num_images is not None and cache is not None:
-            cache.num_images = num_images
+            keep_num_images(cache, num_images)
         return TaLlavaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             **{CACHE: cache},
@@ -835,6 +499,23 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
             attentions=outputs.attentions,
             image_hidden_states=visual_tokens,
         )
+
+    def _check_call(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, images: ImageInputs
+    ) -> None:
+        """Raises `ValueError` for arguments of `forward` that exclude each other, and for reentrant checkpointing."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of `input_ids` or `inputs_embeds`.")
+        if input_ids is not None and input_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"`input_ids` must hold token ids of dtype torch.int64, got {input_ids.dtype}.")
+        images.check_forms()
+        layer = self.language_model.layers[0]
+        checkpointing = getattr(layer, "_gradient_checkpointing_func", None) if layer.gradient_checkpointing else None
+        if self.training and getattr(checkpointing, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "Gradient checkpointing cannot be reentrant here: several layers share the keys and values of the image. "
+                'Pass `gradient_checkpointing_kwargs={"use_reentrant": False}`.'
+            )
 
     @staticmethod
     def _is_prefill(cache: Cache | None, has_images: bool) -> bool:
@@ -848,86 +529,38 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
     def _prepare_prefix(
         self,
         input_ids: torch.Tensor | None,
-        inputs_embeds: Any,
-        pixel_values: torch.Tensor | None,
-        vision_features: torch.Tensor | None,
-        encoded_images: TaLlavaEncodedImages | None,
-        image_mask: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        images: ImageInputs,
         attention_mask: torch.Tensor | dict | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, PrefixReader | None]:
         """
-        Returns the embeddings with the prefix on the columns of the placeholders, the visual tokens, and the reader
-        that the layers call; no reader for a batch of text only, unless it is trained on.
+        Steps 1 to 3 of Algorithm 1. Returns the embeddings with the prefix on the columns of the placeholders, the visual
+        tokens, and the reader that the layers call. There is no reader for a batch of text only, unless it is trained on.
         """
-        batch_size, sequence_length = inputs_embeds.shape[:2]
-        device, num_prefix_tokens = inputs_embeds.device, self.config.num_prefix_tokens
-        max_length = getattr(self.config.text_config, "max_position_embeddings", sequence_length)
-        if sequence_length > max_length:
-            raise ValueError(
-                f"The sequence has {sequence_length} tokens, the context of the language model {max_length} "
-                "(`text_config.max_position_embeddings`). Shorten the prompt."
-            )
-        no_images = pixel_values is None and vision_features is None and encoded_images is None
+        self._check_length(inputs_embeds.shape[1])
         # In training a batch without an image takes the way of one with images, and comes out as it was: see `blank_image`.
         is_trained = self.training and torch.is_grad_enabled()
-        if no_images and sequence_length < num_prefix_tokens and not is_trained:
+        has_room = inputs_embeds.shape[1] >= self.config.num_prefix_tokens
+        if images.is_empty and not has_room and not is_trained:
             return inputs_embeds, None, None
-
-        # A placeholder after the first word is a word like others, should a model ever write one.
-        tokens = non_padding_columns(attention_mask, batch_size, sequence_length, device)
-        is_placeholder = self._columns_of(self.config.image_token_id, input_ids, inputs_embeds)
-        is_prefix = is_placeholder & ((tokens & ~is_placeholder).cumsum(dim=-1) == 0)
+        is_prefix, text_mask = self._find_prefix(input_ids, inputs_embeds, attention_mask)
         has_prefix = is_prefix.any(dim=-1)
-        text_mask = tokens & ~is_prefix
         if not is_tracing(is_prefix):  # these look at values, which a graph must not wait for
-            if (no_images or (image_mask is not None and not image_mask.any())) and not has_prefix.any():
+            if (images.is_empty or images.are_all_filler()) and not has_prefix.any():
                 if not is_trained:
                     return inputs_embeds, None, None
-                no_images, pixel_values, vision_features, image_mask = True, None, None, None
-            self._check_placeholders(is_prefix)
-            if no_images and has_prefix.any():  # not an error: assistants are called like this
-                logger.warning_once(
-                    "The text has placeholders for images, but no images (`pixel_values`, `vision_features` or "
-                    "`encoded_images`) were given: the prefix reads text alone."
-                )
-        if pixel_values is not None:
-            pixel_values = pixel_values.unsqueeze(1) if pixel_values.dim() == 4 else pixel_values
-            self._check_images("pixel_values", pixel_values, 5, image_mask, has_prefix)
-            vision_features = self._vision_features_of_rows(pixel_values, image_mask)
-        elif vision_features is not None:
-            self._check_images("vision_features", vision_features, 4, image_mask, has_prefix)
-            if vision_features.shape[-1] != self.config.vision_config.hidden_size:
-                raise ValueError(
-                    f"`vision_features` has width {vision_features.shape[-1]}, the vision tower "
-                    f"{self.config.vision_config.hidden_size}. Make them with `get_vision_features`."
-                )
-        elif encoded_images is not None:
-            encoded_images = self._encoded_images_of_rows(encoded_images, has_prefix)
+                images = ImageInputs()
+            self._check_prefix(is_prefix, has_prefix, images)
 
-        # Rows without a prefix get any L columns, whose states stay as they are; fewer, if text alone is shorter.
-        start = is_prefix.int().argmax(dim=-1, keepdim=True)
-        columns = start + torch.arange(min(num_prefix_tokens, sequence_length), device=device)
-        prefix = self._embed_prefix(device)[:, : columns.shape[1]].to(device, inputs_embeds.dtype)
-        prefix = torch.where(
-            has_prefix[:, None, None],
-            prefix,
-            inputs_embeds.gather(1, columns[:, :, None].expand(-1, -1, prefix.shape[-1])),
-        )
-
+        encoded_images, visual_tokens = self._encode_images(images, has_prefix, is_trained)
+        columns, prefix = self._place_prefix(inputs_embeds, is_prefix, has_prefix)
         instruction_mask = self._instruction_mask(text_mask, has_prefix, input_ids, inputs_embeds)
-
-        visual_tokens = visual = None
-        if vision_features is not None:
-            encoded_images, visual_tokens = self._encode_vision_features(vision_features, image_mask)
-        elif no_images and is_trained:
-            features = self.get_vision_features(blank_image(self.config, self.vision_tower))[None]
-            blank = self._encode_vision_features(features, features.new_zeros(1, 1))[0]  # by the mask not to be read
-            states = {name: value.expand(batch_size, *value.shape[1:]) for name, value in blank.items()}
-            encoded_images = type(blank)(**states)
+        visual_key_value = visual_mask = None
         if encoded_images is not None:
-            encoded_images = encoded_images.to(device, inputs_embeds.dtype)
-            key_value, image_mask = (encoded_images.key, encoded_images.value), encoded_images.image_mask
-            visual = key_value, image_mask.repeat_interleave(key_value[0].shape[2] // image_mask.shape[1], dim=1)
+            encoded_images = encoded_images.to(inputs_embeds.device, inputs_embeds.dtype)
+            visual_key_value, image_mask = (encoded_images.key, encoded_images.value), encoded_images.image_mask
+            num_visual_tokens = encoded_images.key.shape[2] // image_mask.shape[1]
+            visual_mask = image_mask.repeat_interleave(num_visual_tokens, dim=1)
         reader = PrefixReader(
             self.text_adapter,
             self.vision_adapter,
@@ -936,16 +569,71 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
             instruction_mask=instruction_mask,
             instruction_rotary=self._rotary_embedding(inputs_embeds, instruction_mask),
             prefix_rotary=self._rotary_embedding(prefix, torch.ones_like(columns[:1])),
-            visual=visual,
+            visual_key_value=visual_key_value,
+            visual_mask=visual_mask,
         )
         return replace_prefix(inputs_embeds, columns, prefix), visual_tokens, reader
 
-    def _columns_of(self, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        """Which columns `(B, S)` hold a token: by its id or, where there are no ids, by its embedding."""
-        if input_ids is not None:
-            return input_ids == token_id
-        embedding = self.get_input_embeddings()(torch.tensor(token_id, device=inputs_embeds.device))
-        return (inputs_embeds == embedding.to(inputs_embeds.dtype)).all(dim=-1)
+    def _find_prefix(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | dict | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which columns `(B, S)` hold the prefix, and which text. Padding is neither."""
+        batch_size, sequence_length = inputs_embeds.shape[:2]
+        tokens = non_padding_columns(attention_mask, batch_size, sequence_length, inputs_embeds.device)
+        if tokens is None:
+            tokens = torch.ones(batch_size, sequence_length, dtype=torch.bool, device=inputs_embeds.device)
+        is_placeholder = self._columns_of_token(self.config.image_token_id, input_ids, inputs_embeds)
+        # A placeholder after the first word is a word like others, should a model ever write one.
+        is_prefix = is_placeholder & ((tokens & ~is_placeholder).cumsum(dim=-1) == 0)
+        return is_prefix, tokens & ~is_prefix
+
+    def _encode_images(
+        self, images: ImageInputs, has_prefix: torch.Tensor, is_trained: bool
+    ) -> tuple[TaLlavaEncodedImages | None, torch.Tensor | None]:
+        """
+        Step 1 of Algorithm 1, from the form in which the images are given: what the prefix reads of them, a row for each
+        row of the text, and the visual tokens V `(B, I, M, d)`, if they are not encoded already.
+        """
+        batch_size = has_prefix.shape[0]
+        if images.encoded_images is not None:
+            return self._encoded_images_of_rows(images.encoded_images, has_prefix), None
+        if images.pixel_values is not None:
+            pixel_values = images.pixel_values
+            pixel_values = pixel_values.unsqueeze(1) if pixel_values.dim() == 4 else pixel_values
+            check_images("pixel_values", pixel_values, 5, images.image_mask, has_prefix)
+            features = self._vision_features_of_rows(pixel_values, images.image_mask)
+            return self._encode_vision_features(features, images.image_mask)
+        if images.vision_features is not None:
+            features, width = images.vision_features, self.config.vision_config.hidden_size
+            check_images("vision_features", features, 4, images.image_mask, has_prefix)
+            if features.shape[-1] != width:
+                raise ValueError(
+                    f"`vision_features` has width {features.shape[-1]}, the vision tower {width}. Make them with "
+                    "`get_vision_features`."
+                )
+            return self._encode_vision_features(features, images.image_mask)
+        if is_trained:
+            features = self.get_vision_features(blank_image(self.config, self.vision_tower))[None]
+            blank = self._encode_vision_features(features, features.new_zeros(1, 1))[0]  # by its mask not to be read
+            return blank.expand(batch_size), None
+        return None, None
+
+    def _place_prefix(
+        self, inputs_embeds: torch.Tensor, is_prefix: torch.Tensor, has_prefix: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Step 2 of Algorithm 1: the columns `(B, L)` of the prefix, and Y `(B, L, d)`. A row without a prefix gets any L
+        columns, fewer if the text is shorter, and as Y what stands on them.
+        """
+        start = is_prefix.int().argmax(dim=-1, keepdim=True)
+        length = min(self.config.num_prefix_tokens, inputs_embeds.shape[1])
+        columns = start + torch.arange(length, device=inputs_embeds.device)
+        prefix = self._embed_prefix(inputs_embeds.device)[:, :length].to(inputs_embeds.device, inputs_embeds.dtype)
+        present = inputs_embeds.gather(1, columns[:, :, None].expand(-1, -1, prefix.shape[-1]))
+        return columns, torch.where(has_prefix[:, None, None], prefix, present)
 
     def _instruction_mask(
         self,
@@ -954,43 +642,54 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor,
     ) -> torch.Tensor:
-        """The instruction `(B, S)`: the text before the response, as the markers and `instruction_scope` tell."""
-        marker_ids, sequence_length = self.config.response_marker_ids, text_mask.shape[1]
-        markers = torch.stack([self._columns_of(token_id, input_ids, inputs_embeds) for token_id in marker_ids])
+        """Step 3 of Algorithm 1: the instruction `(B, S)`, which is the text before the response."""
+        sequence_length = text_mask.shape[1]
+        markers = self._response_markers(input_ids, inputs_embeds)
         response_start = find_response_start(markers & text_mask, self.config.instruction_scope)
         no_marker = response_start == sequence_length
         if not is_tracing(no_marker) and (no_marker & has_prefix).any():
-            if self.training:
-                logger.warning_once(
-                    f"A training example with an image has no response marker (`config.response_marker_ids` {marker_ids}), "
-                    "so its prefix reads all of its text, the labels included. If the row was truncated before its answer, "
-                    "leave such rows out or allow more tokens (`max_length` of TRL and of collators). Else look whether the "
-                    "chat template of the processor writes the marker."
-                )
-            else:
-                logger.warning_once(
-                    f"A prompt with an image has no response marker (`config.response_marker_ids` {marker_ids}), as chats "
-                    "have it: a model that was trained on chats will not answer it. `processor.apply_chat_template` with "
-                    "`add_generation_prompt=True` writes it."
-                )
+            self._warn_of_missing_marker()
         return text_mask & (torch.arange(sequence_length, device=text_mask.device) < response_start[:, None])
 
-    def _warn_of_labelled_instruction(
-        self, labels: torch.Tensor, input_ids: torch.Tensor | None, inputs_embeds: Any
-    ) -> None:
-        """Warns if `labels` `(B, S)` ask for what the prefix reads, which it need only copy then."""
-        columns = torch.arange(labels.shape[1], device=labels.device)
-        is_placeholder = self._columns_of(self.config.image_token_id, input_ids, inputs_embeds)
-        markers = [self._columns_of(token, input_ids, inputs_embeds) for token in self.config.response_marker_ids]
-        response_start = find_response_start(torch.stack(markers), self.config.instruction_scope)
-        in_instruction = is_placeholder.any(dim=-1, keepdim=True) & ~is_placeholder
-        in_instruction &= (columns + len(markers) <= response_start[:, None]) & (response_start < len(columns))[
-            :, None
-        ]
-        if (in_instruction.to(labels.device) & (labels != -100)).any():
+    def _response_markers(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """Which columns hold each token of the response marker, `(marker length, B, S)`."""
+        marker_ids = self.config.response_marker_ids
+        return torch.stack([self._columns_of_token(token_id, input_ids, inputs_embeds) for token_id in marker_ids])
+
+    def _warn_of_missing_marker(self) -> None:
+        marker_ids = self.config.response_marker_ids
+        if self.training:
             logger.warning_once(
-                "The labels of a row with an image hold its instruction too, which the prefix has read: it need only be "
-                "copied. Set them to -100 up to the response marker (`config.response_marker_ids` "
+                f"A training example with an image has no response marker (`config.response_marker_ids` {marker_ids}), "
+                "so its prefix reads all of its text, the labels included. If the row was truncated before its answer, "
+                "leave such rows out or allow more tokens (`max_length` of TRL and of collators). Else look whether the "
+                "chat template of the processor writes the marker."
+            )
+        else:
+            logger.warning_once(
+                f"A prompt with an image has no response marker (`config.response_marker_ids` {marker_ids}), as chats "
+                "have it: a model that was trained on chats will not answer it. `processor.apply_chat_template` with "
+                "`add_generation_prompt=True` writes it."
+            )
+
+    def _warn_of_labelled_instruction(
+        self,
+        labels: torch.Tensor,
+        kept: slice | torch.Tensor,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+    ) -> None:
+        """Warns if `labels`, of the `kept` columns, ask for what the prefix reads: the model need only copy it then."""
+        is_placeholder = self._columns_of_token(self.config.image_token_id, input_ids, inputs_embeds)
+        columns = torch.arange(is_placeholder.shape[1], device=is_placeholder.device)
+        markers = self._response_markers(input_ids, inputs_embeds)
+        response_start = find_response_start(markers, self.config.instruction_scope)[:, None]
+        has_instruction = is_placeholder.any(dim=-1, keepdim=True) & (response_start < len(columns))
+        in_instruction = has_instruction & ~is_placeholder & (columns + len(markers) <= response_start)
+        if (in_instruction[:, kept].to(labels.device) & (labels != -100)).any():
+            logger.warning_once(
+                "The labels of a row with an image include its instruction, which the prefix has read: the model need "
+                "only copy it. Set them to -100 up to the response marker (`config.response_marker_ids` "
                 f"{self.config.response_marker_ids}), as `ta-llava train` does. In TRL, give prompt and completion, and "
                 "`completion_only_loss=True`."
             )
@@ -1001,7 +700,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
         scale = getattr(self.get_input_embeddings(), "embed_scale", None)
         return prefix if scale is None else prefix * torch.as_tensor(scale, device=prefix.device).to(prefix.dtype)
 
-    def _rotary_embedding(self, states: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rotary_embedding(self, states: torch.Tensor, mask: torch.Tensor) -> Rotary:
         """Rotary embedding inside an adapter: the tokens that `mask` `(B, length)` keeps count 0, 1, ..."""
         position_ids = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
         return self.language_model.rotary_emb(states, position_ids, **self.rotary_kwargs)
@@ -1015,8 +714,17 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
         features = real.new_zeros(*image_mask.shape, *real.shape[1:])
         return features.masked_scatter(image_mask[:, :, None, None].to(real.device), real)
 
-    def _check_placeholders(self, is_prefix: torch.Tensor):
-        """Raises unless every row begins with no placeholder or with exactly L of them, side by side."""
+    def _check_length(self, sequence_length: int) -> None:
+        """Raises `ValueError` for a sequence that the language model has no positions for."""
+        max_length = getattr(self.config.text_config, "max_position_embeddings", sequence_length)
+        if sequence_length > max_length:
+            raise ValueError(
+                f"The sequence has {sequence_length} tokens, the context of the language model {max_length} "
+                "(`text_config.max_position_embeddings`). Shorten the prompt."
+            )
+
+    def _check_prefix(self, is_prefix: torch.Tensor, has_prefix: torch.Tensor, images: ImageInputs) -> None:
+        """Raises `ValueError` unless every row begins with no placeholder or with exactly L of them, side by side."""
         num_prefix_tokens = self.config.num_prefix_tokens
         for row, columns in enumerate(is_prefix.tolist()):
             count = sum(columns)
@@ -1026,6 +734,11 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
                 f"Row {row} begins with {count} placeholder tokens (id {self.config.image_token_id}), but a row with images "
                 f"needs {num_prefix_tokens} (`num_prefix_tokens`) side by side, whatever the number of its images, and a "
                 "row without images none. Let the processor write them."
+            )
+        if images.is_empty and has_prefix.any():  # not an error: assistants are called like this
+            logger.warning_once(
+                "The text has placeholders for images, but no images (`pixel_values`, `vision_features` or "
+                "`encoded_images`) were given: the prefix reads text alone."
             )
 
     def _encoded_images_of_rows(
@@ -1051,54 +764,12 @@ class TaLlavaModel(TaLlavaPreTrainedModel):  # trf-ignore: TRF057
                 "each; `repeat_interleave` repeats rows."
             )
         if key.shape[0] != batch_size:
-            states = {name: value.expand(batch_size, *value.shape[1:]) for name, value in encoded_images.items()}
-            encoded_images = type(encoded_images)(**states)
-        self._check_rows(encoded_images.image_mask.sum(dim=-1), has_prefix)
+            encoded_images = encoded_images.expand(batch_size)
+        check_rows(encoded_images.image_mask.sum(dim=-1), has_prefix)
         return encoded_images
 
-    def _check_images(
-        self, name: str, images: torch.Tensor, ndim: int, image_mask: torch.Tensor | None, has_prefix: torch.Tensor
-    ):
-        """Raises unless exactly the rows with placeholders have images."""
-        batch_size = has_prefix.shape[0]
-        if images.dim() != ndim or images.shape[0] != batch_size:
-            rest = "3, height, width" if name == "pixel_values" else "visual tokens, vision width"
-            raise ValueError(
-                f"`{name}` has shape {tuple(images.shape)}, but the text has {batch_size} rows: expected "
-                f"({batch_size}, images, {rest})."
-            )
-        self._check_image_mask(name, images, image_mask)
-        num_images = torch.full_like(has_prefix, images.shape[1], dtype=torch.long)
-        if image_mask is not None:
-            num_images = image_mask.long().sum(dim=-1)
-        self._check_rows(num_images, has_prefix)
 
-    @staticmethod
-    def _check_image_mask(name: str, images: torch.Tensor, image_mask: torch.Tensor | None):
-        """Raises unless `image_mask` is `(B, I)` as the images are."""
-        if image_mask is not None and image_mask.shape != images.shape[:2]:
-            raise ValueError(
-                f"`image_mask` has shape {tuple(image_mask.shape)}, `{name}` holds rows x images of "
-                f"{tuple(images.shape[:2])}. They must agree; the processor makes both."
-            )
-
-    @staticmethod
-    def _check_rows(num_images: torch.Tensor, has_prefix: torch.Tensor):
-        """Raises unless exactly the rows with placeholders have images."""
-        if is_tracing(has_prefix):
-            return
-        wrong = (num_images.to(has_prefix.device) > 0) != has_prefix
-        if wrong.any():
-            row = int(wrong.int().argmax())
-            begins = "begins with" if has_prefix[row] else "does not begin with"
-            raise ValueError(
-                f"Row {row} has {int(num_images[row])} images but its text {begins} placeholder tokens. Make text and "
-                "images in one call of the processor, and pass its `attention_mask` along: padding that is not marked "
-                "counts as text."
-            )
-
-
-class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin):  # trf-ignore: TRF057
+class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin):
     r"""
     TA-LLaVA with a language modelling head, for generation and training. An image, or several, stand before the text as
     `config.num_prefix_tokens` columns, which read the question and then the image in each prompt.
@@ -1161,18 +832,18 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin): 
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
         # The library gives images to the first forward only, but of their arguments it knows just `pixel_values`.
         if not is_first_iteration and kwargs.get("use_cache", True):
-            for name in _IMAGE_ARGUMENTS:
+            for name in IMAGE_ARGUMENTS:
                 kwargs.pop(name, None)
         return super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
 
-    def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs):
+    def _expand_inputs_for_generation(self, expand_size: int = 1, *args: Any, **kwargs: Any):
         # A row for all questions stands for those of all beams too.
         key = getattr(kwargs.get("encoded_images"), "key", None)
         if key is not None and len(key) > 1:
             kwargs["encoded_images"] = kwargs["encoded_images"].repeat_interleave(expand_size)
-        return super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
+        return super()._expand_inputs_for_generation(expand_size, *args, **kwargs)  # type: ignore[misc]  # by its `self`
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
         if generation_config.prefill_chunk_size is not None and (input_ids == self.config.image_token_id).any():
@@ -1182,36 +853,64 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin): 
             )
         cache = model_kwargs.get(CACHE)
         if cache is not None and is_first_iteration:
-            num_images = count_images(input_ids.shape[0], **model_kwargs)
+            num_images = ImageInputs.of(model_kwargs).count(input_ids.shape[0])
             past_length = int(cache.get_seq_length())
             if past_length == 0:
-                cache.num_images = num_images  # here too, since a compiled forward cannot
+                keep_num_images(cache, num_images)  # here too, since a compiled forward cannot
             else:
-                num_past_images = getattr(cache, "num_images", None)
-                if any(num_images) and num_past_images is not None:
-                    # Its rows may have been repeated or selected, as for beams.
-                    same_rows = len(num_images) == len(num_past_images)
-                    known = num_images == num_past_images if same_rows else set(num_images) <= set(num_past_images)
-                    if not known:
-                        raise ValueError(
-                            f"The prompts have {num_images} images now, those in `past_key_values` {num_past_images}. The "
-                            "prefix reads images before all text: for new ones, begin with an empty cache; the same as "
-                            "before may be left out."
-                        )
                 new_ids = input_ids[:, past_length:] if input_ids.shape[1] > past_length else input_ids
-                num_placeholders = int((new_ids == self.config.image_token_id).sum(dim=1).max())
-                if num_placeholders >= self.config.num_prefix_tokens:
-                    raise ValueError(
-                        f"What follows `past_key_values` has {num_placeholders} placeholder tokens (id "
-                        f"{self.config.image_token_id}) in a row, as a prompt with images begins with. The prefix reads "
-                        "images before all text: for new ones, begin with an empty cache; else leave images and "
-                        "placeholders out, or give the whole conversation."
-                    )
-                if num_past_images is None or any(num_past_images):
-                    self._check_next_turn(new_ids)
+                self._check_next_turn(new_ids, num_images, kept_num_images(cache))
                 # Even a compiled forward, which does not see that the prefix is in the cache, now needs no image.
-                model_kwargs = {name: value for name, value in model_kwargs.items() if name not in _IMAGE_ARGUMENTS}
+                model_kwargs = {name: value for name, value in model_kwargs.items() if name not in IMAGE_ARGUMENTS}
         return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+
+    def _check_next_turn(
+        self, new_ids: torch.Tensor, num_images: list[int], num_past_images: list[int] | None
+    ) -> None:
+        """
+        Checks what follows a cache.
+
+        Args:
+            new_ids (`torch.LongTensor` of shape `(B, S)`): The new columns.
+            num_images (`list[int]`): Images of each row that are given now.
+            num_past_images (`list[int]`, *optional*): Images of each row that the prefix in the cache has read, if known.
+
+        Raises:
+            `ValueError`: There are new images, or a second prefix.
+        """
+        if any(num_images) and num_past_images is not None:
+            # Its rows may have been repeated or selected, as for beams.
+            same_rows = len(num_images) == len(num_past_images)
+            known = num_images == num_past_images if same_rows else set(num_images) <= set(num_past_images)
+            if not known:
+                raise ValueError(
+                    f"The prompts have {num_images} images now, those in `past_key_values` {num_past_images}. The prefix "
+                    "reads images before all text: for new ones, begin with an empty cache; the same as before may be "
+                    "left out."
+                )
+        num_placeholders = int((new_ids == self.config.image_token_id).sum(dim=1).max())
+        if num_placeholders >= self.config.num_prefix_tokens:
+            raise ValueError(
+                f"What follows `past_key_values` has {num_placeholders} placeholder tokens (id "
+                f"{self.config.image_token_id}) in a row, as a prompt with images begins with. The prefix reads images "
+                "before all text: for new ones, begin with an empty cache; else leave images and placeholders out, or give "
+                "the whole conversation."
+            )
+        if num_past_images is None or any(num_past_images):
+            self._warn_of_unread_question(new_ids)
+
+    def _warn_of_unread_question(self, new_ids: torch.Tensor) -> None:
+        """Warns if the prefix in the cache has not read the last question of `new_ids`, but should have."""
+        # CODEPATH: with "first", as in the paper, the prefix has read all that it reads in the first turn.
+        if self.config.instruction_scope == "first":
+            return
+        markers = self.model._response_markers(new_ids, None)
+        if (find_response_start(markers, "last") < new_ids.shape[1]).any():
+            logger.warning_once(
+                'With `instruction_scope="last"` the prefix reads every new question, but that in `past_key_values` has '
+                "read the earlier ones only: the answer is not that to the same prompt with an empty cache. Begin with an "
+                'empty cache in each turn, or set `model.config.instruction_scope = "first"`.'
+            )
 
     def _assisted_decoding(self, input_ids, *args, **kwargs):
         cache = kwargs.get(CACHE)
@@ -1222,19 +921,6 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin): 
             )
         return super()._assisted_decoding(input_ids, *args, **kwargs)
 
-    def _check_next_turn(self, new_ids: torch.Tensor):
-        """Warns if the prefix, as it is in the cache, has not read the last question of `new_ids`, but should have."""
-        # CODEPATH: a prefix of "first", the paper's, has read all that it is to read in the first turn.
-        if self.config.instruction_scope == "first":
-            return
-        markers = torch.stack([new_ids == token_id for token_id in self.config.response_marker_ids])
-        if (find_response_start(markers, "last") < new_ids.shape[1]).any():
-            logger.warning_once(
-                'With `instruction_scope="last"` the prefix reads every new question, but that in `past_key_values` has '
-                "read the earlier ones only: the answer is not that to the same prompt with an empty cache. Begin with an "
-                'empty cache in each turn, or set `model.config.instruction_scope = "first"`.'
-            )
-
     def init_continuous_batching(self, *args, **kwargs):
         """Refused: continuous batching packs requests into one row, but every prefix must read its own request only."""
         raise ValueError(
@@ -1242,7 +928,7 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin): 
             "`generate()` with a padded batch."
         )
 
-    def get_image_features(  # trf-ignore: TRF057
+    def get_image_features(
         self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple | BaseModelOutputWithPooling:
         """See [`TaLlavaModel.get_image_features`]."""
@@ -1284,7 +970,7 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin): 
         return self.model.encode_image(pixel_values, image_mask)
 
     @can_return_tuple
-    def forward(  # trf-ignore: TRF057
+    def forward(  # type: ignore[misc]  # the library lists `position_ids` among the keyword arguments too
         self,
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -1362,16 +1048,14 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin): 
             cache=cache,
             **kwargs,
         )
-        columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, columns, :])
-        softcap = getattr(self.config.text_config, "final_logit_softcapping", None)
-        if softcap is not None:
-            logits = torch.tanh(logits / softcap) * softcap
+        logits = self._predict(outputs.last_hidden_state, logits_to_keep)
 
         loss = None
         if labels is not None:
             if self.training and not is_tracing(labels):
-                self.model._warn_of_labelled_instruction(labels, input_ids, inputs_embeds)
+                self.model._warn_of_labelled_instruction(
+                    labels, kept_columns(logits_to_keep), input_ids, inputs_embeds
+                )
             labels = labels.masked_fill(labels == self.config.image_token_id, -100)
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs

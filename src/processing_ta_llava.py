@@ -31,15 +31,15 @@ from .image_loading import cut_to_aspect_ratio, load_rgb_image, open_images, res
 from .safe_loading import check_image_size, check_sizes
 
 
-class TaLlavaProcessor(TypedPlaceholdersMixin, ProcessorMixin):  # trf-ignore: TRF057
+class TaLlavaProcessor(TypedPlaceholdersMixin, ProcessorMixin):
     r"""
     Turns images and text into the inputs of [`TaLlavaForConditionalGeneration`].
 
-    In the text, `image_token` (`"<image>"`) stands for an image and `video_token` (`"<video>"`) for a video, anywhere; the
+    Anywhere in the text, `image_token` (`"<image>"`) stands for an image and `video_token` (`"<video>"`) for a video. The
     chat template writes them, and one that is typed in a message stays text. A row with images, however many, gets
-    `num_prefix_tokens` placeholder ids before all its text, and the BOS token after them; the `<image>`s and `<video>`s
-    themselves, each with the line break that follows it, are taken out. A row without images is what the tokenizer makes of
-    it. To the model, a video is its frames.
+    `num_prefix_tokens` placeholder ids before all its text, and the BOS token after them. The `<image>`s and `<video>`s
+    themselves are taken out, each with the line break that follows it. A row without images is tokenized as the tokenizer
+    alone would. To the model, a video is its frames.
 
     Args:
         image_processor (`BaseImageProcessor`):
@@ -56,7 +56,7 @@ class TaLlavaProcessor(TypedPlaceholdersMixin, ProcessorMixin):  # trf-ignore: T
         video_token (`str`, *optional*, defaults to `"<video>"`):
             What stands for a video in the text.
         num_video_frames (`int`, *optional*, defaults to 8):
-            At most so many frames of a video are read, at equal distances.
+            Largest number of frames that are read from a video, at equal distances.
         chat_template (`str`, *optional*):
             Jinja template for [`~ProcessorMixin.apply_chat_template`]. Defaults to that of the tokenizer.
     """
@@ -89,11 +89,12 @@ class TaLlavaProcessor(TypedPlaceholdersMixin, ProcessorMixin):  # trf-ignore: T
         self.num_video_frames = num_video_frames
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
 
-    def __call__(  # trf-ignore: TRF057
+    def __call__(
         self,
         images: ImageInput | None = None,
         text: TextInput | list[TextInput] | None = None,
         videos: VideoInput | None = None,
+        audio: Any = None,
         *,
         images_encoded: bool = False,
         **kwargs: Unpack[ProcessingKwargs],
@@ -101,51 +102,51 @@ class TaLlavaProcessor(TypedPlaceholdersMixin, ProcessorMixin):  # trf-ignore: T
         """
         Args:
             images (image, list of images, or list of lists of images, *optional*):
-                Path, URL, base64 string, PIL image, array or tensor each. A flat list is dealt out to the rows by the
-                `<image>`s in their text; a nested one has one list per row, which may be empty.
+                Each is a path, URL, base64 string, PIL image, array or tensor. The `<image>`s in the texts say which row
+                an image of a flat list belongs to. A nested list has one list per row, which may be empty.
             text (`str` or `list[str]`, *optional*):
                 The prompts, with one `<image>` per image and one `<video>` per video.
             videos (video, or lists of videos, *optional*):
-                A file or URL (decoded by `av` or `torchcodec`, whichever is installed), an array or tensor
-                `(frames, H, W, C)` or `(frames, C, H, W)`, or a list of frames each, which are PIL images, arrays or
-                tensors. They are dealt out to the rows by the `<video>`s in their text.
+                Each is a file or URL (which `av` or `torchcodec` decodes, whichever is installed), an array or tensor
+                `(frames, H, W, C)` or `(frames, C, H, W)`, or a list of frames, which are PIL images, arrays or tensors.
+                The `<video>`s in the texts say which row a video belongs to.
+            audio (*optional*):
+                Refused: TA-LLaVA reads no sound.
             images_encoded (`bool`, *optional*, defaults to `False`):
-                The images and videos of the text are not needed, since the model is given what `encode_image` has made of
-                them, or a cache: `<image>` and `<video>` only say which rows get placeholders.
+                Leave images and videos out, because the model is given the result of `encode_image`, or a cache. `<image>`
+                and `<video>` then only say which rows get placeholders.
             num_frames (`int`, *optional*):
-                Instead of `num_video_frames`.
+                Largest number of frames in this call, instead of `num_video_frames`.
 
         Returns:
-            [`BatchFeature`] with `input_ids` and `attention_mask` `(B, S)`, with images also `pixel_values`
-            `(B, I, 3, H, W)` and `image_mask` `(B, I)`, 1 for real images, 0 for filler, where each frame of a video counts
-            as an image, at the place of the video among the images of its row; with
-            `return_mm_token_type_ids=True` also `mm_token_type_ids` `(B, S)`, 1 on the placeholders.
+            [`BatchFeature`] with `input_ids` and `attention_mask` `(B, S)`. With images it also has `pixel_values`
+            `(B, I, 3, H, W)` and `image_mask` `(B, I)`, 1 for real images, 0 for filler. Each frame of a video counts as an
+            image, at the place of the video among the images of its row. With `return_mm_token_type_ids=True` it also has
+            `mm_token_type_ids` `(B, S)`, 1 on the placeholders.
 
         Raises:
-            `ValueError`: An unreadable image or video, numbers of images and of `<image>`s, or of videos and of
-                `<video>`s, that differ, images with `images_encoded`, an empty prompt, or one longer than the tokenizer's
+            `ValueError`: An image or video cannot be read; the numbers of images and `<image>`s, or of videos and
+                `<video>`s, differ; images come with `images_encoded`; or a prompt is empty or longer than the tokenizer's
                 `model_max_length`.
-            `ImportError`: A video is a file or URL, and nothing is installed that decodes it.
+            `ImportError`: A video is a file or URL, and nothing that decodes it is installed.
         """
-        if kwargs.pop("audio", None) is not None:
+        if audio is not None:
             raise ValueError("TA-LLaVA reads images, videos and text, no sound.")
         if text is None and images is None and videos is None:
             raise ValueError("Give `text`, `images`, `videos`, or several of them.")
-        merged = self._merge_kwargs(ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        kinds: Any = ProcessingKwargs
+        merged = self._merge_kwargs(kinds, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
         return_tensors = text_kwargs.pop("return_tensors", None)
         images_kwargs.pop("return_tensors", None)
         frames = self._frames_of_videos(videos, **merged["videos_kwargs"])
 
         data: dict[str, Any] = {}
-        if text is not None:
-            texts = [text] if isinstance(text, str) else text
-            if (
-                not isinstance(texts, (list, tuple))
-                or not all(isinstance(sample, str) for sample in texts)
-                or not texts
-            ):
-                raise ValueError("`text` must be a string or a list of strings, with at least one in it.")
+        if text is None:
+            rows = _nested_rows(images) if _is_nested(images) else [[image] for image in _flatten_images(images)]
+            rows += frames
+        else:
+            texts = self._check_texts(text)
             if images_encoded:
                 if images is not None or videos is not None:
                     raise ValueError("Give images and videos, or `images_encoded=True` for a text alone, not both.")
@@ -154,13 +155,18 @@ class TaLlavaProcessor(TypedPlaceholdersMixin, ProcessorMixin):  # trf-ignore: T
             else:
                 rows = self._with_frames(self._images_of_rows(images, texts), frames, texts)
                 has_images = [len(row) > 0 for row in rows]
-            data.update(self._tokenize(list(texts), has_images, **text_kwargs))
-        else:
-            rows = _nested_rows(images) if _is_nested(images) else [[image] for image in _flatten_images(images)]
-            rows += frames
+            data.update(self._tokenize(texts, has_images, **text_kwargs))
         if any(rows):
             data.update(self._stack_images(rows, **images_kwargs))
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["text_replacement_offsets"])
+
+    @staticmethod
+    def _check_texts(text: Any) -> list[str]:
+        """The prompts as a list. Raises `ValueError` for anything but one string or several."""
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(each, str) for each in texts) or not texts:
+            raise ValueError("`text` must be a string or a list of strings, with at least one in it.")
+        return list(texts)
 
     def _images_of_rows(self, images: Any, texts: Sequence[str]) -> list[list]:
         """The images of each row, checked against the `<image>`s in its text."""
@@ -194,7 +200,7 @@ class TaLlavaProcessor(TypedPlaceholdersMixin, ProcessorMixin):  # trf-ignore: T
         do_sample_frames: bool = True,
         **kwargs,
     ) -> list[list]:
-        """The frames of each video that are read; they are processed as images."""
+        """The frames that are read from each video. They are processed as images."""
         if videos is None:
             return []
         if fps is not None:
@@ -225,7 +231,7 @@ class TaLlavaProcessor(TypedPlaceholdersMixin, ProcessorMixin):  # trf-ignore: T
         return merged
 
     def _placeholder_words(self) -> list[str]:
-        # And the token of the placeholder, which may be another: its id in a text would be taken for a part of the prefix.
+        # The token of the placeholder may be another one. Its id in a text would be taken for a part of the prefix.
         return [self.image_token, self.video_token, self.tokenizer.convert_ids_to_tokens(self.image_token_id)]
 
     @property
@@ -241,65 +247,40 @@ class TaLlavaProcessor(TypedPlaceholdersMixin, ProcessorMixin):  # trf-ignore: T
         max_length: int | None = None,
         padding_side: str | None = None,
         pad_to_multiple_of: int | None = None,
+        return_attention_mask: bool | None = None,
+        return_overflowing_tokens: bool = False,
         return_mm_token_type_ids: bool = False,
         return_text_replacement_offsets: bool = False,
         **kwargs,
     ) -> dict[str, list]:
         """Token ids of the rows, each tokenized as the tokenizer alone would, with placeholders before it."""
+        if return_overflowing_tokens:
+            raise ValueError("`return_overflowing_tokens` is not supported: a row is one prompt.")
         limit = max_length if max_length is not None else self.tokenizer.model_max_length
         truncate = truncation not in (None, False, "do_not_truncate") and limit < LARGE_INTEGER
         if truncate and any(has_images) and limit <= self.num_prefix_tokens:
             raise ValueError(
                 f"`max_length` is {limit}, but a row with images needs {self.num_prefix_tokens} placeholders and some text."
             )
-        return_attention_mask = kwargs.pop("return_attention_mask", None)
-        if kwargs.pop("return_overflowing_tokens", False):
-            raise ValueError("`return_overflowing_tokens` is not supported: a row is one prompt.")
-        add_special_tokens = kwargs.pop("add_special_tokens", True)
         rows, replacement_offsets = [], []
         for index, (sample, has_image) in enumerate(zip(texts, has_images)):
             prompt, offsets = self._take_out_image_tokens(sample) if has_image else (sample, [])
             if not prompt.strip():
                 raise ValueError(f"Prompt {index} is empty. Ask something about the image, or give some text.")
-            # The template of a chat model writes the BOS token; the tokenizer must not add it a second time.
-            bos_token = self.tokenizer.bos_token
-            starts_with_bos = bos_token is not None and prompt.startswith(bos_token)
             num_placeholders = self.num_prefix_tokens if has_image else 0
-            row = self.tokenizer(
-                prompt,
-                add_special_tokens=add_special_tokens and not starts_with_bos,
-                truncation=truncate,
-                max_length=limit - num_placeholders if truncate else None,
-                verbose=False,  # the check below says it better
-                **kwargs,
-            )
-            length = num_placeholders + len(row["input_ids"])
+            row = self._tokenize_prompt(prompt, num_placeholders, limit if truncate else None, **kwargs)
+            length = len(row["input_ids"])
             if length > limit and not truncate and max_length is None:
                 raise ValueError(
                     f"Prompt {index} has {length} tokens, {num_placeholders} of them placeholders, but the context holds "
                     f"{limit} (`tokenizer.model_max_length`). Shorten it, or pass `truncation=True`."
                 )
-            row = {"input_ids": row["input_ids"], "attention_mask": row["attention_mask"], **row}
-            filler = {"input_ids": self.image_token_id, "attention_mask": 1, "offset_mapping": (0, 0)}
-            rows.append({key: [filler.get(key, 0)] * num_placeholders + list(value) for key, value in row.items()})
+            rows.append(row)
             replacement_offsets.append(offsets)
 
         data: dict[str, list] = {key: [row[key] for row in rows] for key in rows[0]}
         if padding:
-            to_pad = {key: data.pop(key) for key in ("input_ids", "attention_mask")}
-            padded = self.tokenizer.pad(
-                to_pad,
-                padding=padding,
-                max_length=max_length,
-                padding_side=padding_side,
-                pad_to_multiple_of=pad_to_multiple_of,
-            )
-            data = {"input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"], **data}
-            left = (padding_side or self.tokenizer.padding_side) == "left"
-            for key in data.keys() - {"input_ids", "attention_mask"}:  # the tokenizer pads what it knows, not offsets
-                for index, row in enumerate(data[key]):
-                    fill = [(0, 0) if key == "offset_mapping" else 0] * (len(data["input_ids"][index]) - len(row))
-                    data[key][index] = fill + row if left else row + fill
+            data = self._pad(data, padding, max_length, padding_side, pad_to_multiple_of)
         if return_attention_mask is False:
             del data["attention_mask"]
         if return_mm_token_type_ids:
@@ -307,6 +288,54 @@ class TaLlavaProcessor(TypedPlaceholdersMixin, ProcessorMixin):  # trf-ignore: T
         if return_text_replacement_offsets:
             data["text_replacement_offsets"] = replacement_offsets
         return data
+
+    def _tokenize_prompt(
+        self,
+        prompt: str,
+        num_placeholders: int,
+        max_length: int | None,
+        add_special_tokens: bool = True,
+        **kwargs,
+    ) -> dict[str, list]:
+        """One row: placeholders and the tokens of a prompt, cut to `max_length` if there is one."""
+        # The template of a chat model writes the BOS token; the tokenizer must not add it a second time.
+        bos_token = self.tokenizer.bos_token
+        starts_with_bos = bos_token is not None and prompt.startswith(bos_token)
+        row = self.tokenizer(
+            prompt,
+            add_special_tokens=add_special_tokens and not starts_with_bos,
+            truncation=max_length is not None,
+            max_length=None if max_length is None else max_length - num_placeholders,
+            verbose=False,  # `_tokenize` says it better
+            **kwargs,
+        )
+        row = {"input_ids": row["input_ids"], "attention_mask": row["attention_mask"], **row}
+        filler = {"input_ids": self.image_token_id, "attention_mask": 1, "offset_mapping": (0, 0)}
+        return {key: [filler.get(key, 0)] * num_placeholders + list(value) for key, value in row.items()}
+
+    def _pad(
+        self,
+        data: dict[str, list],
+        padding: bool | str,
+        max_length: int | None,
+        padding_side: str | None,
+        pad_to_multiple_of: int | None,
+    ) -> dict[str, list]:
+        """Rows of one length, as the tokenizer pads ids and mask. It does not pad all else, such as offsets."""
+        padded = self.tokenizer.pad(
+            {key: data[key] for key in ("input_ids", "attention_mask")},
+            padding=padding,
+            max_length=max_length,
+            padding_side=padding_side,
+            pad_to_multiple_of=pad_to_multiple_of,
+        )
+        others = {key: rows for key, rows in data.items() if key not in padded}
+        left = (padding_side or self.tokenizer.padding_side) == "left"
+        for key, rows in others.items():
+            for index, row in enumerate(rows):
+                fill = [(0, 0) if key == "offset_mapping" else 0] * (len(padded["input_ids"][index]) - len(row))
+                rows[index] = fill + row if left else row + fill
+        return {"input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"], **others}
 
     def _take_out_image_tokens(self, sample: str) -> tuple[str, list[dict[str, tuple[int, int]]]]:
         """The text without its `<image>`s and `<video>`s, and where each was (`span`) and is (`new_span`, of length 0)."""
@@ -325,7 +354,7 @@ class TaLlavaProcessor(TypedPlaceholdersMixin, ProcessorMixin):  # trf-ignore: T
             flat = [load_rgb_image(image) for image in flat]
             if self.image_processor.size.get("shortest_edge"):
                 flat = [cut_to_aspect_ratio(image) for image in flat]
-        else:  # arrays of values that are not to be rescaled are the image processor's business
+        else:  # the image processor checks arrays of values that are not rescaled
             flat = open_images(flat)
         flat = resize_first(flat, self.image_processor, **kwargs)
         pixels = self.image_processor(flat, return_tensors="np", **kwargs)["pixel_values"]
@@ -338,7 +367,7 @@ class TaLlavaProcessor(TypedPlaceholdersMixin, ProcessorMixin):  # trf-ignore: T
         return {"pixel_values": pixel_values, "image_mask": image_mask}
 
     def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs):
-        """Placeholders needed for the images of one prompt: the prefix is shared, so the first image brings it all."""
+        """Placeholders for the images of one prompt. They share the prefix, so the first image counts all of it."""
         num_images = 0 if image_sizes is None else len(image_sizes)
         counts = [self.num_prefix_tokens if index == 0 else 0 for index in range(num_images)]
         return {"num_image_tokens": counts, "num_image_patches": [1] * num_images}
@@ -371,14 +400,14 @@ def _flatten_images(images: Any) -> list:
 
 
 def _flatten_videos(videos: Any, depth: int = 0) -> list:
-    """One video, or videos in lists in any way, as a flat list. Three lists deep, names are those of frames."""
+    """One video, or videos in lists of any depth, as a flat list. Names that are three lists deep are those of frames."""
     if isinstance(videos, (str, os.PathLike)) or getattr(videos, "ndim", 0) == 4:
         return [videos]
     if getattr(videos, "ndim", 0) == 5:
         return list(videos)
     if not isinstance(videos, (list, tuple)):
         raise ValueError(
-            f"A video is a file, a URL, an array of 4 dimensions or a list of frames, not {type(videos)}."
+            f"A video must be a file, a URL, an array of 4 dimensions or a list of frames, got {type(videos)}."
         )
     named = depth == 2 and all(isinstance(frame, (str, os.PathLike)) for frame in videos)
     if named or any(isinstance(frame, Image.Image) or getattr(frame, "ndim", 0) == 3 for frame in videos):

@@ -12,9 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-What a checkpoint of unknown origin may not do: have its weights read from pickles, which can run code, or from files that
-are not its own, and ask for sizes that no model has, or that its weights do not have, which fill the memory before
-anything is found wrong.
+Loads checkpoints of unknown origin safely. Weights are not read from pickles, which can run code, nor from files outside of
+the checkpoint. A config may not ask for sizes that no model has, or that its weights do not have: they would fill the memory
+before anything is found wrong.
 """
 
 import json
@@ -41,7 +41,7 @@ from transformers.utils import (
 from transformers.utils.hub import cached_files
 
 
-# Several times those of the largest models there are. Names of other kinds of config are looked up by these.
+# Several times the sizes of the largest models there are. The `attribute_map` of a config class gives its names for them.
 _LARGEST_SIZES = {
     "num_hidden_layers": 1_000,
     "layer_types": 1_000,
@@ -63,24 +63,24 @@ _LARGEST_SIZES = {
     "num_prefix_tokens": 10_000,
     "num_additional_image_tokens": 10_000,
 }
-# Of every other integer, unless its name has one of these in it: they fill no memory.
+# Limit for every other integer, unless its name has one of these in it: those fill no memory.
 _LARGEST_INTEGER = 100_000_000
 _MAY_BE_LARGER = ("theta", "base", "window", "max_length", "seed")
-_LARGEST_IMAGE_SIDE = 10_000  # pixels that an image processor may make, several times those of any vision tower
+_LARGEST_IMAGE_SIDE = 10_000  # pixels, several times those of any vision tower
 _IMAGE_SIZES = ("size", "crop_size", "pad_size")
 _SIDES = ("height", "width", "shortest_edge", "longest_edge")
 
 
 def load_config(source: str | Path, **kwargs: Any) -> Any:
     """
-    The config of a folder or Hub repo, whose sizes are checked before it is made, and whose code is not run.
+    Loads the config of a folder or Hub repo. Its sizes are checked before it is made, and its code is not run.
 
     Args:
         source (`str` or `Path`): Folder or Hub repo.
         kwargs: As for `AutoConfig.from_pretrained`.
 
     Raises:
-        `ValueError`: See [`check_sizes`]; else what `AutoConfig.from_pretrained` raises.
+        `ValueError`: See [`check_sizes`]. Also what `AutoConfig.from_pretrained` raises.
     """
     check_sizes("config", PreTrainedConfig.get_config_dict(source, **kwargs)[0])
     kwargs["trust_remote_code"] = False
@@ -89,16 +89,17 @@ def load_config(source: str | Path, **kwargs: Any) -> Any:
 
 def check_sizes(name: str, config: Any, is_read: bool = True) -> None:
     """
-    Checks what a `config.json` says about a part of a model, before its config is made, which may fill the memory already.
+    Checks what a `config.json` says about a part of a model. Call it before you make the config, which may already fill the
+    memory.
 
     Args:
-        name (`str`): The part, for the message.
-        config (`dict`): Its fields, parts of the part included. What is no `dict` was made in Python, and passes.
-        is_read (`bool`): Whether a config is made of them; of other fields, such as notes on the training, only those are
-            looked at that are called as sizes are.
+        name (`str`): Name of the part, for the message.
+        config (`dict`): Its fields, including those of its own parts. A config that was made in Python is not checked.
+        is_read (`bool`): Whether a config is made of the fields. If not, as for notes on the training, only fields with the
+            name of a size are checked.
 
     Raises:
-        `ValueError`: A size, or a list of them, is larger than any model's; or the config gives fields other names.
+        `ValueError`: A size, or a list of sizes, is larger than in any model, or the config gives fields other names.
     """
     if isinstance(config, (list, tuple)):
         for value in config:
@@ -107,7 +108,7 @@ def check_sizes(name: str, config: Any, is_read: bool = True) -> None:
         return
     if "attribute_map" in config:
         raise ValueError(
-            f"`{name}` has an `attribute_map`, but only code may give the fields of a config other names."
+            f"`{name}` has an `attribute_map`, but only code may give the fields of a config other names. Remove the field."
         )
     config_class = _class_of(config)
     is_read = is_read or config_class is not None
@@ -125,10 +126,10 @@ def check_sizes(name: str, config: Any, is_read: bool = True) -> None:
 
 def check_image_size(image_processor: Any) -> None:
     """
-    Checks how large images become by an image processor that makes all of one size, before it makes one.
+    Checks the size that an image processor resizes images to, before it does so.
 
     Raises:
-        `ValueError`: A side is longer than any model's.
+        `ValueError`: A side is longer than in any model.
     """
     for name in _IMAGE_SIZES:
         size = getattr(image_processor, name, None)
@@ -147,21 +148,21 @@ def _check_size(name: str, key: str, value: Any, largest: int) -> None:
 
 
 def _class_of(config: dict[str, Any]) -> Any:
-    """The class of a config, if the library has one of its type."""
+    """The class of a config, if the library knows its type."""
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:  # whose `get` loads nothing new
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:  # `get` would load nothing new
         return None
     return CONFIG_MAPPING[model_type]
 
 
 def read_safetensors(from_pretrained: Callable, source: Any, *args: Any, **kwargs: Any) -> Any:
     """
-    `from_pretrained(source, *args, **kwargs)` of a model, which reads safetensors in the folder of the checkpoint only, also
-    of an adapter. What will be read is looked at before.
+    Calls `from_pretrained(source, *args, **kwargs)` of a model, and makes it read only safetensors in the folder of the
+    checkpoint, also for an adapter. The files are checked before they are read.
 
     Raises:
-        `ValueError`: The weights are pickles, and the message says how to convert them, files outside of that folder, or
-            far less than the config asks for; see also [`check_sizes`].
+        `ValueError`: The weights are pickles (the message says how to convert them), are outside of that folder, or are far
+            fewer than the config asks for. See also [`check_sizes`].
     """
     if kwargs.pop("use_safetensors", None) is False:
         raise ValueError("`use_safetensors` is False, but only safetensors are read: pickles can run code.")
@@ -181,31 +182,33 @@ def read_safetensors(from_pretrained: Callable, source: Any, *args: Any, **kwarg
             raise
         raise ValueError(
             f"The weights of {base} are pickles ({pickles}), which can run code when they are read. Only safetensors are "
-            f"read; {_how_to_convert('pytorch_model*.bin', SAFE_WEIGHTS_NAME)}"
+            f"read: {_how_to_convert('pytorch_model*.bin', SAFE_WEIGHTS_NAME)}"
         ) from error
 
 
 class SafetensorsMixin:
-    """For models, before `PreTrainedModel` among the bases: their weights and adapters are read from safetensors only."""
+    """
+    Makes a model read its weights and adapters from safetensors only. It stands before `PreTrainedModel` among the bases.
+    """
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """
-        Loads a model from safetensors. The settings of VMTC and CMAI are arguments too.
+        Loads a model from safetensors. You can pass the settings of VMTC and CMAI as arguments too.
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`):
                 Folder, or repo on the Hub.
             kwargs:
                 Those of [`~transformers.PreTrainedModel.from_pretrained`], such as `dtype`, `device_map`,
-                `attn_implementation`, `quantization_config` or `revision`. And fields of the model's config, instead of
-                what `config.json` says, for example `use_vmtc=True, vmtc_num_visual_tokens=64`, with
-                `vmtc_merge_weights="normalized"` for a model that was trained without VMTC, and for a LLaVA also
-                `use_cmai=True, cmai_max_ratio=0.6`. LLaVA's processor needs `use_vmtc`, `vmtc_num_visual_tokens`,
-                `vmtc_keep_ratio` and `spd_factor` as well.
+                `attn_implementation`, `quantization_config` or `revision`. Fields of the model's config replace what
+                `config.json` says, for example `use_vmtc=True, vmtc_num_visual_tokens=64`. A model that was trained
+                without VMTC also needs `vmtc_merge_weights="normalized"`. A LLaVA also takes `use_cmai=True,
+                cmai_max_ratio=0.6`. Pass `use_vmtc`, `vmtc_num_visual_tokens`, `vmtc_keep_ratio` and `spd_factor` to
+                LLaVA's processor as well.
 
         Raises:
-            `ValueError`: See [`read_safetensors`]; or a setting that is not possible.
+            `ValueError`: See [`read_safetensors`]. Also for a setting that is not possible.
 
         Example:
 
@@ -220,7 +223,7 @@ class SafetensorsMixin:
         return read_safetensors(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
 
     def load_adapter(self, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As that of [`~transformers.PreTrainedModel`]; raises `ValueError` where the weights are pickles."""
+        """As [`~transformers.PreTrainedModel.load_adapter`]. Raises `ValueError` if the weights are pickles."""
         if peft_model_id is not None:
             given = getattr(kwargs.get("load_config"), "download_kwargs", None) or {}
             _check_adapter(peft_model_id, _location({**given, **(kwargs.get("adapter_kwargs") or {})}))
@@ -231,13 +234,13 @@ class SafetensorsMixin:
 
 
 def _location(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `from_pretrained` that say from where in a folder or Hub repo files are read."""
+    """The arguments of `from_pretrained` that say where the files of a folder or Hub repo are."""
     names = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "proxies")
     return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
 
 
 def _first_of(source: Any, names: Sequence[str], variant: str | None, location: dict[str, Any]) -> str | None:
-    """The first of some files that a folder or Hub repo has, as it is called there."""
+    """The name of the first of some files that a folder or Hub repo has."""
     elsewhere = dict(location)
     folder = PurePosixPath(elsewhere.pop("subfolder", ""))
     paths = [str(folder / _with_variant(name, variant)) for name in names]
@@ -249,7 +252,7 @@ def _check_adapter(source: Any, location: dict[str, Any]) -> Any:
     Checks that the adapter in a folder or Hub repo, if there is one, has safetensors.
 
     Returns:
-        The folder or repo of the model itself: `source`, or that which its adapter is for.
+        The folder or repo of the model itself: `source`, or the one that its adapter is for.
     """
     if not is_peft_available() or os.path.isfile(source):
         return source
@@ -258,8 +261,8 @@ def _check_adapter(source: Any, location: dict[str, Any]) -> Any:
         return source
     if _first_of(source, [ADAPTER_SAFE_WEIGHTS_NAME], None, location) is None:
         raise ValueError(
-            f"The adapter {source} has no {ADAPTER_SAFE_WEIGHTS_NAME}. Only safetensors are read, for pickles can run code; "
-            f"{_how_to_convert(ADAPTER_WEIGHTS_NAME, ADAPTER_SAFE_WEIGHTS_NAME)}"
+            f"The adapter {source} has no {ADAPTER_SAFE_WEIGHTS_NAME}. Only safetensors are read, since pickles can run "
+            f"code: {_how_to_convert(ADAPTER_WEIGHTS_NAME, ADAPTER_SAFE_WEIGHTS_NAME)}"
         )
     if Path(source, CONFIG_NAME).exists():
         return source
@@ -267,20 +270,20 @@ def _check_adapter(source: Any, location: dict[str, Any]) -> Any:
 
 
 def _check_config(source: Any, config: Any, location: dict[str, Any]) -> dict[str, Any]:
-    """The fields of the config that the model will have, checked; `config` is that which `from_pretrained` was given."""
+    """Returns the fields of the config that the model will have, checked. `config` is the argument of `from_pretrained`."""
     if isinstance(config, PreTrainedConfig):
         config = config.to_dict()
     else:
         config, _ = PreTrainedConfig.get_config_dict(config or source, **location)
         if not config:  # the library would take the sizes of some model
-            raise ValueError(f"{source} has no {CONFIG_NAME}, so it is no checkpoint.")
+            raise ValueError(f"{source} has no {CONFIG_NAME}, so it is not a checkpoint.")
     check_sizes("config", config)
     _check_named_weights("config", config)
     return config
 
 
 def _check_named_weights(name: str, config: Any) -> None:
-    """Checks that a config, or that of a part, does not name the file of the weights, which may be pickles."""
+    """Checks that neither a config nor its parts name the file of the weights, which may be pickles."""
     if not isinstance(config, dict):
         return
     if config.get("transformers_weights") is not None:
@@ -294,10 +297,10 @@ def _check_named_weights(name: str, config: Any) -> None:
 
 def _check_shards(source: Any, variant: str | None, location: dict[str, Any]) -> list[str]:
     """
-    Checks that the index of the weights, if they have one, names safetensors in its own folder.
+    Checks that the index of the weights, if there is one, names only safetensors in its own folder.
 
     Returns:
-        The files of the weights in that folder; none if it has no safetensors, or `source` is itself one.
+        The files of the weights in that folder. There are none if it has no safetensors or `source` itself is a file.
     """
     if os.path.isfile(source):
         _check_ending(source)
@@ -323,20 +326,20 @@ def _check_shards(source: Any, variant: str | None, location: dict[str, Any]) ->
 
 
 def _check_amount(source: Any, config: dict[str, Any], names: list[str], location: dict[str, Any]) -> None:
-    """Checks that files can hold the weights: what they lack would be made, and fill the memory, before it is missed."""
+    """Checks that files can hold the weights. Missing ones would be made, and fill the memory, before they are missed."""
     files = (
         cached_files(str(source), names, _raise_exceptions_for_missing_entries=False, **location) if names else None
     )
     num_bytes, num_weights = sum(os.path.getsize(file) for file in files or []), _least_weights(config)
-    if files and num_weights > 8 * num_bytes:  # a bit each, less than any quantisation leaves
+    if files and num_weights > 8 * num_bytes:  # one bit for each weight, less than any quantisation leaves
         raise ValueError(
             f"The config of {source} asks for at least {num_weights} weights, but its files have {num_bytes} bytes: its "
-            "weights are damaged or cut off, or config.json is. Get its files again."
+            "weights are damaged or cut off, or its config.json is. Get its files again."
         )
 
 
 def _least_weights(config: Any) -> int:
-    """No more weights than a model of this config has, in that of its parts which has most."""
+    """A lower bound of the weights of a model of this config: those of its largest part."""
     if isinstance(config, (list, tuple)):
         return max(map(_least_weights, config), default=0)
     if not isinstance(config, dict):
@@ -347,7 +350,7 @@ def _least_weights(config: Any) -> int:
     def size(field: str) -> int:
         name = other_names.get(field, field)
         value = config.get(name, config.get(field, getattr(config_class, name, 0)))
-        return value if isinstance(value, int) else 0  # one for each layer, or none
+        return value if isinstance(value, int) else 0  # it may be a list, one for each layer
 
     rows = size("vocab_size") + size("num_hidden_layers") * (size("hidden_size") + size("intermediate_size"))
     if patch_size := size("patch_size"):
@@ -358,12 +361,12 @@ def _least_weights(config: Any) -> int:
 def _check_ending(file: Any) -> None:
     if not str(file).endswith(".safetensors"):
         raise ValueError(
-            f"The weights in {str(file)!r} are no safetensors, and only those are read: pickles can run code."
+            f"The weights in {str(file)!r} are not safetensors. Only safetensors are read, since pickles can run code."
         )
 
 
 def _find_pickles(source: Any, variant: str | None, location: dict[str, Any]) -> str | None:
-    """Name of the file of weights that are pickles, if a folder or Hub repo has that and no safetensors."""
+    """The name of the pickles with the weights of a folder or Hub repo, if it has no safetensors."""
     try:
         if _first_of(source, [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME], variant, location):
             return None
@@ -373,14 +376,14 @@ def _find_pickles(source: Any, variant: str | None, location: dict[str, Any]) ->
 
 
 def _with_variant(name: str, variant: str | None) -> str:
-    """As the library has it: `model.fp16.safetensors`."""
+    """The name of a file as the library writes its variant: `model.fp16.safetensors`."""
     stem, _, ending = name.rpartition(".")
     return name if variant is None else f"{stem}.{variant}.{ending}"
 
 
 def _how_to_convert(pickles: str, safetensors: str) -> str:
     return (
-        "convert them once, in a copy of the folder: `safetensors.torch.save_file({key: value.clone().contiguous() "
+        "convert the weights once, in a copy of the folder: `safetensors.torch.save_file({key: value.clone().contiguous() "
         f"for file in glob.glob({pickles!r}) for key, value in torch.load(file, weights_only=True).items()}}, "
         f"{safetensors!r}, {{'format': 'pt'}})`."
     )

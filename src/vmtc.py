@@ -28,6 +28,8 @@ from huggingface_hub.dataclasses import strict, validated_field
 from torch import nn
 from transformers import PreTrainedConfig
 
+from .library_versions import OUTPUTS_TO_IGNORE
+
 
 # --- configuration -------------------------------------------------------------------------------------------------
 
@@ -84,9 +86,7 @@ class VmtcConfig(PreTrainedConfig):
             weights sum to 1 in a cluster, which a model needs that was not trained with VMTC.
     """
 
-    # Outputs that the Trainer cannot join: a batch without an image has no features, and a cache is no tensor. By the names
-    # that they have in any version of the library.
-    keys_to_ignore_at_inference = ["cache", "past_key_values", "image_hidden_states", "image_outputs"]
+    keys_to_ignore_at_inference = OUTPUTS_TO_IGNORE
 
     use_vmtc: bool = False
     vmtc_num_visual_tokens: int | None = validated_field(at_least_1, default=None)

@@ -49,12 +49,14 @@ from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, Unpack
 from transformers.tokenization_utils_base import TextInput
 from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing, logging
 
+from .attention_masks import non_padding_columns
 from .chat_messages import TypedPlaceholdersMixin
-from .cmai import Inhibition, check_attention, make_inhibitable, text_token_mask
+from .cmai import Inhibition, check_attention, make_inhibitable
 from .cmai_cache import prepare_cache
 from .image_loading import open_images, resize_first
-from .library_versions import CACHE, cache_of_call
-from .safe_loading import SafetensorsMixin, check_image_size, check_sizes
+from .library_versions import CACHE, PROCESSING_DEFAULTS, cache_of_call, soft_caps_attention
+from .safe_loading import check_image_size, check_sizes
+from .vision_language_model import VisionLanguageModelMixin
 from .vision_towers import blank_image, compression_of_call, make_compressible, patch_grid
 from .vmtc import VisualBudgetMixin, VmtcConfig, at_least_1, count_visual_tokens, share_above_0, spatial_downsample
 
@@ -78,9 +80,8 @@ _REFUSAL = (
 )
 
 
-# What is ignored in this file, TRF057, asks for docstrings that are put together from those of the library.
 @strict
-class VmtcCmaiLlavaConfig(VmtcConfig, LlavaConfig):  # trf-ignore: TRF057
+class VmtcCmaiLlavaConfig(VmtcConfig, LlavaConfig):
     r"""
     Configuration of a [`VmtcCmaiLlavaForConditionalGeneration`]: that of a LLaVA, the fields of [`VmtcConfig`], and those
     below. A `config.json` of a stock LLaVA loads too, with all of it off.
@@ -161,23 +162,20 @@ class VmtcCmaiLlavaConfig(VmtcConfig, LlavaConfig):  # trf-ignore: TRF057
         return {**config_dict, "model_type": cls.model_type}, kwargs
 
 
-class VmtcCmaiLlavaPreTrainedModel(VisualBudgetMixin, SafetensorsMixin, LlavaPreTrainedModel):  # trf-ignore: TRF057
+AUTO_MAP = {
+    "AutoConfig": "vmtc_cmai_patch.VmtcCmaiLlavaConfig",
+    "AutoModel": "vmtc_cmai_patch.VmtcCmaiLlavaModel",
+    "AutoModelForImageTextToText": "vmtc_cmai_patch.VmtcCmaiLlavaForConditionalGeneration",
+    "AutoModelForMultimodalLM": "vmtc_cmai_patch.VmtcCmaiLlavaForConditionalGeneration",
+    "AutoProcessor": "vmtc_cmai_patch.VmtcCmaiLlavaProcessor",
+}
+
+
+class VmtcCmaiLlavaPreTrainedModel(VisionLanguageModelMixin, LlavaPreTrainedModel):
     config: VmtcCmaiLlavaConfig
     config_class = VmtcCmaiLlavaConfig
     model_tags = ["vmtc", "cmai", "llava"]  # of a repo that `push_to_hub` makes
-
-    def initialize_weights(self):
-        # For code outside the library, containers without parameters of their own are passed over, and some library
-        # models initialise through these: let the sub-models do their own part first.
-        self.base_model.vision_tower.initialize_weights()
-        self.base_model.language_model.initialize_weights()
-        super().initialize_weights()
-
-    def save_pretrained(self, save_directory, **kwargs):
-        if self._auto_class is not None:
-            # The library writes the entry of one auto class only.
-            self.config.auto_map = AUTO_MAP
-        super().save_pretrained(save_directory, **kwargs)
+    auto_map = AUTO_MAP
 
 
 def _check_config(config: VmtcCmaiLlavaConfig) -> None:
@@ -188,7 +186,6 @@ def _check_config(config: VmtcCmaiLlavaConfig) -> None:
         check_attention(config.text_config)
 
 
-# trf-ignore: TRF057
 class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignore: TRF013
     """LLaVA without its language modelling head, with VMTC in the vision tower and CMAI in the language model."""
 
@@ -199,11 +196,10 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         make_inhibitable(self.language_model)
         text_config = self.language_model.config
         # trf-ignore: TRF051
-        if getattr(text_config, "attn_logit_softcapping", None) and "sdpa" in text_config._attn_implementation:
-            # SDPA cannot soft-cap. Before 5.23 the library lets Gemma-2 use it all the same, and drops the capping.
+        if soft_caps_attention(text_config) and "sdpa" in text_config._attn_implementation:
             self.language_model.set_attn_implementation("eager")
 
-    def get_image_features(  # trf-ignore: TRF057
+    def get_image_features(
         self,
         pixel_values: torch.Tensor,
         vision_feature_layer: int | list[int] | None = None,
@@ -335,15 +331,8 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
             f"The text has {found} image placeholders (id {self.config.image_token_id}), but there are {each}. {remedy}"
         )
 
-    def _is_placeholder(self, input_ids: torch.Tensor | None, inputs_embeds: Any) -> torch.Tensor:
-        """Which columns `(B, S)` are placeholders: by their ids or, where there are none, by their embeddings."""
-        if input_ids is not None:
-            return (input_ids == self.config.image_token_id).to(inputs_embeds.device)
-        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(token).to(inputs_embeds.dtype)).all(dim=-1)
-
     @can_return_tuple
-    def forward(  # trf-ignore: TRF057
+    def forward(
         self,
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -407,7 +396,7 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
             outputs: Any = self.get_image_features(blank, return_dict=True)
             blank_features = outputs.pooler_output[0]
         if mm_encoder_outputs is not None and has_images:
-            is_image = self._is_placeholder(input_ids, inputs_embeds if input_ids is None else input_ids)
+            is_image = self._columns_of_token(self.config.image_token_id, input_ids, inputs_embeds)
             self._check_placeholders(is_image, mm_encoder_outputs["image"].pooler_output)
         if use_cache is not None:
             kwargs["use_cache"] = use_cache
@@ -476,8 +465,8 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         is_text = torch.ones(batch_size, num_columns, dtype=torch.bool, device=columns.device)
         # A single column without images is a step of the decoding, whose token is text, should it be a placeholder too.
         if num_columns > 1 or has_images:
-            tokens = text_token_mask(attention_mask, num_columns, past_length, columns.device)
-            is_image = self._is_placeholder(input_ids, columns)
+            tokens = non_padding_columns(attention_mask, batch_size, num_columns, columns.device, past_length)
+            is_image = self._columns_of_token(self.config.image_token_id, input_ids, columns).to(columns.device)
             is_text = ~is_image if tokens is None else tokens & ~is_image
         return cache, Inhibition(self.config, is_image, is_text, past_length, filled, max_ratio)
 
@@ -488,7 +477,7 @@ _NAMES_OF_OUTPUTS = [
 ]
 
 
-class VmtcCmaiLlavaForConditionalGeneration(  # trf-ignore: TRF057
+class VmtcCmaiLlavaForConditionalGeneration(
     VmtcCmaiLlavaPreTrainedModel, LlavaForConditionalGeneration, GenerationMixin
 ):
     r"""
@@ -544,7 +533,6 @@ class VmtcCmaiLlavaForConditionalGeneration(  # trf-ignore: TRF057
         """
         return super().generate(inputs, generation_config, *args, **kwargs)
 
-    # trf-ignore: TRF057
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> tuple | BaseModelOutputWithPooling:
         """See [`VmtcCmaiLlavaModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
@@ -591,7 +579,7 @@ class VmtcCmaiLlavaForConditionalGeneration(  # trf-ignore: TRF057
         return super()._get_candidate_generator(*args, **kwargs)
 
     @can_return_tuple
-    def forward(  # trf-ignore: TRF057
+    def forward(
         self,
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -680,11 +668,7 @@ class VmtcCmaiLlavaForConditionalGeneration(  # trf-ignore: TRF057
             cmai_max_ratio=cmai_max_ratio,
             **kwargs,
         )
-        columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, columns, :])
-        softcap = getattr(self.config.text_config, "final_logit_softcapping", None)
-        if softcap is not None:  # Gemma-2; stock LLaVA leaves it out
-            logits = torch.tanh(logits / softcap) * softcap
+        logits = self._predict(outputs.last_hidden_state, logits_to_keep)
 
         loss = None
         if labels is not None:
@@ -710,11 +694,11 @@ class VmtcCmaiLlavaImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call
 
 
 class VmtcCmaiLlavaProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
-    _defaults = {}  # type: ignore[var-annotated]  # transformers before 5.23 looks for it
+    _defaults = PROCESSING_DEFAULTS  # type: ignore[misc]
     images_kwargs: VmtcCmaiLlavaImagesKwargs
 
 
-class VmtcCmaiLlavaProcessor(TypedPlaceholdersMixin, VisualBudgetMixin, LlavaProcessor):  # trf-ignore: TRF057
+class VmtcCmaiLlavaProcessor(TypedPlaceholdersMixin, VisualBudgetMixin, LlavaProcessor):
     r"""
     Processor of a LLaVA that writes as many placeholders as the model makes visual tokens. That of a stock LLaVA loads
     as it is; what changes the number of tokens in the model's config must be given here too. An `<image>` that is typed in a
@@ -762,7 +746,7 @@ class VmtcCmaiLlavaProcessor(TypedPlaceholdersMixin, VisualBudgetMixin, LlavaPro
             **kwargs,
         )
 
-    def __call__(  # trf-ignore: TRF057
+    def __call__(
         self,
         images: ImageInput | None = None,
         text: TextInput | list[TextInput] | None = None,
@@ -831,14 +815,6 @@ class VmtcCmaiLlavaProcessor(TypedPlaceholdersMixin, VisualBudgetMixin, LlavaPro
             data.num_image_tokens = [count] * len(image_sizes)
         return data
 
-
-AUTO_MAP = {
-    "AutoConfig": "vmtc_cmai_patch.VmtcCmaiLlavaConfig",
-    "AutoModel": "vmtc_cmai_patch.VmtcCmaiLlavaModel",
-    "AutoModelForImageTextToText": "vmtc_cmai_patch.VmtcCmaiLlavaForConditionalGeneration",
-    "AutoModelForMultimodalLM": "vmtc_cmai_patch.VmtcCmaiLlavaForConditionalGeneration",
-    "AutoProcessor": "vmtc_cmai_patch.VmtcCmaiLlavaProcessor",
-}
 
 # Without this, classes from outside the library do not get LLaVA's renaming of keys, and start with a random head.
 for _class, _mapping in ((VmtcCmaiLlavaForConditionalGeneration, "llava"), (VmtcCmaiLlavaModel, "LlavaModel")):

@@ -1,6 +1,7 @@
-"""What the tests share: small models of both backbones with lively weights, and prompts for them."""
+"""Small models of both systems with lively weights, prompts and images for them, and environments without this package."""
 
 import os
+import shutil
 import subprocess
 import venv
 from importlib.metadata import PackageNotFoundError, distribution
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from packaging.requirements import Requirement
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoProcessor,
     CLIPVisionConfig,
@@ -50,7 +52,7 @@ def text_config(backbone: str, **kwargs):
         "eos_token_id": EOS,
         **kwargs,
     }
-    # Windows shorter than the prompts, so that what must not slide would show.
+    # The windows are shorter than the prompts, so a prefix that slides out of the window shows.
     config_class, defaults = {
         "gemma2": (Gemma2Config, {"query_pre_attn_scalar": 8, "sliding_window": 8}),
         "gemma3": (Gemma3TextConfig, {"query_pre_attn_scalar": 8, "sliding_window": 8, "sliding_window_pattern": 2}),
@@ -85,7 +87,7 @@ def build_config(backbone: str = "gemma2", text_kwargs: dict | None = None, **kw
 
 
 def make_lively(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Weights so large that attention is far from uniform: what a test compares then depends on every part."""
+    """Make the weights so large that attention is far from uniform. Every part then matters for what a test compares."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -106,7 +108,7 @@ def build_model(backbone: str = "gemma2", **kwargs) -> TaLlavaForConditionalGene
 
 @pytest.fixture(scope="session", params=["gemma2", "llama"])
 def model(request) -> TaLlavaForConditionalGeneration:
-    """One model per backbone; tests that change it make their own."""
+    """One model per backbone. A test that changes it must build its own."""
     return build_model(request.param)
 
 
@@ -116,7 +118,7 @@ def gemma() -> TaLlavaForConditionalGeneration:
 
 
 def random_tokens(length: int, seed: int) -> list[int]:
-    """Ids of ordinary words: no special token, no placeholder, not `MODEL`."""
+    """Ids of ordinary words, without special tokens and placeholders."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(10, VOCAB, (length,), generator=generator).tolist()
 
@@ -134,7 +136,7 @@ def random_images(rows: int, images: int = 1, seed: int = 0) -> torch.Tensor:
 
 
 def batch_of(rows: list[list[int]], side: str = "left") -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask` of rows padded on one side."""
+    """`input_ids` and `attention_mask` of the rows, padded on one side."""
     length = max(len(row) for row in rows)
 
     def pad(values: list[int], filler: int) -> list[int]:
@@ -152,6 +154,17 @@ SHIPPED_LLAVA = ROOT / "checkpoints" / "llava-tiny"
 EXAMPLE_IMAGE = ROOT / "examples" / "teal_triangle.png"
 
 
+def copy_without_a_weight(folder: Path) -> str:
+    """Copy the shipped model without one of its weights, and return the name of that weight."""
+    shutil.copytree(SHIPPED_MODEL, folder, ignore=shutil.ignore_patterns("*.py"))
+    weights = load_file(SHIPPED_MODEL / "model.safetensors")
+    name = next(name for name in weights if "prefix" in name)
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (folder / "README.md").write_text("mine")
+    return name
+
+
 @pytest.fixture(scope="session")
 def processor():
     """The processor of the shipped model."""
@@ -159,7 +172,7 @@ def processor():
 
 
 def make_environment(folder: Path, *packages: str) -> Path:
-    """The Python of a new environment with these packages of this one and what they require, and nothing else."""
+    """Make an environment with these packages and their requirements, linked from this one. Return its Python."""
     venv.create(folder, with_pip=False)
     site_packages = next(folder.glob("lib/python*/site-packages"))
     done, todo = set(), [Requirement(package) for package in packages]
@@ -170,7 +183,7 @@ def make_environment(folder: Path, *packages: str) -> Path:
         done.add(str(requirement))
         try:
             package = distribution(requirement.name)
-        except PackageNotFoundError:  # is for another platform, or an extra that is not installed
+        except PackageNotFoundError:  # for another platform, or of an extra that is not installed
             continue
         for name in {file.parts[0] for file in package.files or ()} - {"..", "__pycache__"}:
             if not (site_packages / name).is_symlink():
@@ -183,12 +196,12 @@ def make_environment(folder: Path, *packages: str) -> Path:
 
 @pytest.fixture(scope="session")
 def python_without_the_package(tmp_path_factory) -> Path:
-    """The Python of an environment with what models on the Hub need, and no more."""
+    """The Python of an environment with the packages that models on the Hub need, and no others."""
     return make_environment(tmp_path_factory.mktemp("environment"), "transformers", "torch", "pillow")
 
 
 def run_without_the_package(python: Path, folder: Path, script: str, *arguments: str, **variables: str) -> list[str]:
-    """The lines that a script prints, run in a folder by `python_without_the_package`."""
+    """Run a script in a folder with `python_without_the_package`, and return the lines that it prints."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     environment.pop("PYTHONPATH", None)
     process = subprocess.run(
@@ -200,7 +213,7 @@ def run_without_the_package(python: Path, folder: Path, script: str, *arguments:
 
 # --- LLaVA ---------------------------------------------------------------------------------------------------------
 
-# Visual tokens of an image of 24 x 24 pixels in the models of `build_llava`: of 36 patches, VMTC leaves these.
+# The models of `build_llava` read 24 x 24 pixels as 36 patches, and VMTC keeps this many visual tokens.
 NUM_VISUAL_TOKENS = 9
 
 
@@ -235,7 +248,7 @@ def build_llava(backbone: str = "llama", **kwargs) -> VmtcCmaiLlavaForConditiona
 
 
 def llava_prompt(length: int = 6, seed: int = 0, images: int = 1, num_visual_tokens: int = NUM_VISUAL_TOKENS):
-    """`[BOS, words, placeholders, words]` of a row, a few words more between images."""
+    """`[BOS, words, placeholders, words]` of a row, with two words after each image."""
     row = [BOS, *random_tokens(2, seed + 100)]
     for image in range(images):
         row += [IMAGE] * num_visual_tokens + random_tokens(2, seed + 200 + image)
@@ -243,7 +256,7 @@ def llava_prompt(length: int = 6, seed: int = 0, images: int = 1, num_visual_tok
 
 
 def llava_inputs(rows: list[list[int]], side: str = "left", seed: int = 0, num_visual_tokens: int = NUM_VISUAL_TOKENS):
-    """`input_ids`, `attention_mask` and, if there are images, `pixel_values` of rows padded on one side."""
+    """`input_ids`, `attention_mask` and, if there are images, `pixel_values` of the rows, padded on one side."""
     inputs = batch_of(rows, side)
     count = sum(row.count(IMAGE) for row in rows) // num_visual_tokens
     if count:

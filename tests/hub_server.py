@@ -1,15 +1,15 @@
 """
-A model hub on this machine, for tests that push and load over HTTP: what `huggingface_hub` asks of the real one, in memory.
+A model hub in memory, for tests that push and load over HTTP. It answers what `huggingface_hub` asks of the real Hub.
 
     with HubServer() as hub:
         subprocess.run([...], env={**os.environ, **hub.environment(tmp_path, token=hub.token)})
 
-`huggingface_hub` and `transformers` read the environment when they are imported. In a process that has them already,
-`hub.connect(monkeypatch, tmp_path)` does the same, for pushes and downloads; code of a repo is best loaded in a new process.
+`huggingface_hub` and `transformers` read the environment when they are imported. In a process that has imported them,
+`hub.connect(monkeypatch, tmp_path)` does the same for pushes and downloads. Load the code of a repo in a new process.
 
-Repos hold commits, commits hold files, and all are named by what they contain, so a revision can be pinned. There are
-models, datasets and spaces, branches, private and gated repos, and large files; there are no pull requests and no Xet, which
-the clients are told.
+Repos hold commits and commits hold files. Each is named by its content, so a revision can be pinned. The hub has models,
+datasets and spaces, branches, private and gated repos, and large files. It has no pull requests and no Xet, and tells the
+clients so.
 """
 
 import base64
@@ -33,7 +33,7 @@ REPO_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 
 class LoggedRequest(NamedTuple):
     method: str
-    path: str  # as sent, with its query
+    path: str  # with its query
     status: int
     token: str | None
 
@@ -48,7 +48,7 @@ class File(NamedTuple):
 
     @property
     def stored(self) -> bytes:
-        """What git stores: of a large file a pointer to it."""
+        """The content that git stores. For a large file this is a pointer."""
         if not self.is_lfs:
             return self.content
         version = "version https://git-lfs.github.com/spec/v1"
@@ -59,7 +59,7 @@ class File(NamedTuple):
         return _git_hash("blob", self.stored)
 
     def describe(self, path: str) -> dict[str, Any]:
-        """As the tree lists it."""
+        """The entry of the file in a tree."""
         described = {"type": "file", "path": path, "oid": self.blob_id, "size": len(self.content)}
         if self.is_lfs:
             described["lfs"] = {"oid": self.sha256, "size": len(self.content), "pointerSize": len(self.stored)}
@@ -91,7 +91,7 @@ class Repo:
         return self.commits[oid]
 
     def at(self, revision: str) -> Commit:
-        """The commit of a branch, or of a hash."""
+        """The commit with this hash, or the last one of this branch."""
         oid = self.branches.get(revision, revision)
         if oid not in self.commits:
             raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
@@ -113,11 +113,12 @@ class Response(NamedTuple):
 class HubServer:
     """
     Args:
-        users (`dict[str, str]`): Token of each user's name. The first has `hub.token`, and owns what is under its name.
+        users (`dict[str, str]`): Token of each user, by name. A user owns the repos under its name. `hub.token` is that
+            of the first user.
 
     Attributes:
-        url (`str`): What `HF_ENDPOINT` is to be.
-        requests (`list[LoggedRequest]`): All that were answered, in order.
+        url (`str`): Value for `HF_ENDPOINT`.
+        requests (`list[LoggedRequest]`): All requests that were answered, in order.
     """
 
     def __init__(self, users: dict[str, str] | None = None):
@@ -143,7 +144,7 @@ class HubServer:
     # --- for tests ---
 
     def environment(self, home: Path, token: str | None = None) -> dict[str, str]:
-        """Variables with which a new process talks to this hub, with a cache of its own, as that user or as nobody."""
+        """Variables with which a new process talks to this hub and has a cache of its own. Without a token it is nobody."""
         return {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
@@ -155,7 +156,7 @@ class HubServer:
         }
 
     def connect(self, monkeypatch: Any, home: Path, token: str | None = None) -> None:
-        """The same for this process, which has imported `huggingface_hub` already; until `monkeypatch` is undone."""
+        """Do the same for this process, which has imported `huggingface_hub`, until `monkeypatch` is undone."""
         import transformers.utils.hub
         from huggingface_hub import close_session, constants, hf_api
 
@@ -172,11 +173,11 @@ class HubServer:
         }.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(hf_api.api, "endpoint", self.url)
-        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)  # made for the endpoint of before
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)  # keeps the old endpoint
         close_session()
 
     def add(self, repo_id: str, files: dict[str, bytes | str], kind: str = "model", **access: bool) -> str:
-        """A repo with these files, or a commit of them to its main branch; returns the commit's hash."""
+        """Commit these files to the main branch of a repo, which is created if needed. Return the hash of the commit."""
         with self.lock:
             repo = self.repos.get((kind, repo_id)) or self._create(kind, repo_id, **access)
             contents = {path: text.encode() if isinstance(text, str) else text for path, text in files.items()}
@@ -184,12 +185,12 @@ class HubServer:
             return repo.commit("main", "Add files", {**repo.at("main").files, **added}).oid
 
     def files(self, repo_id: str, revision: str = "main", kind: str = "model") -> dict[str, bytes]:
-        """What a repo holds."""
+        """The files of a repo, by path."""
         commit = self.repos[kind, repo_id].at(revision)
         return {path: file.content for path, file in commit.files.items()}
 
     def history(self, repo_id: str, revision: str = "main", kind: str = "model") -> list[Commit]:
-        """Its commits, the newest first."""
+        """The commits of a repo, the newest first."""
         repo = self.repos[kind, repo_id]
         commits = [repo.at(revision)]
         while commits[-1].parent is not None:
@@ -207,11 +208,11 @@ class HubServer:
         return repo
 
     def find(self, kind: str, repo_id: str, user: str | None, write: bool = False, files: bool = False) -> Repo:
-        """A repo that a user may read, or write; of a gated one all may read what there is, but not the files."""
+        """A repo that a user may read or write. Everybody may see that a gated repo exists, but not read its files."""
         repo = self.repos.get((kind, repo_id))
         owner = repo_id.split("/")[0]
         if repo is None or (repo.private and user != owner):
-            # To those who are not logged in a repo that is missing and one that is private look the same.
+            # Without a login, a missing repo and a private one look the same.
             raise HubError(401 if user is None else 404, "Repository not found", "RepoNotFound")
         if repo.gated and files and user != owner:
             message = f"Access to model {repo_id} is restricted and you are not in the authorized list."
@@ -224,7 +225,7 @@ class HubServer:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    hub: HubServer  # by the subclass that each server makes
+    hub: HubServer  # set by the subclass that each server makes
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
@@ -233,7 +234,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_PUT = do_GET
 
     def log_message(self, *_: Any) -> None:
-        """Nothing on stderr: `HubServer.requests` has it."""
+        """Print nothing: `HubServer.requests` has the log."""
 
     def _answer(self) -> None:
         self.content = self._read()
@@ -252,7 +253,7 @@ class _Handler(BaseHTTPRequestHandler):
             if error.code is not None:
                 headers["X-Error-Code"] = error.code
             response = Response({"error": str(error)}, headers, error.status)
-        except Exception as error:  # a bug of this server, which must not look like a Hub that is away
+        except Exception as error:  # a bug of this server must not look like a Hub that is away
             response = Response({"error": repr(error)}, {"X-Error-Message": repr(error)}, 500)
         self.hub.requests.append(LoggedRequest(self.command, self.path, response.status, token))
         self._send(response)
@@ -318,9 +319,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise HubError(403, f'You don\'t have the rights to create a {kind} under the namespace "{owner}"')
         if (kind, repo_id) in self.hub.repos:
             return Response({"error": f"You already created this {kind} repo", "url": url}, status=409)
-        private = asked.get("visibility") == "private" or bool(
-            asked.get("private")
-        )  # the latter from clients before 2.0
+        # Clients before 2.0 send `private`.
+        private = asked.get("visibility") == "private" or bool(asked.get("private"))
         self.hub._create(kind, repo_id, private=private)
         return Response({"url": url, "name": repo_id, "id": repo_id})
 
@@ -438,7 +438,7 @@ class _Handler(BaseHTTPRequestHandler):
             path, sample = asked["path"], base64.b64decode(asked["sample"])
             answer = {"path": path, "shouldIgnore": False}
             answer["uploadMode"] = "lfs" if is_large(path, sample, asked["size"]) else "regular"
-            if path in files:  # lets the client leave out what has not changed
+            if path in files:  # so that the client leaves out files that have not changed
                 answer["oid"] = files[path].sha256 if files[path].is_lfs else files[path].blob_id
             answers.append(answer)
         return Response({"files": answers})
@@ -529,7 +529,7 @@ _ROUTES = [
 
 
 def is_large(path: str, sample: bytes, size: int | None = None) -> bool:
-    """Whether a file is stored apart from git: by its ending, its size, or because it is binary."""
+    """Whether a file is stored outside of git, because of its ending, its size, or because it is binary."""
     return path.endswith(LARGE_FILE_ENDINGS) or (size or len(sample)) > LARGE_FILE or b"\0" in sample
 
 
@@ -543,7 +543,7 @@ def _front_matter(text: str) -> dict[str, Any]:
 
 
 def check_card(text: str) -> tuple[list[str], list[str]]:
-    """Errors and warnings about a card's metadata: the rules of the Hub that a generated card could break."""
+    """Errors and warnings about a card's metadata. These are the rules of the Hub that a generated card could break."""
     try:
         data = _front_matter(text)
     except yaml.YAMLError as error:

@@ -1,9 +1,9 @@
 """
-Runs jobs, one after the other. Each has a process of its own that begins where this one is, with `transformers` imported,
-which takes seconds, and for commands the package too; but with no variable of another job. For `test_snippets.py`.
+Run the jobs of `test_snippets.py`, one after the other: `python run_snippets.py JOBS RESULTS`.
 
-`python run_snippets.py JOBS RESULTS`: files of JSON, lists. A job has a `folder`, and `code` or the `arguments` of
-`ta-llava`; a result is its exit code and what it wrote to stdout and stderr.
+Both files hold a JSON list. A job has a `folder`, and either `code` or the `arguments` of `ta-llava`. Its result is the exit
+code, stdout and stderr. Each job is a fork of this process, so it shares no variable with another job, and `transformers`,
+which takes seconds to import, is imported once. So is the package, for commands.
 """
 
 import json
@@ -53,7 +53,7 @@ if __name__ == "__main__":
     for index, job in enumerate(jobs):
         if "code" in job:
             results[index] = run(job)
-    import ta_llava.inference  # now, so that a snippet that forgets to import the package has failed
+    import ta_llava.inference  # after the code, so that a snippet fails if it forgets to import the package
 
     assert ta_llava.inference
     for index, job in enumerate(jobs):

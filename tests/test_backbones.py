@@ -137,11 +137,9 @@ def test_an_adapter_is_a_layer_of_the_backbone(language_model, adapter_name):
     states = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
     cos, sin = base.language_model.rotary_emb(states, torch.arange(5)[None], **base.rotary_kwargs)
     expected = layer(states, position_embeddings=(cos, sin), attention_mask=torch.zeros(2, 1, 5, 5))
-    key_value = adapter(states, cos, sin)
+    key, value = adapter("project", states, cos, sin)
     mask = torch.ones(2, 1, 1, 5, dtype=torch.bool)
-    torch.testing.assert_close(
-        adapter(states, cos, sin, key_value=key_value, attention_mask=mask), expected, **TOLERANCE
-    )
+    torch.testing.assert_close(adapter("read", states, key, value, mask, cos, sin), expected, **TOLERANCE)
 
 
 @torch.no_grad()
@@ -161,8 +159,7 @@ def test_adapters_rotate_by_the_base_of_layer_0(language_model):
     calls = []
     hooks = [
         getattr(base, name).register_forward_pre_hook(
-            lambda module, args, kwargs, name=name: calls.append((name, "key_value" in kwargs, *args[1:])),
-            with_kwargs=True,
+            lambda module, args, name=name: calls.append((name, args[0] == "read", *args[-2:]))
         )
         for name in sources
     ]

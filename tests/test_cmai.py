@@ -16,7 +16,6 @@ from ta_llava.cmai import (
     head_averaged_scores,
     inhibited_pairs,
     inhibition_ratio,
-    text_token_mask,
     threshold_rank,
 )
 
@@ -104,24 +103,6 @@ def test_what_is_inhibited_is_below_the_quantile_of_what_is_seen(ratio, num_imag
 def test_equal_focus_inhibits_nothing():
     rank = threshold_rank(torch.full((1, 1, 1), 9), torch.tensor(0.6))
     assert not inhibited_pairs(torch.ones(1, 1, 9), rank, threshold_rank(9, 0.6) + 1).any()
-
-
-@pytest.mark.parametrize("form", ["2-D", "boolean", "additive", "dict"])
-@pytest.mark.parametrize("past", [0, 3])
-def test_text_is_told_from_padding_in_every_form_of_mask(form, past):
-    tokens = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 1]]).bool()
-    columns = 6 - past
-    mask = tokens.long()
-    if form != "2-D":
-        causal = torch.ones(columns, 9).tril(past).bool()
-        mask = (causal & torch.nn.functional.pad(tokens, (0, 3))[:, None]).unsqueeze(1)
-        if form == "additive":
-            mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
-        if form == "dict":
-            mask = {"sliding_attention": None, "full_attention": mask}
-    for length in (past, torch.tensor(past)):
-        assert torch.equal(text_token_mask(mask, columns, length, tokens.device), tokens[:, past:])
-    assert text_token_mask(None, columns, past, tokens.device) is None
 
 
 # --- one forward pass ----------------------------------------------------------------------------------------------

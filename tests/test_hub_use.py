@@ -1,6 +1,6 @@
 """
-Models in repos on a hub are used as any other there: in pipelines, with streaming, adapters, other dtypes and kinds of
-attention, and by `transformers serve`; in environments without this package. That they load is tested in `test_publish.py`.
+Our models on the Hub are used like any other, in environments without this package: in pipelines, with streaming, adapters,
+other dtypes and kinds of attention, and by `transformers serve`. `publishing/test_push.py` tests that they load.
 """
 
 import base64
@@ -28,7 +28,7 @@ REPOS = ["alice/ta-llava", "alice/llava"]
 QUESTIONS = ["what color is the shape?", "what shape is in the image?"]
 ANSWERS = ["teal", "triangle"]
 
-# Of the vision tower and of the language model, where one was asked for. Gemma-2 soft-caps its scores, which SDPA cannot.
+# Attention of the vision tower and of the language model, by what was asked for. SDPA cannot soft-cap scores for Gemma-2.
 ATTENTION = {
     "alice/ta-llava": {"sdpa": ["sdpa", "eager"], "eager": ["eager", "eager"]},
     "alice/llava": {"sdpa": ["sdpa", "sdpa"], "eager": ["eager", "eager"]},
@@ -126,13 +126,13 @@ for repo in repos:
         except (ValueError, ImportError) as error:
             results[name] = " ".join(str(error).split())
 
-    # What was loaded from there, saved, is complete.
+    # A loaded model that is saved again is complete.
     model.save_pretrained("saved")
     processor.save_pretrained("saved")
     AutoProcessor.from_pretrained("saved", **trust)
     results["saved"] = distance(logits(load("saved", dtype=torch.float32, **trust)), reference)
 
-    # An adapter of the language model, pushed, and loaded by its own name and on top of its model.
+    # An adapter of the language model is pushed. It loads by its own name, and on top of its model.
     torch.manual_seed(0)
     lora = LoraConfig(r=2, target_modules=r".*language_model.*\\.q_proj", init_lora_weights=False)
     adapted = get_peft_model(load(repo, dtype=torch.float32, **trust), lora).eval()
@@ -161,15 +161,9 @@ def hub(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def python_of_a_user(tmp_path_factory) -> Path:
-    """The Python of an environment with what adapters and servers need too, and not this package."""
-    packages = (
-        "transformers[serving]",
-        "torch",
-        "pillow",
-        "accelerate",
-        "peft",
-        "requests",
-    )  # chat of 5.20 needs the last
+    """The Python of an environment with what adapters and servers need, but without this package."""
+    # `transformers chat` needs requests up to 5.20.
+    packages = ("transformers[serving]", "torch", "pillow", "accelerate", "peft", "requests")
     return make_environment(tmp_path_factory.mktemp("environment"), *packages)
 
 
@@ -220,7 +214,7 @@ def test_in_every_way_of_the_library(hub, python_of_a_user, tmp_path):
 
 @pytest.fixture(scope="module")
 def served(hub, python_of_a_user, tmp_path_factory):
-    """Address of a `transformers serve` of everything on the hub, and the environment that it runs in."""
+    """Address of a `transformers serve` that serves everything on the hub, and its environment variables."""
     for package in ("fastapi", "openai", "uvicorn"):
         pytest.importorskip(package, reason="`pip install 'transformers[serving]'`")
     home = tmp_path_factory.mktemp("serve")
@@ -243,13 +237,13 @@ def served(hub, python_of_a_user, tmp_path_factory):
                 time.sleep(1)
         yield f"http://127.0.0.1:{port}/v1", variables
     finally:
-        server.kill()  # asked to end, it would wait for the timers by which it unloads models
+        server.kill()  # `terminate` would wait for the timers that unload models
         server.wait()
 
 
 @pytest.fixture(scope="module")
 def without_image() -> dict[str, str]:
-    """What the models answer to the first question alone."""
+    """The answers of the models to the first question without an image."""
     models = [load(SHIPPED_MODEL), load(SHIPPED_LLAVA, 16, 0.6)]
     return {repo: next(answer(*model, [([], QUESTIONS[0])])) for repo, model in zip(REPOS, models)}
 
@@ -258,7 +252,7 @@ TRANSFORMERS = ("-c", "from transformers.cli.transformers import main; main()")
 
 
 def test_transformers_serve(served, without_image):
-    """By the client of OpenAI: an image in the request, a whole answer and a stream of its parts, and a question alone."""
+    """OpenAI's client asks with an image, for a whole answer and for a stream, and asks a question without an image."""
     import openai
 
     client = openai.OpenAI(base_url=served[0], api_key="none", max_retries=0)
@@ -273,7 +267,7 @@ def test_transformers_serve(served, without_image):
             assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
         alone = {**request, "messages": [{"role": "user", "content": QUESTIONS[0]}]}
         assert client.chat.completions.create(**alone).choices[0].message.content == without_image[repo]
-    assert {model.id for model in client.models.list()} == set(REPOS)  # those that are in the cache and can be served
+    assert {model.id for model in client.models.list()} == set(REPOS)  # in the cache, and can be served
 
 
 def test_transformers_chat(served, without_image, python_of_a_user, tmp_path):
@@ -295,7 +289,10 @@ def test_transformers_chat(served, without_image, python_of_a_user, tmp_path):
 
 # The rules of `mlinter` are for files of these names; what is in a file that has none of them decides which it gets.
 RULES = ("configuration_", "modeling_", "processing_")
-LINTED_AS = {"vmtc_cmai_patch.py": RULES, "cmai.py": ("modeling_",)}
+LINTED_AS = {"vmtc_cmai_patch.py": RULES} | dict.fromkeys(("cmai.py", "prefix_adapters.py"), ("modeling_",))
+# TRF057 asks for docstrings that are put together from those of the library. Outside of the library this prints what it did
+# not find, on every import.
+RULES_OFF = ("TRF057",)
 
 
 def test_the_linter_of_transformers(hub, tmp_path):
@@ -309,8 +306,14 @@ def test_the_linter_of_transformers(hub, tmp_path):
             for prefix in prefixes:
                 (folder / f"{prefix}{name}").write_bytes(content)
         assert len(list(folder.iterdir())) >= len(RULES)
+    settings = Path(mlinter.__file__).with_name("rules.toml").read_text(encoding="utf-8")
+    for rule in RULES_OFF:
+        settings, count = re.subn(rf"(\[rules\.{rule}\][^\[]*?default_enabled = )true", r"\1false", settings)
+        assert count == 1
+    (tmp_path / "rules.toml").write_text(settings, encoding="utf-8")
+    options = ["--no-cache", "--no-progress", "--rules-toml", tmp_path / "rules.toml"]
     code = subprocess.run(
-        [sys.executable, "-m", mlinter.__name__, "--no-cache", "--no-progress", tmp_path, *tmp_path.rglob("*.py")],
+        [sys.executable, "-m", mlinter.__name__, *options, tmp_path, *tmp_path.rglob("*.py")],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -19,7 +19,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from ta_llava import VmtcCmaiLlavaProcessor
-from ta_llava.analysis.visualize import prompt_inputs
+from ta_llava.analysis.asking import prompt_inputs
 from ta_llava.image_loading import load_rgb_image, open_images, resize_first
 from ta_llava.inference import answer
 from ta_llava.training.dataset import Collator

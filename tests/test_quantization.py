@@ -1,6 +1,6 @@
 """
-The shipped models with the quantised weights of torchao and bitsandbytes, on a GPU where there is one: what is quantised,
-what comes out, and what is saved.
+The shipped models with weights that torchao or bitsandbytes quantised: what is quantised, what comes out, what is saved. The
+tests use a GPU if there is one.
 """
 
 from typing import Any
@@ -45,7 +45,7 @@ def backend(request) -> str:
 
 
 def quantization(backend: str, skip: list[str] | None = None) -> Any:
-    """What users pass as `quantization_config`, with nothing said about the modules but `skip`."""
+    """A `quantization_config` as users pass it. It says nothing about modules except `skip`."""
     if backend == "torchao_int8":
         from torchao.quantization import Int8WeightOnlyConfig
 
@@ -56,7 +56,7 @@ def quantization(backend: str, skip: list[str] | None = None) -> Any:
 
 
 def load_shipped(name: str, backend: str | None = None, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """Model and processor; a LLaVA with VMTC and CMAI on."""
+    """Model and processor. The LLaVA has VMTC and CMAI on."""
     kwargs = {"dtype": dtype, "quantization_config": None if backend is None else quantization(backend)}
     if name == "ta-llava":
         model = AutoModelForImageTextToText.from_pretrained(SHIPPED_MODEL, **kwargs)
@@ -67,7 +67,7 @@ def load_shipped(name: str, backend: str | None = None, dtype: torch.dtype = tor
 
 
 def is_quantised(linear: nn.Linear) -> bool:
-    """bitsandbytes exchanges the module, torchao the tensor."""
+    """bitsandbytes replaces the module, and torchao the tensor."""
     return type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter
 
 
@@ -80,7 +80,7 @@ def names_of_quantised(model: nn.Module) -> set[str]:
 
 
 def batch(processor: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """The questions about the example, padded on the left."""
+    """The questions about the example image, padded on the left."""
     conversations = [
         [{"role": "user", "content": [{"type": "image", "path": str(EXAMPLE_IMAGE)}, {"type": "text", "text": text}]}]
         for text in QUESTIONS
@@ -155,7 +155,7 @@ def test_outputs_are_close_to_the_original_with_and_without_a_cache(backend, nam
     generate |= {"return_dict_in_generate": True, "output_logits": True}
     cached, uncached = (model.generate(**inputs, **generate, use_cache=use_cache) for use_cache in (True, False))
     assert torch.equal(cached.sequences, uncached.sequences)
-    # Not closer: bitsandbytes rounds what goes into a matrix, too, so that the last bit of it may decide.
+    # The tolerance is wide because bitsandbytes also rounds the input of a matrix, so its last bit may decide.
     expected = torch.stack(uncached.logits)
     assert (torch.stack(cached.logits) - expected).norm() / expected.norm() < 0.02
 
@@ -190,7 +190,7 @@ def test_saved_and_exported_is_loaded(backend, name, tmp_path):
 
 
 def test_quantised_stock_llava_loads_as_it_is(backend, tmp_path):
-    """Its projector is quantised: a class that kept it would not fit the files."""
+    """Its projector is quantised too. A class that left the projector out would not fit the files."""
     stock = LlavaForConditionalGeneration.from_pretrained(
         SHIPPED_LLAVA, quantization_config=quantization(backend), dtype=torch.bfloat16
     ).to(DEVICE)

@@ -1,6 +1,8 @@
-"""What the files of the repository say about each other: the README, the links of the docs, the workflows and pre-commit."""
+"""Files of the repository agree with each other: README, links and messages in the docs, workflows, setup, pre-commit."""
 
+import ast
 import re
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,39 @@ def test_make_targets_that_the_docs_name_are_there():
         assert named <= TARGETS, f"{page.name} names {sorted(named - TARGETS)}"
 
 
+# Messages that the troubleshooting guide quotes, but that others print.
+OF_OTHERS = (
+    "ta-llava: command not found",
+    "contains custom code which must be executed",
+    "does not recognize this architecture",
+    "pipeline(..., batch_size=n)",
+    "Sample ID (record NUMBER of FILE): ...",
+)
+
+
+def texts_in(path: Path) -> list[str]:
+    """The strings in a Python file. In an f-string, `...` stands for each value."""
+    texts = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.JoinedStr):
+            texts.append("".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            texts.append(node.value)
+    return texts
+
+
+def test_messages_that_troubleshooting_quotes_are_those_of_the_package():
+    """You search the guide for the words of a message, so they must be the same."""
+    texts = "\n".join(text for path in sorted((ROOT / "src").rglob("*.py")) for text in texts_in(path))
+    guide = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    symptoms = [line.split(" | ")[0] for line in guide.splitlines() if line.startswith("| ")]
+    quoted = [a or b for symptom in symptoms for a, b in re.findall(r"`` (.+?) ?``|`([^`]+)`", symptom)]
+    messages = [message for message in quoted if " " in message and message not in OF_OTHERS]
+    parts = [part.strip(" ,.") for message in messages for part in message.split("...")]
+    assert len(messages) > 30
+    assert not [part for part in parts if len(part) > 6 and part not in texts]
+
+
 def test_workflows_run_the_targets_of_continuous_integration():
     workflows = ROOT / ".github" / "workflows"
     ci = yaml.safe_load((workflows / "ci.yml").read_text(encoding="utf-8"))["jobs"]
@@ -60,6 +95,17 @@ def test_workflows_run_the_targets_of_continuous_integration():
     ran |= set(re.findall(r"run: make ([a-z-]+)", "".join(path.read_text() for path in workflows.glob("*.yml"))))
     assert ran <= TARGETS
     assert set(re.findall(r"^make ([a-z-]+)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)) <= ran
+
+
+def test_setup_names_all_packages():
+    """An editable install has all folders, but a wheel has only those in `setup.cfg`."""
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    packages = {
+        name for name in setup["options"]["packages"].split() if not name.endswith((".checkpoints", ".hub_card"))
+    }
+    folders = [path.parent.relative_to(ROOT / "src") for path in (ROOT / "src").rglob("__init__.py")]
+    assert packages == {".".join(("ta_llava", *folder.parts)) for folder in folders}
 
 
 def test_pre_commit_has_the_ruff_of_make():

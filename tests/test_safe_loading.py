@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import text_config
+from full_size_configs import CLIP_LARGE, GEMMA_2_9B, LLAMA_405B, VICUNA_13B
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
-from test_trust import CLIP_LARGE, GEMMA_2_9B, LLAMA_405B, VICUNA_13B
 from transformers import AutoModel, LlamaForCausalLM
 
 from ta_llava import safe_loading
@@ -78,7 +78,7 @@ def test_subfolders_and_variants(saved, tmp_path, kwargs):
         read(root, **kwargs)
     index = {"metadata": {}, "weight_map": dict.fromkeys(state, f"pytorch_model{ending}.bin")}
     (folder / f"model.safetensors.index{ending}.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="are no safetensors"):
+    with pytest.raises(ValueError, match="are not safetensors"):
         read(root, **kwargs)
 
 
@@ -94,7 +94,7 @@ def test_pickles_beside_are_not_blamed_for_what_is_missing(folder):
 def test_without_a_config_there_is_no_model(folder):
     """The library would make one of the sizes of Llama-7B."""
     (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"has no config\.json, so it is no checkpoint"):
+    with pytest.raises(ValueError, match=r"has no config\.json, so it is not a checkpoint"):
         read_safetensors(pytest.fail, folder)
 
 
@@ -103,7 +103,7 @@ def test_a_file_in_place_of_a_folder(folder, monkeypatch):
     monkeypatch.setattr(safe_loading, "is_peft_available", lambda: False)
     config = load_config(folder)
     save_file(load_file(folder / "model.safetensors"), folder / "weights.bin")
-    with pytest.raises(ValueError, match=r"weights\.bin' are no safetensors"):
+    with pytest.raises(ValueError, match=r"weights\.bin' are not safetensors"):
         read_safetensors(pytest.fail, folder / "weights.bin", config=config)
 
 

@@ -1,4 +1,4 @@
-"""Every snippet of the README and of `docs/` runs when it is pasted alone in a clone, with small models."""
+"""Each snippet of the README and of `docs/` runs when you paste it alone in a clone. Small models replace the large ones."""
 
 import importlib.util
 import json
@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from configparser import ConfigParser
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,16 +28,16 @@ from ta_llava.publishing.export import export_model
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUNNER = Path(__file__).parent / "run_snippets.py"
 
-# What a command begins with that is not run here, and why. Its options, recipes and targets are checked all the same.
+# Beginnings of commands that are not run here, and why. Their options, recipes and targets are still checked.
 NOT_RUN = {
     "git clone": "the network",
     "hf auth": "the Hub and its passwords",
     "lmms-eval": "is not installed here; its models and tasks have tests of their own",
     "make": "sets up environments, or takes minutes to hours",
+    "pip install": "the network",
     "python -m ta_llava.data.easy_vqa": "writes 4,000 images",
     "ta-llava convert-original": "needs a checkpoint of the authors' code",
     "ta-llava cost": "is slow, and has tests of its own",
-    "ta-llava curriculum": "hours of training, with 1.2 million images",
     "ta-llava evaluate MODEL --task if16": "needs a model that follows instructions",
     "ta-llava evaluate checkpoints/llava-tiny": "9,673 questions",
     "ta-llava merge runs/ta-llava/phase3-lora": "comes after hours of training",
@@ -44,8 +45,8 @@ NOT_RUN = {
     "ta-llava train": "minutes to hours of training",
     "torchrun": "several GPUs",
 }
-PROGRAMS = ("git", "hf", "lmms-eval", "make", "python", "ta-llava", "torchrun")
-# A stand-in for each command, that writes down what the shell gives it.
+PROGRAMS = ("git", "hf", "lmms-eval", "make", "pip", "python", "ta-llava", "torchrun")
+# A stand-in for each program. It logs the arguments that the shell passes to it.
 STAND_IN = """#!/bin/bash
 printf '%s\\0' "${0##*/}" "$@" >> "$COMMANDS_LOG"; echo >> "$COMMANDS_LOG"
 """
@@ -115,7 +116,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, Path]:
-    """What the snippets name that a reader has made or downloaded: small ones instead."""
+    """Small stand-ins for the models that a reader has made or downloaded, by the names that the snippets use."""
     folder = tmp_path_factory.mktemp("models")
     compress_llava(SHIPPED_LLAVA, folder / "my-llava", 16, 0.6, link=False)
     export_model(SHIPPED_MODEL, folder / "my-model")
@@ -145,7 +146,7 @@ def models(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def runs(models, tmp_path_factory) -> dict:
-    """What each Python snippet, and each command of the others that is run, has ended with and printed."""
+    """Exit code and output of each Python snippet and of each command that is run."""
     with HubServer({"me": "hf_me"}) as hub:
         for name, path in models.items():
             if "/" in name and not name.startswith("runs/"):
@@ -177,7 +178,7 @@ def runs(models, tmp_path_factory) -> dict:
 
 
 def clone(tmp_path_factory, models: dict[str, Path], snippet: Snippet) -> Path:
-    """A folder as that of a clone, with what a reader has made before."""
+    """A folder like a clone, in which the reader has run the earlier commands."""
     folder = tmp_path_factory.mktemp("clone")
     for name in ("checkpoints", "examples", "recipes"):
         (folder / name).symlink_to(ROOT / name)
@@ -205,7 +206,7 @@ def reason_not_to_run(command: list[str]) -> str | None:
 def test_a_snippet_of_python_runs_when_pasted_alone(runs, snippet):
     status, out, error = runs[snippet]
     assert status == 0, error[-3000:]
-    # What a snippet says that it prints.
+    # The comment after a `print` is its output.
     for comment in re.findall(r"^ *print\(.*\)  # ([a-z, ]+)$", snippet.text, re.MULTILINE):
         assert comment.split(", ") == out.split()[-len(comment.split(", ")) :]
 
@@ -223,12 +224,17 @@ def test_the_commands_of_a_snippet_run(runs, snippet):
 
 
 def check_arguments(command: list[str]) -> None:
-    """That a command which is not run has modules, targets, files and options that are there."""
+    """Check that the modules, targets, files and options of a command exist, without running it."""
     program, *arguments = command
     assert all((ROOT / argument).is_file() for argument in arguments if argument.startswith("recipes/"))
     if program == "make":
         makefile = (ROOT / "Makefile").read_text()
         assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in arguments)
+    if program == "pip":
+        setup = ConfigParser()
+        setup.read(ROOT / "setup.cfg")
+        named = re.findall(r"\[(\w[\w-]*)\]", " ".join(arguments))
+        assert set(named) <= set(setup["options.extras_require"])
     if "-m" in arguments:
         module = arguments[arguments.index("-m") + 1]
         assert importlib.util.find_spec(module) is not None
@@ -259,4 +265,4 @@ def command_runs(runs: dict) -> list:
 def test_what_is_not_run_is_in_a_snippet():
     lines = [" ".join(command) for commands in COMMANDS.values() for command in commands]
     assert not [start for start in NOT_RUN if not any(f"{line} ".startswith(f"{start} ") for line in lines)]
-    assert len(PYTHON) > 5 and sum(reason_not_to_run(line.split()) is None for line in lines) > 15
+    assert SESSIONS and len(PYTHON) > 5 and sum(reason_not_to_run(line.split()) is None for line in lines) > 15

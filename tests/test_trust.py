@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from command_line import run
 from conftest import EXAMPLE_IMAGE, FIXTURES, ROOT, SHIPPED_LLAVA, SHIPPED_MODEL
+from full_size_configs import CLIP_LARGE, GEMMA_2_9B, LLAMA_405B, VICUNA_13B
 from hub_server import HubServer
 from safetensors.torch import load_file
-from test_assemble import save_language_model, save_tower
-from test_cli import run
-from transformers import CLIPVisionConfig, Gemma2Config, LlamaConfig
+from tiny_parts import save_language_model, save_tower
 from typer.testing import CliRunner
 
 from ta_llava import TaLlavaConfig, TaLlavaForConditionalGeneration, VmtcCmaiLlavaConfig
@@ -127,7 +127,7 @@ def pickled_adapter(folder: Path) -> None:
 PICKLES = {
     "weights": (write_pickle, "are pickles (pytorch_model.bin), which can run code"),
     "shards": (pickles_in_shards, "are pickles (pytorch_model.bin.index.json), which can run code"),
-    "shards of an index": (index_of_a_pickle, "The weights in 'model.bin' are no safetensors"),
+    "shards of an index": (index_of_a_pickle, "The weights in 'model.bin' are not safetensors"),
     "named": (pickle_named_by_the_config, "`transformers_weights` of `config` names 'adapter_model.bin'"),
     "index named": (
         index_named_by_the_config,
@@ -340,7 +340,7 @@ def test_the_model_of_an_adapter_is_looked_at_too(tmp_path, monkeypatch, unpickl
         files |= {"adapter_config.json": json.dumps(adapter), "adapter_model.safetensors": safetensors.torch.save({})}
         hub.add("alice/model", files)
         code, _, error = ask("alice/model")
-    assert code == 1 and "The weights in 'model.bin' are no safetensors" in error and unpickled == []
+    assert code == 1 and "The weights in 'model.bin' are not safetensors" in error and unpickled == []
 
 
 @pytest.mark.parametrize("what", ["weights", "shards"])
@@ -415,29 +415,6 @@ def test_sizes_that_no_model_has(config_class, text_config, field):
 def test_prefix_tokens_that_no_model_has():
     with pytest.raises(Exception, match="at most 10000, got 1000000000"):
         TaLlavaConfig(num_prefix_tokens=10**9)
-
-
-CLIP_LARGE = CLIPVisionConfig(
-    hidden_size=1024,
-    intermediate_size=4096,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    image_size=336,
-    patch_size=14,
-)
-GEMMA_2_9B = Gemma2Config(
-    hidden_size=3584, intermediate_size=14336, num_hidden_layers=42, num_attention_heads=16, vocab_size=256000
-)
-VICUNA_13B = LlamaConfig(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40)
-LLAMA_405B = LlamaConfig(
-    hidden_size=16384,
-    intermediate_size=53248,
-    num_hidden_layers=126,
-    num_attention_heads=128,
-    num_key_value_heads=8,
-    vocab_size=128256,
-    max_position_embeddings=131072,
-)
 
 
 @pytest.mark.parametrize("text_config", [GEMMA_2_9B, VICUNA_13B, LLAMA_405B])

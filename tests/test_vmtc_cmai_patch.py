@@ -26,13 +26,12 @@ from conftest import (
     text_config,
 )
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny_parts import build_image_processor, build_tokenizer
 from torch._dynamo.testing import CompileCounter
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForImageTextToText,
-    CLIPImageProcessorPil,
     CompileConfig,
     Dinov2Config,
     DynamicCache,
@@ -40,7 +39,6 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    PreTrainedTokenizerFast,
     SiglipVisionConfig,
     StaticCache,
 )
@@ -1070,23 +1068,11 @@ def picture(size=(30, 24)) -> Image.Image:
 
 
 def build_processor(processor_class=VmtcCmaiLlavaProcessor, **kwargs):
-    words = ["<pad>", "</s>", "<s>", "a", "b", "c", "d", "<image>", "what", "is", "it", "<unk>"]
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="</s>",
-        bos_token="<s>",
-        unk_token="<unk>",
-        additional_special_tokens=["<image>"],
-    )
+    words = ["a", "b", "c", "<image>", "what", "is", "it"]
     return processor_class(
         **{
-            "image_processor": CLIPImageProcessorPil(
-                size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}
-            ),
-            "tokenizer": fast,
+            "image_processor": build_image_processor(),
+            "tokenizer": build_tokenizer("words", words=words, additional_special_tokens=["<image>"]),
             "patch_size": 4,
             "vision_feature_select_strategy": "default",
             "num_additional_image_tokens": 1,

@@ -1,7 +1,7 @@
 """
-Runs the tests with several versions of transformers and torch, each pair in an environment of its own, which is made,
-used and removed before the next: `make test-versions`. Started again, it goes on with the pairs that are missing for the
-commit at hand.
+Run the tests with several pairs of versions of transformers and torch: `make test-versions`. Each pair has an environment of
+its own, which is removed before the next one is made. Rerun the command to run only the pairs that are missing for this
+commit.
 """
 
 import argparse
@@ -16,17 +16,19 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).parent.parent
 
-# Of transformers and torch: the oldest that setup.cfg allows, then the oldest and newest transformers with the two newest
-# torch.
-PAIRS = ["5.20.0/2.9.1", "5.20.0/2.14.1", "5.20.0/2.15.0", "5.24.0/2.14.1", "5.24.0/2.15.0"]
+# Versions of transformers and torch: the oldest that setup.cfg allows, then the oldest and the newest transformers with the
+# two newest torch.
+PAIRS = ["5.19.0/2.9.1", "5.19.0/2.14.1", "5.19.0/2.15.0", "5.24.0/2.14.1", "5.24.0/2.15.0"]
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", nargs="+", default=PAIRS, metavar="TRANSFORMERS/TORCH", help="e.g. 5.23.0/2.13.0")
-    parser.add_argument("--output-dir", type=Path, default=ROOT / "runs" / "versions", help="results and logs")
-    parser.add_argument("--table", type=Path, help="Markdown file to write the table to, too")
-    parser.add_argument("--pytest", nargs=argparse.REMAINDER, default=[], help="the rest is for pytest, e.g. -k cache")
+    parser.add_argument(
+        "--output-dir", type=Path, default=ROOT / "runs" / "versions", help="folder for results and logs"
+    )
+    parser.add_argument("--table", type=Path, help="also write the table to this Markdown file")
+    parser.add_argument("--pytest", nargs=argparse.REMAINDER, default=[], help="arguments for pytest, e.g. -k cache")
     options = parser.parse_args(arguments)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     results = []
@@ -44,12 +46,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run_once(folder: Path, transformers: str, torch: str, pytest: list[str]) -> dict:
     """
-    The result for one pair of versions, from the file of an earlier run of the same commit or from a run now.
+    The result for one pair of versions, from an earlier run of the same commit or from a new run.
 
     Raises:
-        `ValueError`: The earlier run was one of other tests.
+        `ValueError`: The earlier run had other arguments for pytest.
         `RuntimeError`: pytest was interrupted.
-        `subprocess.CalledProcessError`: The packages cannot be installed together; pip has said why.
+        `subprocess.CalledProcessError`: The packages cannot be installed together. pip printed the reason.
     """
     file = folder / "result.json"
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
@@ -83,7 +85,7 @@ def run_once(folder: Path, transformers: str, torch: str, pytest: list[str]) -> 
 
 
 def read_report(path: Path) -> dict:
-    """How many tests passed and were skipped, and the names of those that failed."""
+    """Number of tests that passed and that were skipped, and the names of those that failed."""
     cases = list(ElementTree.parse(path).getroot().iter("testcase"))
     failed = [
         f"{case.get('classname')}::{case.get('name')}"
@@ -95,7 +97,7 @@ def read_report(path: Path) -> dict:
 
 
 def format_table(results: list[dict]) -> str:
-    lines = ["# Versions", "", "All tests, with each pair of versions (`make test-versions`):", ""]
+    lines = ["# Versions", "", "Results of all tests with each pair of versions (`make test-versions`):", ""]
     lines += ["| transformers | torch | Python | passed | skipped | failed |", "|---|---|---|---:|---:|---:|"]
     lines += [
         f"| {each['transformers']} | {each['torch']} | {each['python']} | {each['passed']} | {each['skipped']} | "

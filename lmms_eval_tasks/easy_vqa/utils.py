@@ -1,4 +1,4 @@
-"""What lmms-eval's task `easy_vqa` asks: samples in LLaVA's format, as `ta_llava.data.easy_vqa` writes them."""
+"""lmms-eval's task `easy_vqa`: samples in LLaVA's format, as `ta_llava.data.easy_vqa` writes them."""
 
 from pathlib import Path
 

@@ -1,6 +1,6 @@
 """
-What lmms-eval's task `if16` asks: a question about each image with each of the 16 instructions, as `ta-llava evaluate
---task if16` does with easy-VQA, checked by the same programs.
+lmms-eval's task `if16`: a question about each image with each of the 16 instructions. `ta-llava evaluate --task if16` asks
+the same about easy-VQA, and the same programs check the answers.
 """
 
 import json
@@ -10,21 +10,22 @@ from datasets import Dataset
 from PIL import Image
 
 from ta_llava.evaluation.instruction_following import Prompt, build_prompts, check, load_checkers
-from ta_llava.evaluation.tasks import one_per_image, read_questions
+from ta_llava.evaluation.questions import read_questions
+from ta_llava.evaluation.tasks import one_per_image
 from ta_llava.image_loading import load_rgb_image
 
 
-load_checkers()  # which may not be installed: said here, before answers are made in vain
+load_checkers()  # they may be missing, which must be known before the model is asked
 
 
 def if16_process_docs(samples: Dataset) -> Dataset:
     """
-    The prompts about samples in LLaVA's format: 16 about the question of the first image, then 16 about that of the next.
-    Of several questions about an image the last is asked.
+    Builds the prompts about samples in LLaVA's format: 16 about the question of the first image, then 16 about that of the
+    next. If an image has several questions, the last one is asked.
 
     Returns:
         `Dataset`: `task`, `images` (paths as in the samples), `question`, `prompt` and `arguments` (as JSON, since each task
-        has its own).
+        has other arguments).
 
     Raises:
         `ValueError`: A sample is not one question and its answer.

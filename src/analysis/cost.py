@@ -1,8 +1,8 @@
 """
-What a model costs, counted on tensors without data: no weights are needed, and full-size models take seconds.
+Counts what a model costs, on tensors without data: no weights are needed, and full-size models take seconds.
 
-Operations are those that `torch.utils.flop_counter` counts in the prefill: two for each multiplication and addition of
-matrix products and convolutions.
+`torch.utils.flop_counter` counts the operations of the prefill: two for each multiplication and addition of matrix products
+and convolutions.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,8 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from ..cmai import attention_weights, focus_scores, head_averaged_scores, inhibition_ratio
-from ..common.loading import check_source, config_of
+from ..common.loading import config_of
+from ..common.sources import check_source
 from ..configuration_ta_llava import TaLlavaConfig
 from ..library_versions import CACHE
 from ..safe_loading import check_image_size
@@ -34,11 +35,11 @@ from ..vmtc_cmai_patch import VmtcCmaiLlavaConfig
 
 
 def _grouped(key: Sequence[int], query: Sequence[int]) -> tuple[int, ...]:
-    """Shape of keys or values with as many heads as the queries have, which the counter wants before torch 2.13."""
+    """Shape of keys or values with as many heads as the queries. Before torch 2.13 the counter needs it."""
     return (key[0], query[1], *key[2:])
 
 
-# The counter knows the attention of GPUs, but not that of the CPU, whose operands are the same.
+# The counter knows the attention of GPUs, but not that of the CPU, which has the same operands.
 CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
         lambda query, key, value, *args, **kwargs: sdpa_flop_count(query, _grouped(key, query), _grouped(value, query))
@@ -60,11 +61,13 @@ LANGUAGE_MODEL = "language model"
 @dataclass
 class Cost:
     """
+    What one row costs.
+
     Args:
-        parameters (`dict[str, int]`): Of each part; tied embeddings count once.
+        parameters (`dict[str, int]`): Number of parameters of each part; tied embeddings count once.
         operations (`dict[str, int]`): Floating point operations of each part in the prefill of one row.
-        num_tokens (`int`): Of the language model: visual or prefix tokens, and text.
-        cache_bytes (`int`): Of the KV cache after the prefill, in bfloat16.
+        num_tokens (`int`): Number of tokens in the language model: visual or prefix tokens, and text.
+        cache_bytes (`int`): Size of the KV cache after the prefill, in bfloat16.
     """
 
     parameters: dict[str, int]
@@ -120,13 +123,13 @@ FULL_SIZE = ("ta-llava-gemma-2-2b", "llava-1.5-7b", "llava-1.5-13b")
 
 def read_config(source: str | Path) -> tuple[Any, int]:
     """
-    Config of a model, and the pixels of a side of the images that it gets.
+    Config of a model, and the side of its images in pixels.
 
     Args:
         source (`str` or `Path`): A `config.json`, a folder or Hub repo, or one of `FULL_SIZE`.
 
     Raises:
-        `ValueError`: There is none, or it is not one of the models that are counted.
+        `ValueError`: There is no config, or its kind of model cannot be counted.
     """
     if source in FULL_SIZE:
         config = full_size_config(str(source))
@@ -134,14 +137,14 @@ def read_config(source: str | Path) -> tuple[Any, int]:
     try:
         check_source(source)
     except ValueError as error:
-        raise ValueError(f"{error} Known without files are {', '.join(FULL_SIZE)}.") from error
+        raise ValueError(f"{error} These need no files: {', '.join(FULL_SIZE)}.") from error
     config = config_of(source)
     known = (TaLlavaConfig.model_type, VmtcCmaiLlavaConfig.model_type, LlavaConfig.model_type)
     if config.model_type not in known:
-        raise ValueError(f"{source} is a {config.model_type!r} model; the cost is counted of {', '.join(known)}.")
+        raise ValueError(f"{source} is a {config.model_type!r} model; only {', '.join(known)} can be counted.")
     try:
         image_processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError):  # a config alone
+    except (OSError, ValueError):  # there is only a config
         return config, config.vision_config.image_size
     check_image_size(image_processor)
     return config, torch.as_tensor(
@@ -151,14 +154,14 @@ def read_config(source: str | Path) -> tuple[Any, int]:
 
 def count_cost(config: Any, text_tokens: int = 40, num_images: int = 1, image_size: int | None = None) -> Cost:
     """
-    The cost of one row with images.
+    Counts the cost of one row with images.
 
     Args:
         config ([`TaLlavaConfig`], [`VmtcCmaiLlavaConfig`] or `LlavaConfig`):
-            What CMAI adds is counted with the language model.
-        text_tokens (`int`): Of the prompt.
-        num_images (`int`): Of the row.
-        image_size (`int`, *optional*): Pixels of a side. Defaults to that of the vision tower.
+            Config of the model. The cost of CMAI is part of the language model's.
+        text_tokens (`int`): Text tokens of the prompt.
+        num_images (`int`): Images of the row.
+        image_size (`int`, *optional*): Side of the images in pixels. Defaults to that of the vision tower.
     """
     image_size = image_size or config.vision_config.image_size
     with FakeTensorMode(), torch.no_grad():
@@ -187,14 +190,14 @@ def count_cost(config: Any, text_tokens: int = 40, num_images: int = 1, image_si
 
 def build_without_data(config: Any) -> Any:
     """A model in bfloat16 of tensors without data, inside a `FakeTensorMode`."""
-    with no_init_weights():  # DINOv2's looks at its numbers
+    with no_init_weights():  # the initialization of DINOv2 reads its numbers
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).eval()
     model.tie_weights()
     return model
 
 
 class _Row(nn.Module):
-    """Makes one module of `run`, by which the counter knows the names of all that is in it."""
+    """Makes one module of `run`, so that the counter knows the names of all modules in it."""
 
     def __init__(self, model: Any):
         super().__init__()
@@ -208,13 +211,10 @@ class _Row(nn.Module):
 
 
 def inhibit(config: VmtcCmaiLlavaConfig, visual_tokens: int, text_tokens: int) -> None:
-    """The matrix products of CMAI in the prefill of a row, which `run` is without: it leaves out the model's own forward."""
-    text_config = config.text_config
-    heads, key_heads, num_layers = (
-        text_config.num_attention_heads,
-        text_config.num_key_value_heads,
-        text_config.num_hidden_layers,
-    )
+    """Does the matrix products of CMAI in the prefill of a row. `run` lacks them, since it skips the model's own forward."""
+    text_config: Any = config.text_config
+    heads, key_heads = text_config.num_attention_heads, text_config.num_key_value_heads
+    num_layers = text_config.num_hidden_layers
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
     query = torch.empty(1, heads, text_tokens, head_dim)
     key = torch.empty(1, key_heads, visual_tokens + text_tokens, head_dim)
@@ -233,13 +233,13 @@ def inhibit(config: VmtcCmaiLlavaConfig, visual_tokens: int, text_tokens: int) -
 
 def run(model: Any, pixel_values: torch.Tensor, text_tokens: int, labels: bool = False) -> Any:
     """
-    A forward pass of one row of the images `pixel_values` `(I, 3, H, W)` and text, on tensors without data; with `labels`,
-    its output has a loss.
+    Does a forward pass of one row with the images `pixel_values` `(I, 3, H, W)` and text, on tensors without data. With
+    `labels`, the output has a loss.
     """
     if model.config.model_type == TaLlavaConfig.model_type:
         ids = torch.zeros(1, model.config.num_prefix_tokens + text_tokens, dtype=torch.long)
         return model(input_ids=ids, pixel_values=pixel_values[None], labels=ids if labels else None)
-    # LLaVA puts the visual tokens in their places by looking at the ids; here they are put before the text.
+    # LLaVA reads the ids to place the visual tokens, and tensors without data have none. Here they come before the text.
     visual_tokens = torch.cat(model.model.get_image_features(pixel_values, return_dict=True).pooler_output)[None]
     text = model.get_input_embeddings()(torch.zeros(1, text_tokens, dtype=torch.long))
     outputs = model.model.language_model(inputs_embeds=torch.cat([visual_tokens, text], dim=1), use_cache=not labels)
@@ -255,7 +255,7 @@ def format_cost(costs: dict[str, Cost], references: Sequence[str]) -> str:
     A Markdown table with a column for each model.
 
     Args:
-        costs (`dict[str, Cost]`): By name.
+        costs (`dict[str, Cost]`): Costs by name of the model.
         references (`Sequence[str]`): Names of the models that the last rows compare with.
     """
     parts = [*PARTS, LANGUAGE_MODEL]
@@ -289,12 +289,12 @@ def format_cost(costs: dict[str, Cost], references: Sequence[str]) -> str:
 
 
 def in_millions(number: int) -> str:
-    """A number of parameters."""
+    """A number of parameters, in millions."""
     return f"{number / 1e6:,.2f} M" if number < 1e7 else f"{number / 1e6:,.0f} M"
 
 
 def scaled(number: float, unit: str) -> str:
-    """A number of operations or bytes, in the largest unit of which it has one."""
+    """A number of operations or bytes, in the largest unit that it reaches."""
     factor, prefix = next(
         ((factor, prefix) for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")) if number >= factor),
         (1, ""),

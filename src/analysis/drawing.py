@@ -20,12 +20,12 @@ HEADING_HEIGHT, HEADING_SIZE, LEGEND_HEIGHT, LEGEND_WIDTH = 30, 18, 26, 160
 MAX_COLUMNS = 4
 # Small images are enlarged to this width, by a whole factor, so that their patches can be seen and titles fit.
 MIN_PANEL_WIDTH = 300
-# For characters that Pillow's own font lacks, which are most: looked for where the system keeps its fonts.
+# System fonts for characters that Pillow's own font lacks.
 FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc")
 _TINT, _DARKENING = 150, 200  # of 255
 HEAT_OPACITY = 0.65
 
-# The colours of Okabe and Ito, which the colour-blind can tell apart; more clusters than these get more hues.
+# The colours of Okabe and Ito, which the colour-blind can tell apart. Further clusters get other hues.
 _COLORS = [
     (230, 159, 0),
     (86, 180, 233),
@@ -35,7 +35,7 @@ _COLORS = [
     (213, 94, 0),
     (204, 121, 167),
 ]
-# From black through red to pale yellow, rising evenly in lightness, which the colour-blind can read too.
+# From black through red to pale yellow, evenly rising in lightness, so that the colour-blind can read them.
 _HEAT_COLORS = np.array(
     [
         (0, 0, 4),
@@ -57,8 +57,8 @@ class Panels:
     What a picture shows.
 
     Args:
-        sections (`list`): A heading, which may be empty, and a list of panels, `(title, image)`, each.
-        legend (`Sequence[str]`): A line; or two texts, what the darkest and the brightest heat colour mean.
+        sections (`list`): Per section a heading, which may be empty, and a list of panels `(title, image)`.
+        legend (`Sequence[str]`): One line, or two texts: the meanings of the darkest and the brightest heat colour.
     """
 
     sections: list[tuple[str, list[tuple[str, Image.Image]]]]
@@ -86,7 +86,11 @@ def panel_boxes(num_panels: int, size: tuple[int, int]) -> list[tuple[int, int, 
     return boxes
 
 
+# --- panels --------------------------------------------------------------------------------------------------------
+
+
 def draw_panel(image: Image.Image, clusters: list[int], patch_size: int) -> Image.Image:
+    """The image with each cluster in its colour and an outline, and dropped patches dark."""
     columns = image.width // patch_size
     colors, mask = Image.new("RGB", image.size), Image.new("L", image.size)
     draw, draw_mask = ImageDraw.Draw(colors), ImageDraw.Draw(mask)
@@ -101,7 +105,7 @@ def draw_panel(image: Image.Image, clusters: list[int], patch_size: int) -> Imag
         if number == DROPPED:  # the colours are black there
             continue
         draw.rectangle((left, top, right, bottom), fill=cluster_color(number))
-        # The outline runs inside the patches of the cluster, so that what is kept stays as it is.
+        # The outline runs inside the patches of the cluster, so that kept patches are unchanged.
         edges = {
             (left, top, left + line - 1, bottom): patch - 1 if column > 0 else None,
             (right - line + 1, top, right, bottom): patch + 1 if column < columns - 1 else None,
@@ -114,11 +118,8 @@ def draw_panel(image: Image.Image, clusters: list[int], patch_size: int) -> Imag
     return Image.composite(colors, image, mask)
 
 
-# --- drawing --------------------------------------------------------------------------------------------------------
-
-
 def heat_colors(values: torch.Tensor) -> np.ndarray:
-    """RGB colours `(..., 3)`, uint8, of values in [0, 1]: from black to pale yellow; black for nan."""
+    """RGB colours `(..., 3)`, uint8, of values in [0, 1], from black to pale yellow; black for nan."""
     place = values.nan_to_num().clamp(0, 1).numpy() * (len(_HEAT_COLORS) - 1)
     below = np.minimum(place.astype(int), len(_HEAT_COLORS) - 2)
     share = (place - below)[..., None]
@@ -128,7 +129,7 @@ def heat_colors(values: torch.Tensor) -> np.ndarray:
 
 
 def draw_heat(image: Image.Image, values: torch.Tensor, patch_size: int) -> Image.Image:
-    """The image in grey under the colours of `values` `(rows, columns)`; what is on no patch stays as it is."""
+    """The image in grey under the colours of `values` `(rows, columns)`. Pixels that are on no patch are unchanged."""
     rows, columns = values.shape
     size = (columns * patch_size, rows * patch_size)
     colors = Image.fromarray(heat_colors(values), "RGB").resize(size, Image.Resampling.NEAREST)
@@ -139,7 +140,7 @@ def draw_heat(image: Image.Image, values: torch.Tensor, patch_size: int) -> Imag
 
 
 def enlarge(image: Image.Image, patch_size: int) -> tuple[Image.Image, int]:
-    """A small image by a whole factor larger, and the pixels of its patches then."""
+    """A small image enlarged by a whole factor, and the pixels of its patches then."""
     factor = max(1, math.ceil(MIN_PANEL_WIDTH / image.width))
     large = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     return large, patch_size * factor
@@ -151,9 +152,12 @@ def draw_heat_scale() -> Image.Image:
     return colors.resize((LEGEND_WIDTH, FONT_SIZE))
 
 
-def compose(panels_of_picture: Panels) -> Image.Image:
-    """One picture of all panels, with their titles, section below section, the legend at the bottom."""
-    sections, legend = panels_of_picture.sections, panels_of_picture.legend
+# --- the picture ---------------------------------------------------------------------------------------------------
+
+
+def compose(contents: Panels) -> Image.Image:
+    """One picture of all panels with their titles, section below section, the legend at the bottom."""
+    sections, legend = contents.sections, contents.legend
     placed, bottom, right = [], 0, 0
     for heading, panels in sections:
         top = bottom + (HEADING_HEIGHT if heading else 0)
@@ -188,7 +192,7 @@ def compose(panels_of_picture: Panels) -> Image.Image:
 
 
 def _load_fonts(text: str) -> list[Any]:
-    """A font in both sizes: the first that has all characters of a text, or else that of Pillow."""
+    """The first font that has all characters of a text, or else Pillow's, in both sizes."""
     default = [ImageFont.load_default(size) for size in (FONT_SIZE, HEADING_SIZE)]
     absent = _absent(text, default[0])
     if not absent:
@@ -196,23 +200,23 @@ def _load_fonts(text: str) -> list[Any]:
     for name in FONTS:
         try:
             fonts = [ImageFont.truetype(name, size) for size in (FONT_SIZE, HEADING_SIZE)]
-        except OSError:  # is not installed
+        except OSError:  # it is not installed
             continue
         if not _absent(text, fonts[0]):
             return fonts
-    # An error, since warnings are turned off where the models are loaded.
+    # An error, since warnings are off while models are loaded.
     logger.error(f"The picture has boxes for {absent}: no font has them. Install {' or '.join(FONTS)}.")
     return default
 
 
 def _absent(text: str, font: Any) -> str:
-    """The characters of a text that a font draws as those that are none."""
+    """The characters of a text that a font draws as the box for unknown ones."""
     box = bytes(font.getmask("\uffff"))
     return "".join(each for each in dict.fromkeys("".join(text.split())) if bytes(font.getmask(each)) == box)
 
 
 def _shorten(text: str, font: Any, width: int) -> str:
-    """A text on one line, cut with dots at its end where it is wider than `width` pixels."""
+    """A text on one line. Dots replace its end if it is wider than `width` pixels."""
     text = " ".join(text.split())
     if font.getlength(text) <= width:
         return text

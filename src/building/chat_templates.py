@@ -1,15 +1,18 @@
-"""Chat templates with images for the language models that TA-LLaVA is built on."""
+"""Chat templates: recognises how they write an answer, and turns those of language models into templates with images."""
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from ..common.errors import one_line
 
-# Gemma's own turns. `<image>` and `<video>` stand where one is; the processor moves all of a prompt into the prefix.
-# What the assistant says is marked, for `apply_chat_template(..., return_assistant_tokens_mask=True)`.
+
+# Gemma's turns. `<image>` and `<video>` stand where an image or video is; the processor moves all of them into the prefix.
+# Answers are marked for `apply_chat_template(..., return_assistant_tokens_mask=True)`.
 GEMMA_CHAT_TEMPLATE = (
     "{%- macro render(content) -%}"
     "{%- if content is string -%}{{ content }}"
@@ -35,13 +38,13 @@ GEMMA_CHAT_TEMPLATE = (
 @dataclass(frozen=True)
 class Turns:
     """
-    How a family of chat templates writes what the assistant says.
+    How a family of chat templates writes an answer.
 
     Args:
-        name (`str`): Of the family.
-        opening (`str`): What stands before an answer, and at the end of a prompt; without the white space at its end it is
-            the response marker.
-        end_of_turn (`str`, *optional*): The token after an answer; `None` for the tokenizer's EOS token.
+        name (`str`): Name of the family.
+        opening (`str`): Text before an answer and at the end of a prompt. Without the white space at its end it is the
+            response marker.
+        end_of_turn (`str`, *optional*): Token after an answer. `None` stands for the tokenizer's EOS token.
     """
 
     name: str
@@ -57,7 +60,7 @@ FAMILIES = (
     Turns("Vicuna", "ASSISTANT:"),
 )
 
-# Vicuna's checkpoints have no template. This one writes what they, and LLaVA-1.5, were trained on.
+# Vicuna's checkpoints have no template. They and LLaVA-1.5 were trained on what this one writes.
 VICUNA_CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{%- if messages[0]['role'] == 'system' -%}{{ messages[0]['content'] | trim }}"
@@ -72,7 +75,7 @@ VICUNA_CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{ ' ASSISTANT:' }}{%- endif -%}"
 )
 
-# Two turns, with words in them that must not be taken for a response marker.
+# Two questions and answers, with words that must not be taken for a response marker.
 _PROBE = [
     {"role": "user", "content": "Is the model an assistant?"},
     {"role": "assistant", "content": "First answer."},
@@ -83,17 +86,17 @@ _PROBE = [
 
 def recognise_turns(chat_template: str, special_tokens: dict[str, str]) -> Turns:
     """
-    The family of a chat template, found by what it writes around the answers of a conversation.
+    Finds the family of a chat template by what it writes around the answers of a conversation.
 
     Args:
         chat_template (`str`): A Jinja template for conversations of text.
-        special_tokens (`dict[str, str]`): What the template may refer to, such as `bos_token` and `eos_token`.
+        special_tokens (`dict[str, str]`): Variables of the template, such as `bos_token` and `eos_token`.
 
     Returns:
-        [`Turns`], with `end_of_turn` given.
+        [`Turns`], always with an `end_of_turn`.
 
     Raises:
-        `ValueError`: The template is of none of the families, or cannot be rendered.
+        `ValueError`: The template belongs to none of the families, or cannot be rendered.
     """
     told = _render(chat_template, _PROBE, special_tokens)[0]
     prompt = _render(chat_template, _PROBE[:1], special_tokens, add_generation_prompt=True)[0]
@@ -120,33 +123,56 @@ def add_images(
     chat_template: str, turns: Turns, image_token: str, special_tokens: dict[str, str], video_token: str | None = None
 ) -> str:
     """
-    A chat template that takes images, and videos if there is a `video_token`. Conversations of text are rendered by the
-    given template, and so exactly as it does, errors included.
+    Makes a chat template take images, and videos if there is a `video_token`. The given template still renders the
+    conversation, so that one of text comes out the same, errors included.
 
-    Before it runs, the content of each message is made a string: an image becomes its token and a line break. What
-    it has written is then taken apart at `turns`, so that each answer, with its end-of-turn token, is marked for
+    Before it runs, the content of each message is made a string: an image becomes its token and a line break. Its output is
+    then taken apart at `turns`, so that each answer, with its end-of-turn token, is marked for
     `apply_chat_template(..., return_assistant_tokens_mask=True)`.
 
     Args:
         chat_template (`str`): The template of a language model.
         turns ([`Turns`]): Its family, as `recognise_turns` gives it.
-        image_token (`str`): What the processor takes for an image.
+        image_token (`str`): Token that the processor takes for an image.
         special_tokens (`dict[str, str]`): As for `recognise_turns`.
-        video_token (`str`, *optional*): What it takes for a video.
+        video_token (`str`, *optional*): Token that the processor takes for a video.
 
     Raises:
         `ValueError`: The template cannot be taken apart.
     """
+    # Marks of the template itself would count from the wrong place.
+    without_marks = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", chat_template)
+    without_marks = re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", without_marks)
+    with_images = (
+        _contents_as_strings(image_token, video_token)
+        # Jinja removes the line break after the tag, like one at the end of a file. It may remove no others.
+        + "{%- set rendered %}\n"
+        + without_marks.removesuffix("\n")
+        + "{{ '' }}{% endset -%}"
+        + _marked_answers(turns)
+    )
+    told, answers = _render(with_images, _PROBE, special_tokens, return_assistant_tokens_mask=True)
+    marked = [told[start:end] for start, end in answers]
+    expected = [message["content"] for message in _PROBE if message["role"] == "assistant"]
+    if (
+        told != _render(chat_template, _PROBE, special_tokens)[0]
+        or len(marked) != len(expected)
+        or not all(answer in text and text.endswith(str(turns.end_of_turn)) for answer, text in zip(expected, marked))
+    ):
+        raise ValueError(
+            f"The chat template does not write its answers as {turns.name} does; {marked} were taken for them."
+        )
+    return with_images
+
+
+def _contents_as_strings(image_token: str, video_token: str | None) -> str:
+    """The part of a template that makes the content of each of `messages` a string."""
     contents = {"image": json.dumps(image_token + "\n")}
     if video_token is not None:
         contents["video"] = json.dumps(video_token + "\n")
     contents["text"] = "item['text']"
     kinds = "images and text" if video_token is None else "images, videos and text"
-    opening, end_of_turn = json.dumps(turns.opening), json.dumps(turns.end_of_turn)
-    # Marks of its own would count from the wrong place.
-    own = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", chat_template)
-    own = re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", own)
-    with_images = (
+    return (
         "{%- set chat = namespace(messages=[], content='', rest='') -%}"
         "{%- for message in messages -%}"
         "{%- if message['content'] is defined and message['content'] is sequence and message['content'] is not string -%}"
@@ -165,8 +191,13 @@ def add_images(
         "{%- else -%}{%- set chat.messages = chat.messages + [message] -%}{%- endif -%}"
         "{%- endfor -%}"
         "{%- set messages = chat.messages -%}"
-        # The line break after the tag is taken out by Jinja, like one at the end of a file; no others may be.
-        "{%- set rendered %}\n" + own.removesuffix("\n") + "{{ '' }}{% endset -%}"
+    )
+
+
+def _marked_answers(turns: Turns) -> str:
+    """The part of a template that writes `rendered` with its answers marked."""
+    opening, end_of_turn = json.dumps(turns.opening), json.dumps(turns.end_of_turn)
+    return (
         "{%- set chat.rest = rendered -%}"
         "{%- for message in messages -%}"
         "{%- set parts = chat.rest.split(" + opening + ", 1) -%}"
@@ -186,29 +217,17 @@ def add_images(
         "{%- endfor -%}"
         "{{ chat.rest }}"
     )
-    told, answers = _render(with_images, _PROBE, special_tokens, return_assistant_tokens_mask=True)
-    marked = [told[start:end] for start, end in answers]
-    expected = [message["content"] for message in _PROBE if message["role"] == "assistant"]
-    if (
-        told != _render(chat_template, _PROBE, special_tokens)[0]
-        or len(marked) != len(expected)
-        or not all(answer in text and text.endswith(str(turns.end_of_turn)) for answer, text in zip(expected, marked))
-    ):
-        raise ValueError(
-            f"The chat template does not write its answers as {turns.name} does; {marked} were taken for them."
-        )
-    return with_images
 
 
 def _render(
-    chat_template: str, messages: list[dict], special_tokens: dict[str, str], **kwargs: Any
+    chat_template: str, messages: list[dict], special_tokens: Mapping[str, Any], **kwargs: Any
 ) -> tuple[str, list[tuple[int, int]]]:
-    """A conversation as text, and from where to where its answers go, if asked for."""
+    """A conversation as text, and start and end of each answer if `return_assistant_tokens_mask` asks for them."""
     try:
-        texts, answers = render_jinja_template(
+        rendered: Any = render_jinja_template(
             conversations=[messages], chat_template=chat_template, **kwargs, **special_tokens
         )
     except Exception as error:  # templates are programs and may fail in any way
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(f"The chat template cannot be rendered: {reason}") from error
+        raise ValueError(f"The chat template cannot be rendered: {one_line(error)[:300]}") from error
+    texts, answers = rendered
     return texts[0], answers[0] if answers else []

@@ -17,8 +17,9 @@ from tqdm.auto import tqdm
 from transformers import LlavaConfig, LlavaProcessor
 
 from ..common.errors import one_line
-from ..common.files import check_new_folder, complete_folder_or_not_at_all
-from ..common.loading import check_format, check_source
+from ..common.files import atomic_folder, check_new_folder
+from ..common.loading import check_format
+from ..common.sources import check_source
 from ..configuration_ta_llava import TaLlavaConfig
 from ..safe_loading import check_sizes
 from ..vision_towers import patch_grid
@@ -32,7 +33,7 @@ from ..vmtc_cmai_patch import (
 )
 
 
-# The settings of the paper, for a call that names none.
+# Settings of the paper, used if a call names none.
 DEFAULT_KEEP_RATIO = 0.5
 DEFAULT_CMAI_MAX_RATIO = 0.6
 
@@ -49,40 +50,40 @@ def compress_llava(
     progress: bool = False,
 ) -> VmtcCmaiLlavaConfig:
     """
-    Copies a LLaVA, from a folder or Hub repo, to a folder from which the same weights load with VMTC and CMAI: by
-    `AutoConfig`, `AutoModel`, `AutoModelForImageTextToText`, `AutoProcessor` and `pipeline`, with
-    `trust_remote_code=True` also where this package is not installed. `out` appears when it is complete, not before.
+    Copies a LLaVA from a folder or Hub repo to a new folder, from which the same weights load with VMTC and CMAI. The Auto
+    classes and `pipeline` load it, with `trust_remote_code=True` also where this package is not installed. `out` appears
+    when it is complete.
 
     Args:
         source (`str` or `Path`):
-            A checkpoint as `LlavaForConditionalGeneration` has it, or one that was compressed already.
+            A checkpoint of `LlavaForConditionalGeneration`, or one that is compressed already.
         out (`str` or `Path`):
             New folder.
         num_visual_tokens (`int`, *optional*):
-            Turns VMTC on, with so many visual tokens per image, from 1 to the number of patches.
+            Turns VMTC on and keeps this many visual tokens per image, from 1 to the number of patches.
         cmai_max_ratio (`float`, *optional*):
-            Turns CMAI on, with this share of image tokens inhibited in the last layer, in (0, 1], or off with 0. What is
-            not given stays as the config says. If neither is, and the config has both off, both are turned on as in the
+            Turns CMAI on and inhibits this share of the image tokens in the last layer, in (0, 1]; 0 turns it off. Settings
+            you don't pass are unchanged. If you pass neither and the config has both off, both are turned on as in the
             paper: half of the patches and 0.6.
         link (`bool`):
-            Give the files of the weights a second name instead of copying them, where the file system can. They are then
-            one file: what writes into one of them, rather than replacing it, changes both.
+            Give the weight files a second name instead of copying them, where the file system can. Both names then stand
+            for one file: a program that writes into it, rather than replacing it, changes both.
         progress (`bool`):
             Show a progress bar.
 
     Returns:
-        [`VmtcCmaiLlavaConfig`]: what was written to `config.json`.
+        [`VmtcCmaiLlavaConfig`]: The content of `config.json`.
 
     Raises:
-        `ValueError`: `out` is not new; `source` is no LLaVA, is incomplete or damaged, or has no safetensors; a budget or
-            ratio that is not possible.
+        `ValueError`: `out` is not new; `source` is no LLaVA, is incomplete or damaged, or has no safetensors; or the number
+            of tokens or the ratio is not possible.
     """
     out = Path(out)
     check_new_folder(out)
     folder, config, processor = compressed_parts(source, num_visual_tokens, cmai_max_ratio)
     files = _find_weights(source, folder)
 
-    with complete_folder_or_not_at_all(out) as unfinished:
+    with atomic_folder(out) as unfinished:
         processor.save_pretrained(unfinished)
         if (folder / "generation_config.json").is_file():
             shutil.copyfile(folder / "generation_config.json", unfinished / "generation_config.json")
@@ -98,8 +99,10 @@ def compressed_parts(
     source: str | Path, num_visual_tokens: int | None = None, cmai_max_ratio: float | None = None
 ) -> tuple[Path, VmtcCmaiLlavaConfig, VmtcCmaiLlavaProcessor]:
     """
-    What `compress_llava` writes beside the weights: the folder of the checkpoint (of a Hub repo, where it was downloaded
-    to), and the config and processor with VMTC and CMAI as asked for. Arguments and errors are those of `compress_llava`.
+    Prepares what `compress_llava` writes beside the weights. Arguments and errors are those of `compress_llava`.
+
+    Returns:
+        The folder of the checkpoint, which a Hub repo was downloaded to, and the config and processor with VMTC and CMAI.
     """
     flags = vmtc_cmai_flags(num_visual_tokens, cmai_max_ratio)
     folder = _find_source(source)
@@ -111,8 +114,8 @@ def compressed_parts(
 
 def vmtc_cmai_flags(num_visual_tokens: int | None = None, cmai_max_ratio: float | None = None) -> dict[str, Any]:
     """
-    The fields of a [`VmtcCmaiLlavaConfig`] that turn VMTC and CMAI on as asked for, or CMAI off with a ratio of 0. What is
-    not given is not among them.
+    The fields of a [`VmtcCmaiLlavaConfig`] that turn VMTC and CMAI on, or CMAI off with a ratio of 0. Settings you don't
+    pass have no field.
 
     Raises:
         `ValueError`: The ratio is not in [0, 1].
@@ -131,29 +134,28 @@ def with_vmtc_and_cmai(
     config: Any, num_visual_tokens: int | None = None, cmai_max_ratio: float | None = None
 ) -> VmtcCmaiLlavaConfig:
     """
-    The config of a LLaVA with VMTC and CMAI as asked for.
+    The config of a LLaVA, with VMTC and CMAI turned on. Settings you don't pass are unchanged.
 
     Args:
-        config ([`VmtcCmaiLlavaConfig`] or `LlavaConfig`): Of the LLaVA.
-        num_visual_tokens (`int`, *optional*): Turns VMTC on, with so many visual tokens per image.
+        config ([`VmtcCmaiLlavaConfig`] or `LlavaConfig`): Config of the LLaVA.
+        num_visual_tokens (`int`, *optional*): Turns VMTC on and keeps this many visual tokens per image.
         cmai_max_ratio (`float`, *optional*):
-            Turns CMAI on, with this share of image tokens inhibited in the last layer, or off with 0. What is not given
-            stays as it is.
+            Turns CMAI on and inhibits this share of the image tokens in the last layer; 0 turns it off.
 
     Raises:
-        `ValueError`: The config is of a TA-LLaVA, or the ratio is not in [0, 1].
+        `ValueError`: The config belongs to a TA-LLaVA, or the ratio is not in [0, 1].
     """
     if config.model_type == TaLlavaConfig.model_type:
-        raise ValueError("VMTC and CMAI are counted of a LLaVA, but a TA-LLaVA was given.")
+        raise ValueError("VMTC and CMAI are for a LLaVA, but this is a TA-LLaVA.")
     flags = vmtc_cmai_flags(num_visual_tokens, cmai_max_ratio)
     return VmtcCmaiLlavaConfig.from_dict({**config.to_dict(), "model_type": VmtcCmaiLlavaConfig.model_type, **flags})
 
 
-# --- what is there -------------------------------------------------------------------------------------------------
+# --- the source ----------------------------------------------------------------------------------------------------
 
 
 def _find_source(source: str | Path) -> Path:
-    """The folder of a checkpoint; of a Hub repo everything but the weights is downloaded."""
+    """The folder of a checkpoint. Everything but the weights of a Hub repo is downloaded."""
     folder = Path(source)
     if not folder.is_dir():
         if folder.exists():
@@ -168,7 +170,7 @@ def _find_source(source: str | Path) -> Path:
 def _download(repo: str | Path, patterns: list[str]) -> str:
     try:
         return snapshot_download(str(repo), allow_patterns=patterns)
-    except Exception as error:  # of the network, the Hub, or a name that cannot be one
+    except Exception as error:  # the network, the Hub, or a name that no repo has
         raise ValueError(
             f"There is no folder {str(repo)!r}, and no Hub repo could be downloaded: {one_line(error)}"
         ) from error
@@ -176,20 +178,13 @@ def _download(repo: str | Path, patterns: list[str]) -> str:
 
 def _find_weights(source: str | Path, folder: Path) -> list[Path]:
     """
-    Files of the weights, complete and readable; those of a Hub repo are downloaded.
+    The weight files, complete and readable. Those of a Hub repo are downloaded.
 
     Raises:
-        `ValueError`: There are none, one is missing or damaged, or lacks what the index says is in it.
+        `ValueError`: There are no weights, or a file is missing or damaged, or lacks tensors that the index names.
     """
-    weight_map, names = {}, [_WEIGHTS]
-    if not (folder / _WEIGHTS).is_file() and (folder / _INDEX).is_file():  # in this order, as the library has it
-        try:
-            weight_map = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(weight_map.values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{folder / _INDEX} is not an index of weights: {one_line(error)}") from error
-        if not names or any(Path(name).name != name for name in names):
-            raise ValueError(f"{folder / _INDEX} names no files of its own folder.")
+    weight_map = _read_index(folder)
+    names = sorted(set(weight_map.values())) or [_WEIGHTS]
     if folder != Path(source):
         folder = Path(_download(source, names))
     missing = [name for name in names if not (folder / name).is_file()]
@@ -201,19 +196,35 @@ def _find_weights(source: str | Path, folder: Path) -> list[Path]:
     if missing:
         raise ValueError(f"{source} is incomplete: {_INDEX} names {', '.join(missing)}, but there is no such file.")
     for name in names:
-        try:
-            with safe_open(folder / name, framework="pt") as tensors:
-                keys = set(tensors.keys())
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{folder / name} is damaged or incomplete ({one_line(error)}). Get this file again."
-            ) from error
-        absent = sorted(key for key, file in weight_map.items() if file == name and key not in keys)
-        if absent:
-            raise ValueError(
-                f"{folder / name} lacks {len(absent)} tensors that {_INDEX} names, such as {absent[0]!r}."
-            )
+        _check_tensors(folder / name, [key for key, file in weight_map.items() if file == name])
     return [folder / name for name in names]
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """The weight file of each tensor, if the weights are in several files."""
+    if (folder / _WEIGHTS).is_file() or not (
+        folder / _INDEX
+    ).is_file():  # in this order, as the library looks for them
+        return {}
+    try:
+        weight_map = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+        names = set(weight_map.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / _INDEX} is not an index of weights: {one_line(error)}") from error
+    if not names or any(Path(name).name != name for name in names):
+        raise ValueError(f"{folder / _INDEX} names no files of its own folder.")
+    return weight_map
+
+
+def _check_tensors(file: Path, wanted: list[str]) -> None:
+    """Raises `ValueError` if a weight file cannot be read, or lacks one of the `wanted` tensors."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            keys = set(tensors.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged or incomplete ({one_line(error)}). Get this file again.") from error
+    if absent := sorted(set(wanted) - keys):
+        raise ValueError(f"{file} lacks {len(absent)} tensors that {_INDEX} names, such as {absent[0]!r}.")
 
 
 def _link_or_copy(file: Path, target: Path, link: bool) -> None:
@@ -226,17 +237,17 @@ def _link_or_copy(file: Path, target: Path, link: bool) -> None:
     shutil.copyfile(file, target)
 
 
-# --- what it becomes -----------------------------------------------------------------------------------------------
+# --- config and processor ------------------------------------------------------------------------------------------
 
 
 def _compressed_config(source: str | Path, folder: Path, flags: dict[str, Any]) -> VmtcCmaiLlavaConfig:
     """
-    The config with the `vmtc_cmai_flags`, but for the number of visual tokens.
+    The config with the `vmtc_cmai_flags`. The number of visual tokens is set later, when the size of the images is known.
 
     Raises:
-        `ValueError`: No LLaVA, or one that cannot be used with VMTC.
+        `ValueError`: The config does not belong to a LLaVA, or not to one that VMTC can be used with.
     """
-    if "use_vmtc" in flags:  # the number is set when the size of the images is known
+    if "use_vmtc" in flags:
         flags = {**flags, "vmtc_num_visual_tokens": None}
     try:
         stock = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -245,12 +256,12 @@ def _compressed_config(source: str | Path, folder: Path, flags: dict[str, Any]) 
         if not flags and not stock.get("use_vmtc") and not stock.get("use_cmai"):
             flags |= {"use_vmtc": True, "vmtc_num_visual_tokens": None, "vmtc_keep_ratio": DEFAULT_KEEP_RATIO}
             flags |= {"use_cmai": True, "cmai_max_ratio": DEFAULT_CMAI_MAX_RATIO}
-        if stock.get("model_type") == LlavaConfig.model_type:  # its weights have not seen merged tokens
+        if stock.get("model_type") == LlavaConfig.model_type:  # it was not trained with merged tokens
             flags["vmtc_merge_weights"] = "normalized"
         config = VmtcCmaiLlavaConfig.from_pretrained(folder, **flags)
     except StrictDataclassError as error:
         raise ValueError(f"{source}: {one_line(error.__cause__ or error)}") from error
-    except Exception as error:  # it may be damaged in any way
+    except Exception as error:  # the file may be damaged in any way
         reason = one_line(error).replace(f"{folder} is a", "it is a")
         raise ValueError(f"The config.json of {source} cannot be used for VMTC and CMAI: {reason}") from error
     config.architectures = [VmtcCmaiLlavaForConditionalGeneration.__name__]
@@ -262,12 +273,37 @@ def _compressed_processor(
     source: str | Path, folder: Path, config: VmtcCmaiLlavaConfig, num_visual_tokens: int | None
 ) -> VmtcCmaiLlavaProcessor:
     """
-    The processor that goes with `config`, both with a budget of `num_visual_tokens`. What it must know of the vision
-    tower, and old checkpoints do not say, comes from a run of the tower without data.
+    The processor for `config`; both get the budget of `num_visual_tokens`. Old checkpoints do not say all that the
+    processor must know about the vision tower. A run of the tower without weights tells it.
 
     Raises:
-        `ValueError`: There is none, it is not LLaVA's, it does not fit the model, or the budget not its images.
+        `ValueError`: There is no processor, it is not LLaVA's or does not fit the model, or the budget does not fit its
+            images.
     """
+    processor, pixel_values = _load_processor(source, folder)
+    if processor.image_token_id != config.image_token_id:
+        raise ValueError(
+            f"The tokenizer of {source} writes {processor.image_token!r} as {processor.image_token_id}, but the config says "
+            f"`image_token_id={config.image_token_id}`. One of them belongs to another model."
+        )
+    num_patches = math.prod(patch_grid(config, pixel_values))
+    if num_visual_tokens is not None:
+        config.vmtc_num_visual_tokens = count_visual_tokens(config, num_patches, num_visual_tokens)
+    is_default = config.vision_feature_select_strategy == "default"
+    num_features = _count_features(source, config, pixel_values)
+    processor.use_vmtc = config.use_vmtc
+    processor.vmtc_num_visual_tokens = config.vmtc_num_visual_tokens
+    processor.vmtc_keep_ratio = config.vmtc_keep_ratio
+    processor.spd_factor = config.spd_factor
+    vision_config: Any = config.vision_config
+    processor.patch_size = vision_config.patch_size
+    processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+    processor.num_additional_image_tokens = num_features - count_visual_tokens(config, num_patches) + is_default
+    return processor
+
+
+def _load_processor(source: str | Path, folder: Path) -> tuple[VmtcCmaiLlavaProcessor, torch.Tensor]:
+    """The processor of a LLaVA, and what it makes of an image, `(1, 3, H, W)`."""
     for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
         try:
             settings = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -286,33 +322,16 @@ def _compressed_processor(
         pixel_values = torch.as_tensor(processor.image_processor(black, return_tensors="pt")["pixel_values"])
     except Exception as error:  # files may be missing or damaged in any way
         raise ValueError(f"No processor could be loaded from {source}: {one_line(error)}") from error
-    if processor.image_token_id != config.image_token_id:
-        raise ValueError(
-            f"The tokenizer of {source} writes {processor.image_token!r} as {processor.image_token_id}, but the config says "
-            f"`image_token_id={config.image_token_id}`. One of them is not of this model."
-        )
-    num_patches = math.prod(patch_grid(config, pixel_values))
-    if num_visual_tokens is not None:
-        config.vmtc_num_visual_tokens = count_visual_tokens(config, num_patches, num_visual_tokens)
-    is_default = config.vision_feature_select_strategy == "default"
-    num_features = _count_features(source, config, pixel_values)
-    processor.use_vmtc = config.use_vmtc
-    processor.vmtc_num_visual_tokens = config.vmtc_num_visual_tokens
-    processor.vmtc_keep_ratio = config.vmtc_keep_ratio
-    processor.spd_factor = config.spd_factor
-    processor.patch_size = config.vision_config.patch_size
-    processor.vision_feature_select_strategy = config.vision_feature_select_strategy
-    processor.num_additional_image_tokens = num_features - count_visual_tokens(config, num_patches) + is_default
-    return processor
+    return processor, pixel_values
 
 
 def _count_features(source: str | Path, config: VmtcCmaiLlavaConfig, pixel_values: torch.Tensor) -> int:
-    """Visual tokens of an image such as `pixel_values` `(1, 3, H, W)`: the model is built and run without weights."""
+    """Visual tokens of an image `(1, 3, H, W)`, counted by a run of the model without weights."""
     try:
         with torch.device("meta"), torch.no_grad():
             model = VmtcCmaiLlavaModel(deepcopy(config)).eval()
             return len(model.get_image_features(pixel_values.to("meta"), return_dict=True).pooler_output[0])
-    except Exception as error:  # its config may be damaged in any way
+    except Exception as error:  # the config may be damaged in any way
         raise ValueError(
             f"{source} does not work with these settings: {one_line(error.__cause__ or error)}"
         ) from error

@@ -1,23 +1,23 @@
-"""LoRA adapters, as `ta-llava train --lora` writes them: where one lies, what it belongs to, and the model with it."""
+"""LoRA adapters, as `ta-llava train --lora` writes them: recognises them, finds their model, and merges them into it."""
 
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers.utils import CONFIG_NAME, cached_file, has_file
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file, has_file
 
-from .errors import ADAPTER_CONFIG, how_to_install, one_line, why_not_loaded
-from .loading import check_source
+from .errors import how_to_install, one_line, why_not_loaded
+from .sources import check_source
 
 
 def is_adapter(source: str | Path) -> bool:
-    """Whether a folder or Hub repo has a PEFT adapter, and no model beside it."""
+    """Whether a folder or Hub repo has a PEFT adapter and no model beside it."""
     if Path(source).exists():
-        return (Path(source) / ADAPTER_CONFIG).is_file() and not (Path(source) / CONFIG_NAME).is_file()
+        return (Path(source) / ADAPTER_CONFIG_NAME).is_file() and not (Path(source) / CONFIG_NAME).is_file()
     try:
         check_source(source)
-        return has_file(str(source), ADAPTER_CONFIG) and not has_file(str(source), CONFIG_NAME)
-    except Exception:  # of the network or the Hub, or no possible name: who loads it says so
+        return has_file(str(source), ADAPTER_CONFIG_NAME) and not has_file(str(source), CONFIG_NAME)
+    except Exception:  # the network, the Hub or the name; loading it as a model says what is wrong
         return False
 
 
@@ -27,10 +27,11 @@ def model_of_adapter(adapter: str | Path, model: str | None = None) -> str:
 
     Args:
         adapter (`str` or `Path`): Folder or Hub repo of the adapter.
-        model (`str`, *optional*): Take this model instead of the one that the adapter names.
+        model (`str`, *optional*): Use this model instead of the one that the adapter names.
 
     Raises:
-        `ValueError`: peft is not installed; `adapter` is none of LoRA, or pickled; or there is no such model.
+        `ValueError`: peft is not installed, the adapter is not a LoRA adapter, its weights are pickles, or there is no such
+            model.
     """
     try:
         from peft import PeftConfig, PeftType
@@ -45,7 +46,7 @@ def model_of_adapter(adapter: str | Path, model: str | None = None) -> str:
         config = PeftConfig.from_pretrained(str(adapter))
     except (ValueError, OSError) as error:
         raise ValueError(f"{adapter} is no PEFT adapter: {one_line(error)}") from error
-    if config.peft_type != PeftType.LORA:  # others name further files, which may be pickles
+    if config.peft_type != PeftType.LORA:  # other kinds name further files, which may be pickles
         raise ValueError(f"{adapter} is an adapter of kind {config.peft_type}; only LoRA is merged.")
     source = model or config.base_model_name_or_path
     if not source:
@@ -67,7 +68,7 @@ def model_of_adapter(adapter: str | Path, model: str | None = None) -> str:
 
 def merge_into(base: Any, adapter: str | Path, source: str) -> Any:
     """
-    A model, loaded from `source`, with an adapter merged into its weights.
+    Merges an adapter into the weights of `base`, a model that was loaded from `source`.
 
     Raises:
         `ValueError`: The adapter is damaged, or does not fit the model.
@@ -81,8 +82,8 @@ def merge_into(base: Any, adapter: str | Path, source: str) -> Any:
             saved = set(weights.keys())
     except (SafetensorError, RuntimeError, ValueError) as error:  # other sizes, other modules
         raise ValueError(f"{adapter} does not fit {source}: {why_not_loaded(error)}") from error
-    if odd := sorted(get_peft_model_state_dict(adapted).keys() ^ saved):
+    if different := sorted(get_peft_model_state_dict(adapted).keys() ^ saved):
         raise ValueError(
-            f"{adapter} does not fit {source}: {len(odd)} weights are missing or left over, such as {odd[0]!r}."
+            f"{adapter} does not fit {source}: {len(different)} weights are missing or left over, such as {different[0]!r}."
         )
     return adapted.merge_and_unload()

@@ -1,23 +1,20 @@
-"""What the tooling shares where a model is named that is not there, or not as it must be."""
+"""Texts of errors: what went wrong, in one line, and what to install."""
 
 from safetensors import SafetensorError
 
 
-ADAPTER_CONFIG = "adapter_config.json"  # of PEFT
-
-
 def one_line(error: BaseException) -> str:
-    """The text of an error without its line breaks, shortened; its kind, if it has no text."""
+    """The text of an error without line breaks, at most 1000 characters. If it has no text, the name of its class."""
     return " ".join(str(error).split())[:1000] or type(error).__name__
 
 
 def why_not_loaded(error: BaseException) -> str:
-    """What is wrong with the files of a model, from what loading them raised."""
+    """Says what is wrong with the files of a model, given the error that loading them raised."""
     if isinstance(error, SafetensorError):
         return f"its weights are damaged or cut off ({one_line(error)}). Get their files again."
     return one_line(error)
 
 
 def how_to_install(extra: str) -> str:
-    """How an extra of this package is installed, from its source or where the package is installed already."""
+    """Says how to install an extra of this package, both in a clone and where the package is installed."""
     return f"`pip install -e '.[{extra}]'` in a clone, or `pip install 'ta-llava[{extra}]'` where it is installed"

@@ -1,4 +1,4 @@
-"""Files and folders that are there complete or not at all, whenever the program ends."""
+"""Files and folders that appear complete or not at all, whenever the program ends."""
 
 import os
 import tempfile
@@ -8,8 +8,8 @@ from pathlib import Path
 
 
 @contextmanager
-def complete_or_not_at_all(path: Path) -> Iterator[Path]:
-    """A temporary name to write to; what has been written there is on the disk before it gets its own name."""
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Gives a temporary path to write to. The file gets its own name when its content is on the disk."""
     unfinished = temporary_name(path)
     try:
         yield unfinished
@@ -21,12 +21,12 @@ def complete_or_not_at_all(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def complete_folder_or_not_at_all(path: Path) -> Iterator[Path]:
-    """An empty folder to write to, which then gets its own name: a new one, or that of an empty folder."""
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Gives an empty folder to write to. It then becomes `path`, which must be new or an empty folder."""
     path = path.resolve()  # a link stays, and leads to the folder
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
-        unfinished = Path(scratch) / "unfinished"  # inside, for the outer one is closed to other users
+        unfinished = Path(scratch) / "unfinished"  # inside, because other users may not read the outer folder
         unfinished.mkdir()
         yield unfinished
         if path.is_dir():
@@ -35,19 +35,19 @@ def complete_folder_or_not_at_all(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """UTF-8, in a folder that is made if it is not there."""
+    """Writes a file in UTF-8, as [`atomic_file`] does. A missing folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with complete_or_not_at_all(path) as unfinished:
+    with atomic_file(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
 def temporary_name(path: Path) -> Path:
-    """What a file is called until it is complete."""
+    """The path of a file while [`atomic_file`] writes it."""
     return path.with_name(f".{path.name}.tmp")
 
 
 def check_new_folder(folder: Path) -> None:
-    """Raises `ValueError` rather than writing among files that are there already."""
+    """Raises `ValueError` if a folder has files in it already, or is the current one."""
     if folder.resolve() == Path.cwd():
         raise ValueError(f"{folder} is the current folder. Name a new one.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -1,70 +1,20 @@
 """Loads the models that a user names, and says in one line what is wrong with those that cannot be loaded."""
 
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForImageTextToText, LlavaProcessor, PreTrainedConfig
-from transformers.utils import CONFIG_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
+from .. import auto_classes  # noqa: F401 - registers the classes of the models that are loaded here
 from ..safe_loading import check_image_size, load_config, read_safetensors
-from .errors import ADAPTER_CONFIG, one_line, why_not_loaded
+from .errors import one_line, why_not_loaded
+from .sources import check_source
 
 
-def check_source(source: str | Path) -> None:
-    """
-    Checks that what a user names as a model is here or can be a repo on the Hub, which would be asked for it, again and
-    again where it cannot be reached.
-
-    Raises:
-        `ValueError`: There is no such folder. In a folder that is here it is looked for here only.
-    """
-    name = str(source)
-    if Path(name).exists():
-        return
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        raise ValueError(f"There is no folder {name!r}, and a repo on the Hub is called USER/NAME.")
-    if Path(name).parent.is_dir():
-        parent = str(Path(name).parent)
-        raise ValueError(
-            f"There is no folder {name!r}. If a repo on the Hub is meant, start this where there is no folder {parent!r}."
-        )
-
-
-def check_complete(what: str, missing: Iterable[str]) -> None:
-    """
-    Checks that a model has all its weights: the library makes up those that are missing, and only logs it.
-
-    Args:
-        what (`str`): The model, for the message.
-        missing (`Iterable[str]`): The `missing_keys` of `output_loading_info`.
-
-    Raises:
-        `ValueError`: It lacks some.
-    """
-    if names := sorted(missing):
-        raise ValueError(
-            f"{what} lacks {len(names)} weights, such as {names[0]!r}, and would work with random ones. Are files missing, "
-            "or is config.json that of another model?"
-        )
-
-
-@contextmanager
-def loading_from(source: str | Path) -> Iterator[None]:
-    """
-    What goes wrong while a model is loaded from a folder or Hub repo, as a `ValueError` that names it; see also
-    [`check_source`].
-    """
-    check_source(source)
-    try:
-        yield
-    except Exception as error:  # of the network, the Hub, or files that may be missing or damaged in any way
-        taken_for = "" if Path(source).exists() else " (there is no such folder, so a repo on the Hub is meant)"
-        raise ValueError(
-            f"No model could be loaded from {str(source)!r}{taken_for}: {why_not_loaded(error)}"
-        ) from error
+# --- configs -------------------------------------------------------------------------------------------------------
 
 
 def config_of(source: str | Path) -> Any:
@@ -75,11 +25,11 @@ def config_of(source: str | Path) -> Any:
         source (`str` or `Path`): Folder, `config.json` or Hub repo.
 
     Raises:
-        `ValueError`: See [`check_source`]; none can be read there; or it is an adapter, or one of original code, see
-            [`check_format`].
+        `ValueError`: There is no config or it cannot be read, see [`check_source`]; it is an adapter; or it is a checkpoint
+            of original code, see [`check_format`].
     """
     folder = Path(source)
-    if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG_NAME).is_file():
+    if (folder / ADAPTER_CONFIG_NAME).is_file() and not (folder / CONFIG_NAME).is_file():
         raise ValueError(
             f"{source} is an adapter, not a model. Merge it into its model: `ta-llava merge {source} OUT`."
         )
@@ -90,11 +40,11 @@ def config_of(source: str | Path) -> Any:
 
 def check_format(settings: dict[str, Any]) -> None:
     """
-    Checks that a `config.json` is none of the original code of LLaVA or TA-LLaVA: of LLaVA's, transformers knows no field
-    and would take sizes of its own.
+    Checks that a `config.json` was not written by the original code of LLaVA or TA-LLaVA. transformers knows none of the
+    fields of LLaVA's code and would use sizes of its own.
 
     Raises:
-        `ValueError`: It is; the message, which does not name it, says how to convert the checkpoint.
+        `ValueError`: Original code wrote it. The message says how to convert the checkpoint, but does not name it.
     """
     if settings.get("model_type") == "tallava_gemma":
         raise ValueError(
@@ -110,13 +60,16 @@ def check_format(settings: dict[str, Any]) -> None:
         )
 
 
+# --- processors ----------------------------------------------------------------------------------------------------
+
+
 def check_processor(processor: Any, model: str | Path) -> None:
     """
-    Checks that a conversation with an image can be prepared.
+    Checks that a processor can prepare a conversation with an image.
 
     Raises:
-        `ValueError`: The processor of `model` has no chat template or padding token, the template fails, or images would
-            become larger than any model's.
+        `ValueError`: The processor of `model` has no chat template or padding token, its template fails, or it would make
+            images larger than those of any model.
     """
     if isinstance(processor, LlavaProcessor):
         check_image_size(processor.image_processor)
@@ -130,13 +83,58 @@ def check_processor(processor: Any, model: str | Path) -> None:
         raise ValueError(f"The chat template in {str(model)!r} cannot be used: {one_line(error)}") from error
 
 
-def load_complete(source: str | Path, **kwargs: Any) -> Any:
-    model, info = read_safetensors(
-        AutoModelForImageTextToText.from_pretrained,
-        source,
-        trust_remote_code=False,
-        output_loading_info=True,
-        **kwargs,
-    )
-    check_complete(str(source), info["missing_keys"])
+# --- weights -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def loading_from(source: str | Path, what: str = "model") -> Iterator[None]:
+    """
+    Turns any error of loading from a folder or Hub repo into a `ValueError` that names it. It first calls
+    [`check_source`]; `what` is loaded, for the message.
+    """
+    check_source(source)
+    try:
+        yield
+    except Exception as error:  # the network, the Hub, or files that are missing or damaged in any way
+        taken_for = "" if Path(source).exists() else " (there is no such folder, so a repo on the Hub is meant)"
+        raise ValueError(
+            f"No {what} could be loaded from {str(source)!r}{taken_for}: {why_not_loaded(error)}"
+        ) from error
+
+
+def load_complete(
+    source: str | Path,
+    model_class: Any = AutoModelForImageTextToText,
+    *,
+    what: str = "model",
+    needed: tuple[str, ...] = ("",),
+    **kwargs: Any,
+) -> Any:
+    """
+    Loads a model from safetensors and checks that it has all its weights. The library makes up missing weights, and only
+    logs it.
+
+    Args:
+        source (`str` or `Path`): Folder or Hub repo.
+        model_class: Class of the model, or an auto class.
+        what (`str`): Names the model in messages.
+        needed (`tuple[str, ...]`): Prefixes of the weights that must be there. By default, all must.
+        kwargs: Arguments of `from_pretrained`.
+
+    Raises:
+        `ValueError`: The model cannot be loaded, see [`loading_from`] and [`read_safetensors`], or lacks weights.
+    """
+    with loading_from(source, what):
+        model, info = read_safetensors(
+            model_class.from_pretrained, source, trust_remote_code=False, output_loading_info=True, **kwargs
+        )
+    _check_complete(str(source) if what == "model" else f"The {what} in {source}", info["missing_keys"], needed)
     return model
+
+
+def _check_complete(name: str, missing: Iterable[str], needed: tuple[str, ...]) -> None:
+    if names := sorted(key for key in missing if key.startswith(needed)):
+        raise ValueError(
+            f"{name} lacks {len(names)} weights, such as {names[0]!r}, and would work with random ones. Are files missing, "
+            "or is config.json that of another model?"
+        )

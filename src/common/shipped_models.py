@@ -1,4 +1,4 @@
-"""The models that are shipped with the package."""
+"""Folders of the models that come with the package."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -6,4 +6,4 @@ from pathlib import Path
 
 _SHIPPED = Path(str(files("ta_llava.checkpoints")))
 DEFAULT_MODEL = _SHIPPED / "ta-llava-tiny"
-DEFAULT_LLAVA = _SHIPPED / "llava-tiny"  # for VMTC and CMAI
+DEFAULT_LLAVA = _SHIPPED / "llava-tiny"  # with VMTC and CMAI

@@ -1,12 +1,11 @@
 """
 easy-VQA (PyPI `easy-vqa`): 5,000 images of one coloured shape, 64x64 pixels, and 48,248 questions, in its official split.
 
-Besides the questions this gives what follows from them: the scene of an image (colour and shape, as far as its questions
-tell), a caption, and per-patch labels for pretraining a vision tower.
+The questions of an image also tell its colour and shape, and so a caption.
 
     python -m ta_llava.data.easy_vqa data/easy-vqa
 
-writes it in LLaVA's format, for `ta-llava train`: `captions.json`, `questions.json` and `test.json`, and the images.
+writes the data in LLaVA's format, for `ta-llava train`: `captions.json`, `questions.json` and `test.json`, and the images.
 """
 
 import argparse
@@ -16,8 +15,6 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
 from tqdm.auto import tqdm
 
 
@@ -29,7 +26,7 @@ CAPTION_PROMPT = "describe the image."
 
 @dataclass
 class Scene:
-    """One image with its questions; `color` and `shape` are `None` where no question of the image gives them away."""
+    """One image with its questions. `color` or `shape` is `None` if the questions do not tell it."""
 
     path: str
     questions: list[tuple[str, str]] = field(default_factory=list)
@@ -59,7 +56,7 @@ def load_easy_vqa(split: str) -> list[Scene]:
 
 
 def _deduce(questions: list[tuple[str, str]], values: tuple[str, ...]) -> str | None:
-    """The colour or shape that the answers leave possible, if it is only one."""
+    """The colour or shape that the answers leave, if only one is possible."""
     possible = set(values)
     for question, answer in questions:
         if answer in values:
@@ -88,8 +85,8 @@ def question_type(question: str, answer: str) -> str:
 
 def wording_prior(train: list[Scene], test: list[Scene]) -> dict[str, float]:
     """
-    Accuracy per question type (and `"all"`) of answering each test question with the most frequent training answer to
-    the same wording: what can be had without looking at the image.
+    Accuracy per question type (and `"all"`) without looking at the image: each test question gets the most frequent
+    training answer to the same wording.
     """
     answers: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for scene in train:
@@ -106,26 +103,13 @@ def wording_prior(train: list[Scene], test: list[Scene]) -> dict[str, float]:
     return {name: correct[name] / total[name] for name in total}
 
 
-def shape_mask(pixels: np.ndarray) -> np.ndarray:
-    """Boolean `(H, W)`: the pixels of `(H, W, 3)` uint8 that are not background, the most frequent colour of its border."""
-    # A large shape may cover more than half of an image, but never of its border.
-    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    colors, counts = np.unique(border, axis=0, return_counts=True)
-    background = colors[counts.argmax()]
-    return (np.abs(pixels.astype(int) - background) > 24).any(axis=-1)
-
-
-def load_pixels(scene: Scene) -> np.ndarray:
-    """The image of a scene as uint8 `(64, 64, 3)`."""
-    return np.asarray(Image.open(scene.path).convert("RGB"))
-
-
 def write_llava_format(folder: Path) -> None:
     """
-    Writes both splits in LLaVA's JSON format: in `folder` the samples (`captions.json` and `questions.json` of the training
-    split, `test.json`), in `folder/images` the images.
+    Writes both splits in LLaVA's JSON format. `folder` gets the samples (`captions.json` and `questions.json` of the
+    training split, `test.json`), and `folder/images` the images.
     """
-    captions, questions = [], {"train": [], "test": []}  # type: ignore[var-annotated]
+    captions: list[dict] = []
+    questions: dict[str, list[dict]] = {"train": [], "test": []}
     for split in questions:
         (folder / "images" / split).mkdir(parents=True, exist_ok=True)
         for scene in tqdm(load_easy_vqa(split), desc=f"{split} images"):

@@ -1,4 +1,4 @@
-"""Samples: one conversation about images each, in the format of LLaVA or TRL."""
+"""Samples: conversations about images, in the format of LLaVA or TRL; and the images, opened and checked."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from ..image_loading import load_rgb_image
 from .encoded_images import encoded_bytes
 
 
-IMAGE = "<image>"  # in the text of the data, whatever the processor writes
+IMAGE = "<image>"  # stands for an image in the text of the data; processors may write another token
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 HOW_TO_CAST = (
     'Give paths or image files, or say that it holds images: `dataset.cast_column("image", datasets.Image())`, for lists '
@@ -34,10 +34,10 @@ class SampleError(ValueError):
     A sample that cannot be trained on.
 
     Args:
-        sample_id (`str`): Its id.
-        index (`int`): Its place in the source, from 0.
-        source (`str`): File, folder or repo; empty if it has no name.
-        reason (`str`): What is wrong with it.
+        sample_id (`str`): Id of the sample.
+        index (`int`): Place of the sample in its source, from 0.
+        source (`str`): File, folder or repo; empty if the source has no name.
+        reason (`str`): What is wrong with the sample.
     """
 
     def __init__(self, sample_id: str, index: int, source: str, reason: str):
@@ -55,14 +55,14 @@ class Sample:
     One conversation.
 
     Args:
-        id (`str`): That of the record, or else its index.
-        images (`list`): Path, PIL image, or the bytes of a file (see [`encoded_bytes`]) each.
+        id (`str`): Id of the record, or its index if it has none.
+        images (`list`): Images, each as a path, a PIL image, or the bytes of a file (see [`encoded_bytes`]).
         messages (`list[dict]`):
-            `role` ("system", "user", "assistant") and `content`: text with an `<image>` per image or, of a user, also a
-            list of `{"type": "image"}` and `{"type": "text", "text": ...}`.
+            Messages with `role` ("system", "user", "assistant") and `content`. The content is text with an `<image>` per
+            image. That of a user may also be a list of `{"type": "image"}` and `{"type": "text", "text": ...}`.
         index (`int`): Place of the record in the source, from 0.
-        source (`str`): Where it is from.
-        began_with_answer (`bool`): Whether the record began with a turn of the assistant, which was dropped.
+        source (`str`): Name of the source.
+        began_with_answer (`bool`): Whether the record began with a turn of the assistant. That turn was dropped.
     """
 
     id: str
@@ -77,18 +77,18 @@ def read_sample(
     record: Mapping[str, Any], index: int = 0, image_folder: str | Path | None = None, source: str = ""
 ) -> Sample:
     """
-    A sample from a record in the format of LLaVA or TRL. Images are not opened. A turn of the assistant before the first
-    question is dropped, as in LLaVA's own code.
+    Reads a sample from a record in the format of LLaVA or TRL. Images are not opened. A turn of the assistant before the
+    first question is dropped, as in LLaVA's own code.
 
     Args:
-        record (`Mapping`): With `conversations` or `messages`, and `image` or `images`: one or a list of them.
-        index (`int`): Place of the record in its source, from 0. It is the id of a sample that has none.
-        image_folder (`str` or `Path`, *optional*): What relative paths of images start from.
-        source (`str`): For error messages.
+        record (`Mapping`): It has `conversations` or `messages`, and `image` or `images`: one image or a list.
+        index (`int`): Place of the record in its source, from 0. Serves as id if the record has none.
+        image_folder (`str` or `Path`, *optional*): Folder that relative paths of images start from.
+        source (`str`): Name of the source, for error messages.
 
     Raises:
-        [`SampleError`]: An unknown role or order of turns, an empty question or answer, or numbers of images and
-            of `<image>`s that differ.
+        [`SampleError`]: A role or the order of turns is wrong, a question or answer is empty, or the number of `<image>`s
+            is not the number of images.
     """
     sample_id = str(index) if record.get("id") is None else str(record["id"])
     try:
@@ -107,7 +107,7 @@ def read_sample(
 def _read_images(record: Mapping[str, Any], image_folder: str | Path | None) -> list:
     try:
         images = as_list(record.get("images") if record.get("image") is None else record["image"])
-    except Exception as error:  # `datasets` decodes them here, and Pillow's readers raise nearly anything
+    except Exception as error:  # `datasets` decodes images here, and Pillow's readers raise nearly anything
         raise ValueError(f"An image cannot be read: {one_line(error)}") from error
     return [locate_image(image, image_folder or "") if is_path(image) else image for image in images]
 
@@ -118,10 +118,10 @@ def is_path(image: Any) -> bool:
 
 def locate_image(image: str | os.PathLike, image_folder: str | Path) -> str:
     """
-    Path of an image of a sample.
+    The path of a sample's image, from a path relative to `image_folder`.
 
     Raises:
-        `ValueError`: A relative path that leaves the folder.
+        `ValueError`: The relative path leaves the folder.
     """
     if image_folder and os.path.normpath(image).split(os.sep)[0] == os.pardir:
         raise ValueError(
@@ -133,7 +133,7 @@ def locate_image(image: str | os.PathLike, image_folder: str | Path) -> str:
 def as_list(images: Any) -> list:
     """One image, a list of them or none, as a list."""
     if isinstance(images, Mapping) and not any(value is not None for value in images.values()):
-        return []  # how a struct that is null may come
+        return []  # a struct that is null
     if images is None or (isinstance(images, str) and not images):
         return []
     return list(images) if isinstance(images, (list, tuple)) else [images]
@@ -141,10 +141,10 @@ def as_list(images: Any) -> list:
 
 def _read_messages(record: Mapping[str, Any]) -> list[dict]:
     """
-    The turns as messages, not yet checked for what they say.
+    The turns as messages. Their content is not checked yet.
 
     Raises:
-        `ValueError`: They are not in one of the formats.
+        `ValueError`: The turns have none of the two formats.
     """
     if record.get("conversations") is not None:
         turns_key, role_key, content_key = "conversations", "from", "value"
@@ -153,7 +153,7 @@ def _read_messages(record: Mapping[str, Any]) -> list[dict]:
     else:
         raise ValueError(f"It has neither `conversations` nor `messages`, but {', '.join(record) or 'nothing'}.")
     turns = record[turns_key]
-    if isinstance(turns, Mapping):  # how older versions of `datasets` give a list of dicts
+    if isinstance(turns, Mapping):  # a list of dicts, in older versions of `datasets`
         turns = [dict(zip(turns, values)) for values in zip(*turns.values())]
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, Mapping) for turn in turns):
         raise ValueError(f"`{turns_key}` must be a list of turns, with at least one in it.")
@@ -169,7 +169,7 @@ def _read_messages(record: Mapping[str, Any]) -> list[dict]:
             raise ValueError(f"Turn {number} has no text: `{content_key}` is {content!r}.")
         messages.append({"role": ROLES[role], "content": content})
     if any({"type": "image"} in message["content"] for message in messages if isinstance(message["content"], list)):
-        # Beside such items the processor takes an `<image>` in a text for text. In a sample it is an image, always.
+        # Beside such items the processor takes an `<image>` in a text for text. In a sample it always is an image.
         for message in messages:
             if message["role"] == "user" and IMAGE in as_text(message["content"]):
                 message["content"] = as_items(message["content"])
@@ -177,7 +177,7 @@ def _read_messages(record: Mapping[str, Any]) -> list[dict]:
 
 
 def _read_item(item: Any, number: int) -> dict:
-    """An item of a list as content, without the keys that `datasets` fills with `None`."""
+    """An item of a message's content, without the keys that `datasets` fills with `None`."""
     if isinstance(item, Mapping) and item.get("type") == "image":
         return {"type": "image"}
     if isinstance(item, Mapping) and item.get("type") == "text" and isinstance(item.get("text"), str):
@@ -202,8 +202,11 @@ def as_items(content: str | list[dict]) -> list[dict]:
 
 def _check_messages(messages: list[dict], num_images: int) -> None:
     """
+    Checks the turns of a sample.
+
     Raises:
-        `ValueError`: Not question and answer in turn, up to an answer; an empty one; or numbers of images that differ.
+        `ValueError`: Questions and answers do not take turns up to an answer, one of them is empty, or the number of
+            `<image>`s is not `num_images`.
     """
     may_follow = {"system": ("system", "user"), "user": ("assistant",), "assistant": ("user",)}
     num_found, previous = 0, "system"
@@ -235,11 +238,11 @@ def _check_messages(messages: list[dict], num_images: int) -> None:
 
 def open_image(image: Any) -> Image.Image:
     """
-    The RGB image of a path, a PIL image, the bytes of a file (see [`encoded_bytes`]), or a dict with `bytes` and `path` as
-    `datasets` has it.
+    Opens an image as RGB. It may be a path, a PIL image, the bytes of a file (see [`encoded_bytes`]), or a dict of
+    `datasets` with `bytes` and `path`.
 
     Raises:
-        `ValueError`: It cannot be read.
+        `ValueError`: The image cannot be read.
     """
     try:
         content = encoded_bytes(image)
@@ -257,7 +260,7 @@ def open_image(image: Any) -> Image.Image:
 
 
 def find_damage(image: Any) -> str:
-    """What keeps an image from being read to its end; empty if nothing does."""
+    """Says why an image cannot be read to its end; empty if it can."""
     if is_path(image) and not os.path.isfile(image):
         return f"There is no image file {str(image)[:1000]!r}."
     try:
@@ -269,26 +272,18 @@ def find_damage(image: Any) -> str:
 
 def find_damaged_files(paths: Iterable[str], memory: Path, num_threads: int = 1) -> dict[str, str]:
     """
-    Reads image files to their end. What was found is remembered as long as size and date of a file stay the same, so
-    that a second look, or one after an interruption, is quick.
+    Reads image files to their end. The findings are remembered as long as size and date of a file stay the same, so that
+    a second call, or one after an interruption, is quick.
 
     Args:
-        paths (`Iterable[str]`): Files, each as often as it comes.
-        memory (`Path`): JSON lines, appended to.
-        num_threads (`int`): Pillow decodes in parallel.
+        paths (`Iterable[str]`): Files. The same file may come several times.
+        memory (`Path`): File of JSON lines to remember the findings in. New ones are appended.
+        num_threads (`int`): Number of threads that decode images.
 
     Returns:
-        `dict[str, str]`: What is wrong with those that are missing or damaged.
+        `dict[str, str]`: What is wrong with each file that is missing or damaged.
     """
-    known: dict[str, list] = {}
-    if memory.is_file():
-        with memory.open(encoding="utf-8") as lines:
-            for line in lines:
-                try:
-                    path, *finding = json.loads(line)
-                except ValueError:  # empty, or cut off
-                    continue
-                known[path] = finding
+    known = _read_findings(memory)
     damaged, unknown = {}, []
     for path in tqdm(dict.fromkeys(paths), desc="image files", unit="file", leave=False):
         try:
@@ -308,7 +303,21 @@ def find_damaged_files(paths: Iterable[str], memory: Path, num_threads: int = 1)
     with ThreadPool(num_threads) as pool, memory.open("a", encoding="utf-8") as file:
         findings = pool.imap(find_damage, [path for path, _ in unknown], chunksize=16)
         for (path, stamp), reason in zip(unknown, tqdm(findings, "check images", len(unknown), unit="image")):
-            file.write("\n" + json.dumps([os.path.abspath(path), *stamp, reason]))  # what is there may be cut off
+            file.write("\n" + json.dumps([os.path.abspath(path), *stamp, reason]))  # the last line may be cut off
             if reason:
                 damaged[path] = reason
     return damaged
+
+
+def _read_findings(memory: Path) -> dict[str, list]:
+    """Size, date and damage (empty if there is none) of each file that was read before."""
+    findings: dict[str, list] = {}
+    if memory.is_file():
+        with memory.open(encoding="utf-8") as lines:
+            for line in lines:
+                try:
+                    path, *finding = json.loads(line)
+                except ValueError:  # empty, or cut off
+                    continue
+                findings[path] = finding
+    return findings

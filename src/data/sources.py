@@ -15,7 +15,10 @@ def load_records(
     source: Any, streaming: bool, split: str
 ) -> tuple[datasets.Dataset | datasets.IterableDataset, str, bool]:
     """
-    The records of a source, its name, and whether each record is a text of JSON.
+    Opens a source.
+
+    Returns:
+        The records, the name of the source, and whether each record is a text of JSON.
 
     Raises:
         `ValueError`: There is no such source, or it cannot be read.
@@ -27,12 +30,12 @@ def load_records(
     if is_json:
         if not path.is_file():
             raise ValueError(f"There is no file {name}.")
-        # One text per record: their fields differ in type, and often are not there.
+        # One text per record, since records may differ in their fields and types.
         status = path.stat()
         arguments: dict[str, Any] = {"path": str(path.resolve()), "stamp": (status.st_size, status.st_mtime_ns)}
         kind = datasets.IterableDataset if streaming else datasets.Dataset
         if streaming:
-            next(_read_json(**arguments))  # which finds what is wrong with the file before it is used
+            next(_read_json(**arguments))  # finds what is wrong with the file before it is used
         try:
             records = kind.from_generator(
                 _read_json, gen_kwargs=arguments, features=datasets.Features({"record": datasets.Value("string")})
@@ -52,7 +55,7 @@ def load_records(
                 if is_parquet
                 else datasets.load_dataset(name, split=split, streaming=streaming)
             )
-        except Exception as error:  # of the network, the Hub, the data, or a name that cannot be one
+        except Exception as error:  # the network, the Hub, the data, or a name that no repo has
             raise ValueError(f"There is no dataset {name!r} that could be read: {one_line(error)}") from error
     if isinstance(records, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         if split not in records:
@@ -69,10 +72,10 @@ def load_records(
 
 def _read_json(path: str, stamp: Any) -> Iterator[dict[str, str]]:
     """
-    The records of a file, each as a text of JSON; `stamp` tells apart versions of the file in the cache.
+    Gives the records of a file, each as a text of JSON. `stamp` tells versions of the file apart in the cache.
 
     Raises:
-        `ValueError`: It is not an array of records, or it is empty.
+        `ValueError`: The file is empty, or no array of records.
     """
     count = 0
     with open(path, encoding="utf-8-sig") as file:

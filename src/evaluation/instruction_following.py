@@ -1,38 +1,38 @@
 """
 The 16 instruction-following tasks of the VMTC and CMAI paper: a question about an image, and an instruction on the form
-of the answer that a program can verify. The tasks are those of IFEval; wordings and arguments are our own, since the
-paper does not give its own. No model is needed here:
+of the answer that a program can verify. The tasks are those of IFEval. Wordings and arguments are our own, since the paper
+does not give its own. This file needs no model:
 
     prompts = build_prompts([(["cat.png"], "What is the animal doing?")], seed=0)
     answers = list(answer(model, processor, [(prompt.images, prompt.prompt) for prompt in prompts]))
     score(prompts, answers)["average"]
 
-The paper's upper limit, where the model sees its own description instead of the image, is asked in two steps:
+The paper's upper limit, in which the model sees its own description instead of the image, takes two steps:
 
     [description] = answer(model, processor, [description_request(prompt.images)])
     prompt = prompt_from_description(prompt, description)
 
-`ta-llava evaluate --task if16` does all of it, with `--describe-first` the upper limit.
+`ta-llava evaluate --task if16` does all of this, and `--describe-first` the upper limit.
 
-Answers are checked by IFEval's own code, as lm-eval keeps it (`pip install 'ta-llava[evaluate]'`). It decides what is not
-clear, and an answer counts as it stands, which is IFEval's "strict" accuracy:
+IFEval's own code checks the answers, in the version of lm-eval (`pip install 'ta-llava[evaluate]'`). Answers are checked
+unchanged, which is IFEval's "strict" accuracy. Its code decides these cases:
 
-- Placeholders, highlights and sections may be more than asked for, bullet points not. `[]` is a placeholder; `*a*` and
-  `**a**` are highlights; lines that begin with `*` or `-` are bullet points.
-- Keywords and postscripts are found in any case and anywhere, also inside other words; P.P.S. contains a P.S.
-- JSON is what `json.loads` takes, also a mere number or string, alone or in one ``` block.
-- A word is a run of letters, digits and underscores: "don't" is two.
-- The end phrase may be in any case and have a quotation mark after it.
+- An answer may have more placeholders, highlights and sections than asked for, but not more bullet points. `[]` is a
+  placeholder; `*a*` and `**a**` are highlights; lines that begin with `*` or `-` are bullet points.
+- Keywords and postscripts may be in any case and anywhere, even inside other words; P.P.S. contains a P.S.
+- JSON is what `json.loads` takes, even a number or string alone. It may be in one ``` block.
+- A word is a run of letters, digits and underscores: "don't" is two words.
+- The end phrase may be in any case, and a quotation mark may follow it.
 - Two responses have six asterisks between them and differ.
 
 Four tasks are not checked by lm-eval alone:
 
-- Lowercase and uppercase: IFEval also wants English, which we do not ask for; its language detection is wrong on answers
-  of a few words and on capitals ("A RED BUS" is Hungarian to it). An answer without letters fails, as there.
-- Sentences are counted by the algorithm and model of IFEval, from a package that has the model within instead of
-  downloading it. Unlike there, the second sign of a "!!" that ends an answer is no sentence.
-- The start phrase must open the first line; lm-eval's checker, which IFEval's own prompts do not use, takes any line.
-  It must be in the case asked for.
+- Lowercase and uppercase: IFEval also wants English, which we do not ask for. Its language detection is wrong on answers
+  of a few words and on capitals (it takes "A RED BUS" for Hungarian). An answer without letters fails, as in IFEval.
+- Number of sentences: we count by the algorithm and model of IFEval, from a package that contains the model instead of
+  downloading it. Unlike in IFEval, the second sign of a "!!" that ends an answer is not a sentence.
+- Start phrase: it must open the first line, in the case asked for. lm-eval's checker, which IFEval's own prompts do not
+  use, takes any line.
 """
 
 import itertools
@@ -53,10 +53,10 @@ class Task:
     An instruction that can be verified.
 
     Args:
-        name (`str`): Its key in `TASKS`.
-        instruction (`str`): Its text, with the arguments in braces.
-        choices (`dict[str, Sequence]`): Per argument, named as in lm-eval, the values that `build_prompts` draws.
-        follows (`Callable[[str, dict], bool]`): Whether an answer that is not empty follows it.
+        name (`str`): Key of the task in `TASKS`.
+        instruction (`str`): Text of the instruction, with the arguments in braces.
+        choices (`dict[str, Sequence]`): Values that `build_prompts` draws from, by argument. Arguments have lm-eval's names.
+        follows (`Callable[[str, dict], bool]`): Checks whether an answer that is not empty follows the instruction.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Task:
     follows: Callable[[str, dict[str, Any]], bool]
 
     def draw(self, generator: random.Random) -> dict[str, Any]:
-        """Arguments of a new prompt, which JSON keeps as they are."""
+        """Arguments for a new prompt, of types that JSON keeps."""
         values = {name: generator.choice(choices) for name, choices in self.choices.items()}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
@@ -74,7 +74,7 @@ class Task:
         The instruction in words.
 
         Raises:
-            `ValueError`: Not the arguments of this task.
+            `ValueError`: The arguments are not those of this task.
         """
         self._check_arguments(arguments)
         texts = {
@@ -88,7 +88,8 @@ class Task:
         Whether an answer follows the instruction; an empty one does not.
 
         Raises:
-            `ValueError`: Not the arguments of this task, an answer that is no text, or the checkers are not installed.
+            `ValueError`: The arguments are not those of this task, the answer is not text, or the checkers are not
+                installed.
         """
         self._check_arguments(arguments)
         if not isinstance(answer, str):
@@ -116,15 +117,15 @@ class Task:
 @dataclass(frozen=True)
 class Prompt:
     """
-    A question with an instruction. `Prompt(**json.loads(json.dumps(dataclasses.asdict(prompt))))` is the same prompt, if
-    its images are paths or URLs.
+    A question with an instruction. If its images are paths or URLs, JSON keeps it:
+    `Prompt(**json.loads(json.dumps(dataclasses.asdict(prompt))))` is the same prompt.
 
     Args:
-        task (`str`): Which of `TASKS`.
-        images (`list`): What the question is about, as `ta_llava.inference.answer` takes it; empty without an image.
+        task (`str`): Key of the task in `TASKS`.
+        images (`list`): Images that the question is about, as `ta_llava.inference.answer` takes them; may be empty.
         question (`str`): The question alone.
-        prompt (`str`): What the model is asked.
-        arguments (`dict[str, Any]`): Of the task.
+        prompt (`str`): The text that the model is asked.
+        arguments (`dict[str, Any]`): Arguments of the task.
     """
 
     task: str
@@ -136,19 +137,19 @@ class Prompt:
 
 def build_prompts(items: Iterable[tuple[Sequence[Any], str]], seed: int = 0) -> list[Prompt]:
     """
-    Every task about every item, each with arguments of its own.
+    Builds a prompt for every task about every item, each with its own arguments.
 
     Args:
         items (`Iterable[tuple[Sequence, str]]`):
-            Images (paths, URLs or what is in memory) and the question about them.
+            Images (paths, URLs or images in memory) and the question about them.
         seed (`int`):
-            Of the arguments. Those of an item do not change when others follow it.
+            Seed of the arguments. Further items do not change those of earlier ones.
 
     Returns:
         `list[Prompt]`: 16 for the first item, in the order of `TASKS`, then 16 for the next.
 
     Raises:
-        `ValueError`: No items; a question is empty; images that are not in a list.
+        `ValueError`: There are no items, a question is empty, or images are not in a list.
     """
     items = list(items)
     if not items:
@@ -175,7 +176,8 @@ def check(prompt: Prompt, answer: str) -> bool:
     Whether an answer follows the instruction of its prompt; an empty one does not.
 
     Raises:
-        `ValueError`: No such task, not its arguments, an answer that is no text, or the checkers are not installed.
+        `ValueError`: There is no such task, the arguments are not those of the task, the answer is not text, or the checkers
+            are not installed.
     """
     if prompt.task not in TASKS:
         raise ValueError(f"There is no task {prompt.task!r}; the tasks are {', '.join(TASKS)}.")
@@ -184,14 +186,14 @@ def check(prompt: Prompt, answer: str) -> bool:
 
 def score(prompts: Sequence[Prompt], answers: Iterable[str]) -> dict[str, dict[str, float]]:
     """
-    Success rates of the answers, in the order of their prompts.
+    Computes success rates. `answers` are in the order of their prompts.
 
     Returns:
-        `dict[str, dict]`: per task that was asked, in the order of `TASKS`, a dict of `asked`, the number of prompts, and
-        `success_rate`, from 0 to 1; and `"average"` with all prompts and the mean of the tasks' success rates.
+        `dict[str, dict]`: For each task that was asked, in the order of `TASKS`, a dict of `asked`, the number of prompts,
+        and `success_rate`, from 0 to 1; and `"average"` with all prompts and the mean of the tasks' success rates.
 
     Raises:
-        `ValueError`: No prompts, or not as many answers; what `check` raises.
+        `ValueError`: There are no prompts, another number of answers, or the errors of `check`.
     """
     answers = list(answers)
     if not prompts:
@@ -211,15 +213,15 @@ def score(prompts: Sequence[Prompt], answers: Iterable[str]) -> dict[str, dict[s
     return {**results, "average": {"asked": len(prompts), "success_rate": average}}
 
 
-# --- the upper limit: first described, then answered without the image --------------------------------------------
+# --- the upper limit: the model describes the image, then answers without it --------------------------------------
 
 
 def description_request(images: Sequence[Any]) -> tuple[list[Any], str]:
     """
-    What to ask first: the images, and the request to describe them. It is the same for all prompts about these images.
+    The first step: the images, and the request to describe them. It is the same for all prompts about these images.
 
     Raises:
-        `ValueError`: No images.
+        `ValueError`: There are no images.
     """
     if not images:
         raise ValueError("There is no image to describe: a prompt without images has no upper limit.")
@@ -230,8 +232,8 @@ def description_request(images: Sequence[Any]) -> tuple[list[Any], str]:
 
 def prompt_from_description(prompt: Prompt, description: str) -> Prompt:
     """
-    What to ask then: the same prompt with a description, which may turn out empty, in place of its images. Its answer is
-    checked like any other.
+    The second step: the same prompt with a description, which may be empty, in place of its images. Its answer is checked
+    like any other.
     """
     what = "image" if len(prompt.images) == 1 else "images"
     text = f"Description of the {what}: {description.strip()}\n\n{prompt.prompt}"
@@ -244,8 +246,8 @@ def prompt_from_description(prompt: Prompt, description: str) -> Prompt:
 @lru_cache
 def load_checkers() -> tuple[ModuleType, Callable[[str], list[str]]]:
     """
-    IFEval's checkers and the function that splits text into sentences. To be called before answers are made, so that none
-    are made in vain.
+    IFEval's checkers and the function that splits text into sentences. Call this before the model is asked, to find out
+    whether they are installed.
 
     Raises:
         `ValueError`: They are not installed.
@@ -253,7 +255,7 @@ def load_checkers() -> tuple[ModuleType, Callable[[str], list[str]]]:
     try:
         from punkt import sent_tokenize
 
-        # At import lm-eval downloads the data of its sentence counter, unless it is found; it is not used here.
+        # At import lm-eval downloads the data of its sentence counter, unless it finds them. They are not used here.
         with mock.patch("nltk.data.find"):
             from lm_eval.tasks.ifeval import instructions
     except ImportError as error:
@@ -268,19 +270,19 @@ def _ifeval(checker: str, answer: str, arguments: dict[str, Any]) -> bool:
     """The verdict of the class `checker` of IFEval."""
     instructions, _ = load_checkers()
     instruction = getattr(instructions, checker)(checker)
-    instruction.build_description(**arguments)  # takes the arguments; the text is ours
+    instruction.build_description(**arguments)  # sets the arguments; its text is not used
     return bool(instruction.check_following(answer))
 
 
 def _is_json(answer: str, arguments: dict[str, Any]) -> bool:
     try:
         return _ifeval("JsonFormat", answer, arguments)
-    except RecursionError:  # a model that repeats one bracket for ever
+    except RecursionError:  # the model repeated one bracket
         return False
 
 
 def _has_keywords(answer: str, arguments: dict[str, Any]) -> bool:
-    keywords = [re.escape(keyword.strip()) for keyword in arguments["keywords"]]  # IFEval takes patterns
+    keywords = [re.escape(keyword.strip()) for keyword in arguments["keywords"]]  # IFEval reads patterns
     return _ifeval("KeywordChecker", answer, {"keywords": keywords})
 
 

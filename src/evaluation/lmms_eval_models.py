@@ -1,17 +1,17 @@
 """
-Both systems as models of lmms-eval: POPE, VQAv2, MME and others, by its own tasks and metrics.
+Makes both systems models of lmms-eval, which scores them on POPE, VQAv2, MME and others by its own tasks and metrics.
 
     lmms-eval --model ta_llava --model_args pretrained=checkpoints/ta-llava-tiny --batch_size 8 --tasks pope
     lmms-eval --model vmtc_cmai_llava --model_args pretrained=llava-hf/llava-1.5-7b-hf,visual_tokens=64,cmai=0.6 --tasks gqa
 
-lmms-eval finds them by the entry point of this package in the group `lmms_eval.models`, which names `manifests`.
+lmms-eval finds them by this package's entry point in the group `lmms_eval.models`, which names `manifests`.
 """
 
 import os
 from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -33,18 +33,20 @@ except ImportError as error:
 
 logger = logging.get_logger(__name__)
 
-# As lmms-eval's own LLaVA has it, where a task names no limit.
+T = TypeVar("T")
+
+# The limit of lmms-eval's own LLaVA for tasks that name none.
 DEFAULT_MAX_NEW_TOKENS = 1024
 
-# What a task may tell `generate()`, and what only means something when sampling.
+# Arguments of `generate()` that a task may set. The second group matters only when sampling.
 _DECODING = ("max_new_tokens", "min_new_tokens", "num_beams", "length_penalty", "repetition_penalty")
 _SAMPLING = ("temperature", "top_p", "top_k")
 
 
 def generation_settings(gen_kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """
-    What the `gen_kwargs` of a request mean. As in lmms-eval's own models, a temperature above 0 is enough to sample, and
-    a blank line ends no answer: lmms-eval writes that one into every task that names none.
+    Reads the `gen_kwargs` of a request. As in lmms-eval's own models, a temperature above 0 is enough to sample, and a blank
+    line does not end an answer: lmms-eval adds that ending to every task that names none.
 
     Returns:
         Arguments of `generate()`, and the strings that end an answer.
@@ -55,7 +57,7 @@ def generation_settings(gen_kwargs: dict[str, Any]) -> tuple[dict[str, Any], lis
     settings = {name: gen_kwargs[name] for name in names if gen_kwargs.get(name) is not None}
     unknown = gen_kwargs.keys() - {*_DECODING, *_SAMPLING, "do_sample", "until"}
     if unknown:
-        logger.warning_once(f"Left out of gen_kwargs, unknown to this model: {', '.join(sorted(unknown))}.")
+        logger.warning_once(f"This model ignores unknown gen_kwargs: {', '.join(sorted(unknown))}.")
     until = gen_kwargs.get("until") or []
     stops = [until] if isinstance(until, str) else until
     return (
@@ -66,18 +68,18 @@ def generation_settings(gen_kwargs: dict[str, Any]) -> tuple[dict[str, Any], lis
 
 def user_content(text: str, num_images: int, image_token: str) -> list[dict[str, str]]:
     """
-    The content of a message: text with its images where `image_token` says, or before the text where it is not in there.
+    The content of a message: its images take the places of `image_token` in the text, or come first if there is none.
 
     Raises:
-        `ValueError`: The text names another number of images.
+        `ValueError`: The text has another number of `image_token`s than images.
     """
     parts = text.split(image_token)
     if len(parts) == 1:
         return [{"type": "image"}] * num_images + [{"type": "text", "text": text}]
     if len(parts) - 1 != num_images:
         raise ValueError(
-            f"The task's text has {len(parts) - 1} {image_token}, but gave {num_images} images: {text[:200]!r}. They must "
-            f"be as many, or no {image_token} at all, and the images then come first."
+            f"The task's text has {len(parts) - 1} {image_token}, but there are {num_images} images: {text[:200]!r}. The "
+            f"numbers must be equal, or the text must have no {image_token}; the images then come first."
         )
     content = []
     for part, follows in zip_longest(parts, [True] * num_images):
@@ -88,14 +90,15 @@ def user_content(text: str, num_images: int, image_token: str) -> list[dict[str,
     return content
 
 
-class _Answers(Sequence):
+class _Answers(Sequence[T]):
     """
-    Results in order, each computed when it is first asked for. lmms-eval takes a list of them and writes one after the
-    other to its cache (`--use_cache`): what was answered before an interruption is on the disk, in the folder of the run.
+    Results in order, each computed when it is first read. lmms-eval takes a list of them and writes one after the other to
+    its cache (`--use_cache`), so that an interruption loses no answer.
     """
 
-    def __init__(self, results: Generator[Any], length: int):
-        self._results, self._length, self._found = results, length, []  # type: ignore[var-annotated]
+    def __init__(self, results: Generator[T], length: int):
+        self._results, self._length = results, length
+        self._found: list[T] = []
 
     def __len__(self) -> int:
         return self._length
@@ -111,9 +114,9 @@ class _Answers(Sequence):
 
 
 class _Model(lmms):
-    """What the two models share. `model_types` are those of the configs that each of them takes."""
+    """The base of the two models. `model_types` are the types of the configs that a model takes."""
 
-    is_simple = True  # gets text and images, not messages, and so also the tasks that rank given answers
+    is_simple = True  # gets text and images instead of messages, and also the tasks that rank given answers
     model_types: tuple[str, ...]
 
     def __init__(
@@ -128,13 +131,15 @@ class _Model(lmms):
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(f"The batch size must be a number from 1, got {batch_size!r}.")
         self.batch_size = int(batch_size)
-        if torch.cuda.is_available():  # with several processes, each has its own
+        if torch.cuda.is_available():  # each process has its own GPU
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        model: Any
+        self.processor: Any
         model, self.processor = load(pretrained, visual_tokens, cmai)
         if model.config.model_type not in self.model_types:
             raise ValueError(
                 f"{pretrained} is a {model.config.model_type!r} model, not {' or '.join(map(repr, self.model_types))}. Use "
-                "`--model ta_llava` or `--model vmtc_cmai_llava`, whichever it is."
+                "`--model ta_llava` for a TA-LLaVA and `--model vmtc_cmai_llava` for a LLaVA."
             )
         self.model = model.to(device or model.device)
         self.device = self.model.device
@@ -142,19 +147,20 @@ class _Model(lmms):
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None):
         """
-        The model of `--model_args`. `additional_config` is what the command line says besides; it always has a
-        `batch_size`, which one in `--model_args` overrides.
+        Makes the model of `--model_args`. `additional_config` has the other options of the command line. It always has a
+        `batch_size`; a `batch_size` in `--model_args` overrides it.
         """
         given = {name: value for name, value in (additional_config or {}).items() if value is not None}
         return cls(**{**given, **simple_parse_args_string(arg_string)})
 
     def generate_until(self, requests: list[Any]) -> Sequence[str]:
         """
-        Answers to requests `(text, gen_kwargs, doc_to_visual, doc_id, task, split)`, in their order. What has the same
-        `gen_kwargs` is answered in batches, whose size does not change an answer.
+        Answers requests `(text, gen_kwargs, doc_to_visual, doc_id, task, split)`, in their order. Requests with the same
+        `gen_kwargs` are answered in batches; the size of a batch does not change an answer.
 
         Raises:
-            `ValueError`: An image that cannot be read, or text that names another number of images, when it is reached.
+            `ValueError`: An image cannot be read, or a text has places for another number of images. This is raised when
+                the request is reached.
         """
         return _Answers(self._generate_until(requests), len(requests))
 
@@ -192,15 +198,16 @@ class _Model(lmms):
 
     def loglikelihood(self, requests: list[Any]) -> Sequence[tuple[float, bool]]:
         """
-        How likely given answers are, of requests `(text, answer, doc_to_visual, doc_id, task, split)`. An answer is
-        written as the chat template writes answers, so that white space around it does not count, nor does the end of
-        the turn. It may be a function of the document, and where it is all, after the text, there is no image.
+        Computes how likely given answers are, for requests `(text, answer, doc_to_visual, doc_id, task, split)`. The chat
+        template writes the answer, so white space around it does not count, nor does the end of the turn. An answer may be
+        a function of the document. A request that ends with its answer has no image.
 
         Returns:
-            For each, in order, the sum of the log-probabilities of its tokens, and whether each of them is the likeliest.
+            For each request, in order, the sum of the log-probabilities of the answer's tokens, and whether each of them is
+            the likeliest.
 
         Raises:
-            `ValueError`: An answer is empty (before any work), or the errors of `generate_until`.
+            `ValueError`: An answer is empty (found before any work), or the errors of `generate_until`.
         """
         answers = [self._answer(*request.args[1:]) for request in requests]
         for request, answer in zip(requests, answers):
@@ -227,7 +234,7 @@ class _Model(lmms):
             images += images_of_row
             lengths.append(self._count_new_tokens(prompt, whole))
         inputs = self._encode(texts, images)
-        # The rows end with what is scored, since padding is on the left; positions are those that `generate()` counts.
+        # Padding is on the left, so the rows end with the answers. Positions are counted as `generate()` does.
         longest = max(lengths)
         position_ids = (inputs["attention_mask"].cumsum(dim=-1) - 1).clamp(min=0)
         logits = self.model(**inputs, position_ids=position_ids, logits_to_keep=longest + 1, use_cache=False).logits
@@ -253,13 +260,13 @@ class _Model(lmms):
         return str(answer).strip()
 
     def _images(self, doc_to_visual: Callable, doc_id: Any, task: str, split: str) -> list[Image.Image]:
-        """The images of a document; text alone has none."""
+        """The images of a document, if it has any."""
         visuals = doc_to_visual(self.task_dict[task][split][doc_id])
         return [load_rgb_image(visual) for visual in visuals or []]
 
     def _prompt(self, text: str, num_images: int, answer: str | None = None) -> str:
         """
-        A question as the chat template writes it, up to where the answer begins; or, with an answer, up to its end.
+        A question as the chat template writes it, up to the start of the answer; with an answer, up to the answer's end.
 
         Raises:
             `ValueError`: The template does not write the answer after the prompt.
@@ -270,22 +277,22 @@ class _Model(lmms):
         if answer is None:
             return prompt
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        told = self.processor.apply_chat_template(messages, tokenize=False)
-        start = told.find(answer, len(prompt)) if told.startswith(prompt) else -1
+        text = self.processor.apply_chat_template(messages, tokenize=False)
+        start = text.find(answer, len(prompt)) if text.startswith(prompt) else -1
         if start < 0:
             raise ValueError(
-                f"The chat template does not write {answer!r} after {prompt[-40:]!r}, but {told[-80:]!r}."
+                f"The chat template does not write {answer!r} after {prompt[-40:]!r}, but {text[-80:]!r}."
             )
-        return told[: start + len(answer)]
+        return text[: start + len(answer)]
 
     def _count_new_tokens(self, prompt: str, whole: str) -> int:
-        """Tokens of `whole` from the first on that are not those of `prompt`, with which it begins."""
+        """Number of tokens of `whole` from the first one that differs from those of `prompt`, its beginning."""
         old, new = self.processor.tokenizer([prompt, whole], add_special_tokens=False)["input_ids"]
         shared = next((index for index, pair in enumerate(zip(old, new)) if pair[0] != pair[1]), len(old))
         return len(new) - shared
 
     def _encode(self, texts: list[str], images: list[Image.Image]) -> BatchFeature:
-        """Inputs of the model, padded on the left. The template may have written the BOS token already."""
+        """Inputs of the model, padded on the left, with one BOS token even if the template has written it."""
         bos_token = self.processor.tokenizer.bos_token
         return self.processor(
             text=texts,
@@ -304,10 +311,10 @@ class TaLlavaLmms(_Model):
     Args:
         pretrained (`str`): Folder or Hub repo.
         batch_size (`int` or `str`): Questions answered at a time.
-        device (`str`, *optional*): By default the GPU if there is one.
+        device (`str`, *optional*): Defaults to the GPU if there is one.
 
     Raises:
-        `ValueError`: No TA-LLaVA can be loaded from there, or the batch size is not possible.
+        `ValueError`: No TA-LLaVA can be loaded from there, or the batch size is wrong.
     """
 
     model_types = ("ta_llava",)
@@ -318,16 +325,17 @@ class TaLlavaLmms(_Model):
 
 class VmtcCmaiLlavaLmms(_Model):
     """
-    A LLaVA in lmms-eval, `--model vmtc_cmai_llava`: with VMTC and CMAI as asked for; what is not asked for is as its config
-    has it, which for a stock checkpoint is off.
+    A LLaVA in lmms-eval, `--model vmtc_cmai_llava`, with VMTC and CMAI. Settings that you don't pass are those of its
+    config; in a stock checkpoint both are off.
 
     Args:
-        pretrained, batch_size, device: As for [`TaLlavaLmms`].
-        visual_tokens (`int`, *optional*): Turns VMTC on, with so many visual tokens per image.
-        cmai (`float`, *optional*): Turns CMAI on, with this share inhibited in the last layer; off with 0.
+        pretrained, batch_size, device: See [`TaLlavaLmms`].
+        visual_tokens (`int`, *optional*): Turn VMTC on and keep this many visual tokens per image.
+        cmai (`float`, *optional*): Turn CMAI on and inhibit this share of the image tokens in the last layer; 0 turns it
+            off.
 
     Raises:
-        `ValueError`: No LLaVA can be loaded from there, or the batch size, visual tokens or share are not possible.
+        `ValueError`: No LLaVA can be loaded from there, or the batch size, visual tokens or share are wrong.
     """
 
     model_types = ("llava", "vmtc_cmai_llava")
@@ -345,7 +353,7 @@ class VmtcCmaiLlavaLmms(_Model):
 
 def manifests() -> list:
     """The two models, for lmms-eval's registry."""
-    from lmms_eval.models.registry_v2 import ModelManifest
+    from lmms_eval.models.registry_v2 import ModelManifest  # lmms-eval imports this module while it loads its models
 
     return [
         ModelManifest(model_id=name, simple_class_path=f"{model.__module__}.{model.__name__}")

@@ -1,13 +1,13 @@
 """
-Questions about objects that are in an image and about some that are not, to find a model that sees what is not there.
+Asks about objects that are in an image and about objects that are not, to show whether a model sees what is not there.
 
-As in POPE (Li et al. 2023, *Evaluating Object Hallucination in Large Vision-Language Models*), for any images whose objects
-are known: `{"image": "kitchen.jpg", "objects": ["knife", "oven"]}` each.
+This is POPE (Li et al. 2023, *Evaluating Object Hallucination in Large Vision-Language Models*) for any images whose objects
+are known. Each image has a record `{"image": "kitchen.jpg", "objects": ["knife", "oven"]}`.
 """
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -28,8 +28,8 @@ class PopeQuestion:
     One question.
 
     Args:
-        image (`str`): As the record has it.
-        object (`str`): What is asked for.
+        image (`str`): Path as in the record.
+        object (`str`): Name of the object that is asked about.
         text (`str`): The question.
         expected (`str`): "yes" or "no".
     """
@@ -44,71 +44,77 @@ def build_questions(
     records: Sequence[Mapping[str, Any]], strategy: str = "random", objects_per_image: int = 3, seed: int = 0
 ) -> list[PopeQuestion]:
     """
-    For each image as many questions about objects that are in it as about objects that are not, in turn.
+    Builds questions about each image: in turn one about an object that is in it, and one about an object that is not.
 
-    Those that are in it are drawn at random; the seed alone decides which, so that they are the same with all strategies. Of
-    those that are in the dataset but not in the image come, with `"random"`, any; with `"popular"`, those that most images
-    have; with `"adversarial"`, those that most often come together with the objects of the image. Where that is equal the
-    one that more images have comes first, then the alphabet decides. Images with too few objects to ask for are left out,
-    as in POPE, and counted in a warning.
+    Present objects are drawn at random by the seed alone, so they are the same with all strategies. Absent objects come from
+    the other images. `"random"` draws them at random. `"popular"` takes those that most images have. `"adversarial"` takes
+    those that appear most often together with the objects of the image; among equals, the one that more images have comes
+    first, and then the alphabet decides. Images with too few objects are left out, as in POPE, and counted in a warning.
 
     Args:
-        records (`Sequence[Mapping]`): With `image`, a path, and `objects`, a list of names. Case does not matter.
+        records (`Sequence[Mapping]`): Records with `image`, a path, and `objects`, a list of names. Case does not matter.
         strategy (`str`): One of `STRATEGIES`.
-        objects_per_image (`int`): Questions with the answer yes, and with the answer no, about each image.
-        seed (`int`): Of what is drawn.
+        objects_per_image (`int`): Number of present objects, and of absent ones, to ask about per image.
+        seed (`int`): Seed of the random draws.
 
     Raises:
-        `ValueError`: A record without image or objects, an image that comes twice, or too few objects to ask for.
+        `ValueError`: A record has no image or no objects, an image comes twice, or there are too few objects.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"There is no strategy {strategy!r} of POPE, only {', '.join(STRATEGIES)}.")
     if objects_per_image < 1:
-        raise ValueError(f"At least 1 object per image must be asked for, got {objects_per_image}.")
-    present = _read_objects(records)
-    frequency = Counter(name for names in present.values() for name in names)
-    by_frequency = sorted(frequency, key=lambda name: (-frequency[name], name))
-    together: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for names in present.values():
-        for name in names:
-            together[name].update(names)
-
-    draw_present, draw_absent = random.Random(f"present {seed}"), random.Random(f"absent {seed}")
-    questions, num_left_out = [], 0
-    for image, names in present.items():
-        if len(names) < objects_per_image:
-            num_left_out += 1
-            continue
-        absent = [name for name in by_frequency if name not in names]
+        raise ValueError(f"`objects_per_image` must be at least 1, got {objects_per_image}.")
+    all_present = _read_objects(records)
+    present = {image: names for image, names in all_present.items() if len(names) >= objects_per_image}
+    if not present:
+        most = max(len(names) for names in all_present.values())
+        raise ValueError(
+            f"The questions need {objects_per_image} objects that are in an image, but no image has more than {most}. Ask "
+            "for fewer (`--objects-per-image`)."
+        )
+    if num_left_out := len(all_present) - len(present):
+        logger.warning(
+            f"{num_left_out} of {len(all_present)} images are left out: they have less than {objects_per_image} objects."
+        )
+    draw_present = random.Random(f"present {seed}")
+    questions = []
+    for (image, names), absent in zip(present.items(), _absent_objects(all_present, present, strategy, seed)):
         if len(absent) < objects_per_image:
+            num_objects = len({name for others in all_present.values() for name in others})
             raise ValueError(
-                f"{objects_per_image} objects that are not in {image!r} are to be asked for, but of the {len(frequency)} in "
-                f"the dataset only {len(absent)} are not in it. Ask for fewer (`--objects-per-image`)."
+                f"The questions need {objects_per_image} objects that are not in {image!r}, but of the {num_objects} in the "
+                f"dataset only {len(absent)} are not in it. Ask for fewer (`--objects-per-image`)."
             )
-        if strategy == "random":
-            draw_absent.shuffle(absent)
-        elif strategy == "adversarial":  # a stable sort: where this is equal, the order by frequency stays
-            absent.sort(key=lambda other: -sum(together[name][other] for name in names))
         for yes, no in zip(draw_present.sample(names, objects_per_image), absent):
             questions += [
                 PopeQuestion(image, yes, _ask_for(yes), "yes"),
                 PopeQuestion(image, no, _ask_for(no), "no"),
             ]
-    if not questions:
-        most = max(len(names) for names in present.values())
-        raise ValueError(
-            f"{objects_per_image} objects that are in an image are to be asked for, but no image has more than {most}. Ask "
-            "for fewer (`--objects-per-image`)."
-        )
-    if num_left_out:
-        logger.warning(
-            f"{num_left_out} of {len(present)} images are left out: they have less than {objects_per_image} objects."
-        )
     return questions
 
 
+def _absent_objects(
+    all_present: Mapping[str, list[str]], present: Mapping[str, list[str]], strategy: str, seed: int
+) -> Iterator[list[str]]:
+    """For each image of `present`, the objects of `all_present` that are not in it, in the order of the strategy."""
+    frequency = Counter(name for names in all_present.values() for name in names)
+    by_frequency = sorted(frequency, key=lambda name: (-frequency[name], name))
+    together: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for names in all_present.values():
+        for name in names:
+            together[name].update(names)
+    draw = random.Random(f"absent {seed}")
+    for names in present.values():
+        absent = [name for name in by_frequency if name not in names]
+        if strategy == "random":
+            draw.shuffle(absent)
+        elif strategy == "adversarial":  # the sort is stable: equals stay in the order of frequency
+            absent.sort(key=lambda other: -sum(together[name][other] for name in names))
+        yield absent
+
+
 def _read_objects(records: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """The objects of each image, every one once, in lower case."""
+    """The objects of each image, each once and in lower case."""
     present: dict[str, list[str]] = {}
     for index, record in enumerate(records):
         where = f"Record {index}"
@@ -116,7 +122,9 @@ def _read_objects(records: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
         if not isinstance(image, str) or not image:
             raise ValueError(f"{where} has no path as `image`, but {image!r}.")
         if image in present:
-            raise ValueError(f"{where} has an image that came before, {image!r}. List all its objects in one record.")
+            raise ValueError(
+                f"{where} has an image of an earlier record, {image!r}. List all its objects in one record."
+            )
         if not isinstance(objects, list) or not objects:
             raise ValueError(f"{where} ({image!r}) has no list of `objects` with at least one in it, but {objects!r}.")
         if not all(isinstance(name, str) and name.strip() for name in objects):
@@ -133,8 +141,8 @@ def _ask_for(name: str) -> str:
 
 def parse_answer(text: str) -> str:
     """
-    What a free answer says, as POPE has it, so that scores compare: "no" if a "No", "no" or "not" is among the words of
-    the first sentence, up to a full stop and without commas; anything else, also an empty answer, is "yes".
+    Reads a free answer by the rule of POPE, so that scores are comparable. It is "no" if "No", "no" or "not" is among the
+    words of the first sentence, up to a full stop and without commas. Any other answer, even an empty one, is "yes".
     """
     words = text.partition(".")[0].replace(",", "").split()
     return "no" if {"No", "no", "not"} & set(words) else "yes"
@@ -142,7 +150,7 @@ def parse_answer(text: str) -> str:
 
 def load_metrics() -> ModuleType:
     """
-    The metrics of scikit-learn. To be called before answers are made, so that none are made in vain.
+    The metrics of scikit-learn. Call this before the model is asked, to find out whether it is installed.
 
     Raises:
         `ValueError`: It is not installed.
@@ -156,16 +164,18 @@ def load_metrics() -> ModuleType:
 
 def score(answers: Sequence[str], expected: Sequence[str]) -> dict[str, float]:
     """
+    Scores answers to questions of POPE.
+
     Args:
-        answers (`Sequence[str]`): What the model said, see [`parse_answer`].
-        expected (`Sequence[str]`): "yes" or "no" each.
+        answers (`Sequence[str]`): Answers of the model, see [`parse_answer`].
+        expected (`Sequence[str]`): The right answers, "yes" or "no".
 
     Returns:
-        `dict[str, float]`: `accuracy`; `precision`, `recall` and `f1` of "yes", 0 where there is none; `yes_ratio`, the
+        `dict[str, float]`: `accuracy`; `precision`, `recall` and `f1` of "yes", 0 if they are undefined; `yes_ratio`, the
         share of answers that say yes.
 
     Raises:
-        `ValueError`: No answers, another number of expected ones, or scikit-learn is not installed.
+        `ValueError`: There are no answers, `expected` has another length or other words, or scikit-learn is not installed.
     """
     if not answers or len(answers) != len(expected):
         raise ValueError(f"There are {len(answers)} answers to {len(expected)} questions.")

@@ -1,4 +1,4 @@
-"""Writes models as folders that load anywhere: weights, config, processor, the code that defines them, and a model card."""
+"""Writes a model as a folder that loads anywhere: weights, config, processor, their code, and a model card."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,15 +6,17 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoProcessor
 from transformers.utils import has_file, logging
 
 from ..common.errors import one_line
-from ..common.files import check_new_folder, complete_folder_or_not_at_all
-from ..common.loading import check_complete, check_processor, config_of, loading_from
+from ..common.files import atomic_folder, check_new_folder
+from ..common.loading import check_processor, config_of, load_complete, loading_from
 from ..configuration_ta_llava import TaLlavaConfig
 from ..vmtc_cmai_patch import VmtcCmaiLlavaConfig
-from .model_card import CARD, find_card, is_unedited, tells_same_training, write_eval_results, write_model_card
+from .evaluations import write_eval_results
+from .existing_card import CARD, find_card, is_unedited, tells_same_training
+from .model_card import write_model_card
 
 
 def export_model(
@@ -28,13 +30,13 @@ def export_model(
     Args:
         model (`str` or `Path`): Folder or Hub repo.
         folder (`str` or `Path`): New folder.
-        results (`Sequence`): For the model card, see [`write_model_card`].
-        overwrite_card (`bool`): Write a model card also where `model` has a `README.md`. Otherwise that is copied or, if
-            it is as this package wrote it and there are `results`, written anew with them.
+        results (`Sequence`): Results for the model card, see [`write_model_card`].
+        overwrite_card (`bool`): Write a new model card even if `model` has a `README.md`. By default, that one is copied; an
+            unedited one is written anew if there are `results`.
 
     Raises:
-        `ValueError`: `folder` is not new; `model` is neither of them, or lacks weights; there are `results`, but its
-            `README.md` was edited, or tells of training that a new one would not; or the `results` are none.
+        `ValueError`: `folder` is not new; `model` is neither of the two, or lacks weights; there are `results`, but its
+            `README.md` was edited, or tells of training that a new one would not; or the `results` cannot be used.
     """
     folder = Path(folder)
     check_new_folder(folder)
@@ -46,17 +48,19 @@ def check_export(
     model: str | Path, name: str, results: Sequence[str | Path] = (), overwrite_card: bool = False
 ) -> tuple[Any, dict[str, str]]:
     """
-    Of what [`export_model`] writes to a folder called `name` the processor, and the content by path of the model card and
-    of the scores on benchmarks: what can be wrong with them is found before weights are loaded. Arguments and errors are
-    those of `export_model`.
+    Prepares what [`export_model`] writes to a folder called `name`, so that errors are found before weights are loaded.
+    Arguments and errors are those of `export_model`.
+
+    Returns:
+        The processor, and the content of the model card and of the scores on benchmarks, by path.
     """
     processor = _load_processor(model)
     files = write_eval_results(model, results)
     card = None if overwrite_card else find_card(model)
     if card and results and not is_unedited(card):
         raise ValueError(
-            f"{model} has a {CARD} that was edited, into which the results would not go. With --overwrite-card a new one "
-            "is written."
+            f"{model} has a {CARD} that was edited, so the results cannot be added to it. Add --overwrite-card to write a "
+            "new one."
         )
     if card:
         try:
@@ -68,8 +72,8 @@ def check_export(
     new_card = write_model_card(model, name, results)
     if card and not tells_same_training(card, new_card):
         raise ValueError(
-            f"{model} has a {CARD} that tells of its training, of which a new one with the results would not: that is "
-            "recorded only in the folder that was trained. Give --results with that folder; or --overwrite-card, to do "
+            f"{model} has a {CARD} that tells of its training. A new one with the results would not, since training is "
+            "recorded only in the folder that was trained. Use --results with that folder, or --overwrite-card to do "
             "without."
         )
     return processor, {**files, CARD: new_card}
@@ -77,21 +81,17 @@ def check_export(
 
 def write_export(model: str | Path, processor: Any, files: dict[str, str], folder: Path) -> None:
     """
-    Writes `folder`, when all is there. `processor` and `files` are those of [`check_export`].
+    Writes `folder`, complete or not at all. `processor` and `files` are those of [`check_export`].
 
     Raises:
         `ValueError`: The model lacks weights, or they cannot be loaded.
     """
-    with loading_from(model):
-        weights, info = AutoModelForImageTextToText.from_pretrained(
-            model, dtype="auto", trust_remote_code=False, output_loading_info=True
-        )
-    check_complete(str(model), info["missing_keys"])
-    with complete_folder_or_not_at_all(folder) as unfinished:
+    weights = load_complete(model, dtype="auto")
+    with atomic_folder(folder) as unfinished:
         has_bars = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()  # a second one, after that of loading
+        logging.disable_progress_bar()  # loading has shown one already
         try:
-            # The library cannot undo how it read quantised weights; unlike others, they have the names that it gave them.
+            # The library cannot undo its reading of quantised weights, so they are saved by the names that it gave them.
             weights.save_pretrained(unfinished, save_original_format=not getattr(weights, "is_quantized", False))
         finally:
             if has_bars:
@@ -99,7 +99,7 @@ def write_export(model: str | Path, processor: Any, files: dict[str, str], folde
         processor.save_pretrained(unfinished)
         for path, content in files.items():
             (unfinished / path).parent.mkdir(exist_ok=True)
-            (unfinished / path).write_bytes(content.encode())  # with the line breaks that it has
+            (unfinished / path).write_bytes(content.encode())  # its line breaks unchanged
 
 
 def _load_processor(model: str | Path) -> Any:
@@ -107,17 +107,17 @@ def _load_processor(model: str | Path) -> Any:
     The processor of a model that can be exported.
 
     Raises:
-        `ValueError`: There is none, or it is another model.
+        `ValueError`: There is no processor, or the model cannot be exported.
     """
     with loading_from(model):
         has_adapter = has_file(str(model), "adapter_config.json")
-    if has_adapter:  # it would be loaded too, and then be all that is saved
+    if has_adapter:  # it would be loaded too, and only the adapter would be saved
         raise ValueError(f"{model} has a PEFT adapter. Merge it into its model first, with `ta-llava merge`.")
     config = config_of(model)
     if config.model_type not in (TaLlavaConfig.model_type, VmtcCmaiLlavaConfig.model_type):
         raise ValueError(
             f"{model} is a {config.model_type!r} model, not a {TaLlavaConfig.model_type!r} or "
-            f"{VmtcCmaiLlavaConfig.model_type!r}. Of a LLaVA `ta-llava compress` makes one."
+            f"{VmtcCmaiLlavaConfig.model_type!r}. `ta-llava compress` makes one from a LLaVA."
         )
     with loading_from(model):
         processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)

@@ -1,13 +1,13 @@
 """
-From LLaVA's JSON, or from chat messages, to the batches of a `Trainer`.
+Turns samples in the format of LLaVA or TRL into the batches of a `Trainer`.
 
-`prepare_dataset` reads the samples, leaves out what cannot be trained on, and says how many for which reason. What it
-keeps are token ids and labels, and where the images are; `Collator` opens the images, batch by batch.
+`prepare_dataset` reads the samples and leaves out those that cannot be trained on; its report says how many for which
+reason. A prepared sample has token ids, labels and the places of its images. `Collator` opens the images batch by batch.
 
-Two formats of records are read, from JSON files, folders of `datasets`, repos on the Hub and dataset objects:
+Samples come from JSON files, folders of `datasets`, repos on the Hub or dataset objects, with records in two formats:
 
-- LLaVA's: `{"id", "image", "conversations": [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", ...}]}`
-- that of TRL: `{"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ...}]}, ...],
+- LLaVA: `{"id", "image", "conversations": [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", ...}]}`
+- TRL: `{"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ...}]}, ...],
   "images": [...]}`, where the content may also be text with `<image>` in it
 """
 
@@ -28,8 +28,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
 from ..common.errors import one_line
+from ..data import encoded_images, samples
+from ..data.image_columns import IMAGE_COLUMNS, holds_images, leave_encoded
+from ..data.report import DataReport
 from ..data.samples import (
-    HOW_TO_CAST,
     SampleError,
     as_list,
     find_damage,
@@ -39,57 +41,24 @@ from ..data.samples import (
     read_sample,
 )
 from ..data.sources import load_records
+from . import encoding
 from .encoding import IGNORED, SampleEncoder
 
 
 logger = logging.get_logger(__name__)
 COLUMNS = ["input_ids", "labels", "images", "id", "length"]
 
-_PROBED = 16  # at most so many samples, evenly spaced, are looked at before all are
-
-_IMAGE_COLUMNS = ("image", "images")
+_PROBED = 16  # number of samples, evenly spaced, that are prepared before all others
 
 
 # --- data sets -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class DataReport:
-    """
-    How many samples were kept, and how many left out for which reason. That of a streamed dataset grows while the main
-    process reads it for the first time.
-    """
-
-    kept: int = 0
-    text_only: int = 0
-    too_long: int = 0
-    bad: int = 0
-    max_length: int = 0
-    began_with_answer: int = 0  # of those that were kept; the answer was dropped
-
-    @property
-    def total(self) -> int:
-        return self.kept + self.text_only + self.too_long + self.bad
-
-    def __str__(self) -> str:
-        text = (
-            f"{self.kept} of {self.total} samples kept; left out: {self.text_only} without an image, {self.too_long} over "
-            f"{self.max_length} tokens, {self.bad} bad"
-        )
-        if self.began_with_answer:
-            text += f"; {self.began_with_answer} began with an answer, which was dropped"
-        return text
-
-    def _count(self, row: Mapping[str, Any]) -> None:
-        setattr(self, row["outcome"], getattr(self, row["outcome"]) + 1)
-        self.began_with_answer += row["outcome"] == "kept" and row["began_with_answer"]
-
-
-@dataclass
 class _Preparation:
     """
-    From a record to a row: `COLUMNS`, the `outcome` (a field of [`DataReport`]), of bad samples the `reason`, and whether
-    it `began_with_answer`.
+    Turns a record into a row. A row has the `COLUMNS`, its `outcome` (a field of [`DataReport`]), the `reason` if it is
+    bad, and whether it `began_with_answer`.
     """
 
     encoder: SampleEncoder
@@ -97,7 +66,7 @@ class _Preparation:
     image_folder: str | None
     keep_text_only: bool
     source: str
-    is_json: bool  # a record is one text, `record`
+    is_json: bool  # whether a record is one text, `record`
     opens_files: bool
 
     def __call__(self, record: Mapping[str, Any], index: int) -> dict[str, Any]:
@@ -134,12 +103,16 @@ class _Preparation:
         return parsed
 
     def fingerprint(self, records: datasets.Dataset) -> str:
-        """Changes with all that the rows depend on, and with nothing else."""
+        """A hash of everything that the rows depend on, the code included."""
         processor = self.encoder.processor
         settings = [self.max_length, self.image_folder, self.keep_text_only, self.is_json, self.encoder._placeholders]
         return Hasher.hash(
             [
                 records._fingerprint,
+                *(
+                    Path(str(module.__file__)).read_text(encoding="utf-8")
+                    for module in (samples, encoded_images, encoding)
+                ),
                 Path(__file__).read_text(encoding="utf-8"),
                 processor.tokenizer.backend_tokenizer.to_str(),
                 str(processor.tokenizer.special_tokens_map),
@@ -151,36 +124,36 @@ class _Preparation:
 
 @dataclass
 class _BadSamples:
-    """What becomes of bad samples."""
+    """Raises for bad samples, or skips them and writes them down."""
 
     on_bad_sample: str
     file: Path | None
     source: str
 
-    def handle(self, samples: list[tuple[str, int, str]]) -> None:
+    def handle(self, bad: list[tuple[str, int, str]]) -> None:
         """
-        Raises the first of the `samples` (id, index, reason) as [`SampleError`], or writes all to the file, one line each
-        that is not in it yet.
+        Raises the first of the `bad` samples (id, index, reason) as [`SampleError`], or writes each to the file as one line,
+        unless the file has that line already.
         """
-        if samples and self.on_bad_sample == "error":
-            sample_id, index, reason = samples[0]
-            if len(samples) > 1:
-                reason += f" ({len(samples) - 1} more samples are bad.)"
+        if bad and self.on_bad_sample == "error":
+            sample_id, index, reason = bad[0]
+            if len(bad) > 1:
+                reason += f" ({len(bad) - 1} more samples are bad.)"
             raise SampleError(
                 sample_id, index, self.source, f'{reason} `on_bad_sample="skip"` leaves such samples out.'
             )
-        if not samples or self.file is None:
+        if not bad or self.file is None:
             return
         self.file.parent.mkdir(parents=True, exist_ok=True)
         known = set(self.file.read_text(encoding="utf-8").splitlines()) if self.file.is_file() else set()
-        lines = [json.dumps({"id": name, "index": index, "reason": reason}) for name, index, reason in samples]
+        lines = [json.dumps({"id": name, "index": index, "reason": reason}) for name, index, reason in bad]
         with self.file.open("a", encoding="utf-8") as file:
             file.write("".join(f"{line}\n" for line in lines if line not in known))
 
 
 @dataclass
 class _StreamedPreparation:
-    """A preparation of one record after the other, with what is to be done about each."""
+    """Prepares one record after the other, counts it, and handles it if it is bad."""
 
     prepare: _Preparation
     report: DataReport
@@ -192,7 +165,7 @@ class _StreamedPreparation:
         if row["outcome"] == "bad":
             self.bad_samples.handle([(row["id"], index, row["reason"])])
         if index > self.last_index:
-            self.report._count(row)
+            self.report.count(row)
             self.last_index = index
         return row
 
@@ -211,42 +184,42 @@ def prepare_dataset(
     split: str = "train",
 ) -> tuple[datasets.Dataset | datasets.IterableDataset, DataReport]:
     """
-    Samples as token ids and labels, ready for [`Collator`], and the report of what was left out. What was computed is
-    kept in the cache of `datasets`, so that a second call is quick.
+    Prepares samples for [`Collator`], and reports which were left out. The result is kept in the cache of `datasets`, so
+    that a second call is quick.
 
     Args:
         source (`str`, `Path`, `Dataset` or `IterableDataset`):
-            A `.json` file of one array, a `.jsonl` or `.parquet` file, a folder of such, or one that `save_to_disk` has
-            written, the name of a repo on the Hub, or a dataset, with records in the format of LLaVA or TRL. Images may lie
-            in a column: as images of `datasets`, or as `bytes`, base64, or structs with `bytes` and `path`.
+            A `.json` file of one array, a `.jsonl` or `.parquet` file, a folder of such files, a folder that `save_to_disk`
+            has written, the name of a repo on the Hub, or a dataset. Records have the format of LLaVA or TRL. A column may
+            hold images: as images of `datasets`, or as `bytes`, base64, or structs with `bytes` and `path`.
         processor (`TaLlavaProcessor` or `VmtcCmaiLlavaProcessor`):
-            That of the model.
+            Processor of the model.
         image_folder (`str` or `Path`, *optional*):
-            What relative paths of images start from. Defaults to the current folder.
+            Folder that relative paths of images start from. Defaults to the current folder.
         max_length (`int`):
-            Samples with more tokens, placeholders included, are left out; so are those that the tokenizer's
-            `model_max_length` does not allow.
+            Longest sample in tokens, placeholders included. The tokenizer's `model_max_length` is a limit too. Longer
+            samples are left out.
         keep_text_only (`bool`):
             Keep samples without an image.
         on_bad_sample (`str`):
-            `"error"` raises a bad sample, if there are any; `"skip"` leaves them out.
+            `"error"` raises an error if there is a bad sample; `"skip"` leaves bad samples out.
         bad_samples_file (`str` or `Path`, *optional*):
-            Gets a JSON line with `id`, `index` and `reason` for each that was left out.
+            File for the bad samples that were left out: a JSON line each, with `id`, `index` and `reason`.
         streaming (`bool`):
-            Read the samples while they are used, and open their images then. A mapped dataset is read, and every image
-            opened, beforehand. Of a `.json` file, streamed or not, all is held in memory; `.jsonl` is read by lines.
+            Read the samples and open their images while they are used. Without streaming, all samples are read and all
+            images opened beforehand. A `.json` file is always held in memory as a whole; `.jsonl` is read by lines.
         num_proc (`int`, *optional*):
             Processes that prepare a mapped dataset.
         split (`str`):
-            Of a repo or folder with several.
+            Split to read, if the repo or folder has several.
 
     Returns:
-        `tuple[Dataset | IterableDataset, DataReport]`: Columns `input_ids`, `labels` (lists of `int`), `images` (paths or,
-        where the source holds them, the images; see [`iterate_images`]), `id`, `length`.
+        `tuple[Dataset | IterableDataset, DataReport]`: A dataset with the columns `input_ids`, `labels` (lists of `int`),
+        `images` (paths, or the images if the source holds them; see [`iterate_images`]), `id` and `length`.
 
     Raises:
-        [`SampleError`]: A bad sample, with `on_bad_sample="error"`.
-        `ValueError`: A source that cannot be read, or nothing left to train on.
+        [`SampleError`]: There is a bad sample, and `on_bad_sample` is "error".
+        `ValueError`: The source cannot be read, or no sample is left to train on.
     """
     if on_bad_sample not in ("error", "skip"):
         raise ValueError(f'`on_bad_sample` is "error" or "skip", got {on_bad_sample!r}.')
@@ -276,42 +249,24 @@ def _nothing_left(source: str, report: DataReport, bad: str = "") -> ValueError:
 def _prepare_mapped(
     records: datasets.Dataset, prepare: _Preparation, bad_samples: _BadSamples, num_proc: int | None
 ) -> tuple[datasets.Dataset, DataReport]:
-    # Images inside the dataset stay where they are: they are not copied with the tokens.
-    held = [name for name in _IMAGE_COLUMNS if _holds_images(records, name, prepare.source)][:1]
+    # Images inside the dataset stay where they are, and are not copied with the tokens.
+    held = [name for name in IMAGE_COLUMNS if holds_images(records, name, prepare.source)][:1]
     if not held:
         _probe(records, prepare, bad_samples)
-    tokens = datasets.Sequence(datasets.Value("int32"))
-    text = datasets.Value("string")
-    features = {
-        **dict.fromkeys(("input_ids", "labels"), tokens),
-        "images": datasets.Sequence(text),
-        **dict.fromkeys(("id", "outcome", "reason"), text),
-        "length": datasets.Value("int32"),
-        "began_with_answer": datasets.Value("bool"),
-    }
     rows = records.map(
         _WithoutImages(prepare) if held else prepare,
         with_indices=True,
         remove_columns=records.column_names,
-        features=datasets.Features(features),
+        features=_row_features(),
         num_proc=num_proc,
         new_fingerprint=prepare.fingerprint(records),
         desc="samples",
     )
     outcomes, reasons = list(rows["outcome"]), list(rows["reason"])
     if not held:
-        paths_of_rows = rows.select_columns(["images"])
-        memory = Path(datasets.config.HF_DATASETS_CACHE) / "ta_llava_checked_images.jsonl"
-        damaged = find_damaged_files(
-            (path for row in paths_of_rows for path in row["images"] if is_path(path)),
-            memory,
-            num_threads=num_proc or os.cpu_count() or 1,
-        )
-        if damaged:
-            for index, row in enumerate(paths_of_rows):
-                for path in row["images"]:
-                    if path in damaged and outcomes[index] == "kept":
-                        outcomes[index], reasons[index] = "bad", damaged[path]
+        for index, reason in _find_damaged_rows(rows, num_proc):
+            if outcomes[index] == "kept":
+                outcomes[index], reasons[index] = "bad", reason
     ids = rows.select_columns(["id"])
     bad = [(ids[index]["id"], index, reasons[index]) for index, outcome in enumerate(outcomes) if outcome == "bad"]
     bad_samples.handle(bad)
@@ -326,8 +281,38 @@ def _prepare_mapped(
     return rows.select_columns(COLUMNS), report
 
 
+def _row_features() -> datasets.Features:
+    tokens, text = datasets.Sequence(datasets.Value("int32")), datasets.Value("string")
+    return datasets.Features(
+        {
+            **dict.fromkeys(("input_ids", "labels"), tokens),
+            "images": datasets.Sequence(text),
+            **dict.fromkeys(("id", "outcome", "reason"), text),
+            "length": datasets.Value("int32"),
+            "began_with_answer": datasets.Value("bool"),
+        }
+    )
+
+
+def _find_damaged_rows(rows: datasets.Dataset, num_proc: int | None) -> Iterator[tuple[int, str]]:
+    """Index of each row with a damaged image file, and what is wrong with the first of them."""
+    paths_of_rows = rows.select_columns(["images"])
+    damaged = find_damaged_files(
+        (path for row in paths_of_rows for path in row["images"] if is_path(path)),
+        Path(datasets.config.HF_DATASETS_CACHE) / "ta_llava_checked_images.jsonl",
+        num_threads=num_proc or os.cpu_count() or 1,
+    )
+    if not damaged:
+        return
+    for index, row in enumerate(paths_of_rows):
+        for path in row["images"]:
+            if path in damaged:
+                yield index, damaged[path]
+                break
+
+
 def _probe(records: datasets.Dataset, prepare: _Preparation, bad_samples: _BadSamples) -> None:
-    """What is wrong with all samples, such as a wrong `image_folder`, shows in a few, before all are tokenised."""
+    """Prepares a few samples first. They show what is wrong with all, such as a wrong `image_folder`."""
     if bad_samples.on_bad_sample == "skip":
         return
     bad = []
@@ -341,7 +326,7 @@ def _probe(records: datasets.Dataset, prepare: _Preparation, bad_samples: _BadSa
 
 @dataclass
 class _WithoutImages:
-    """Rows for a dataset whose images are in a column of their own."""
+    """Prepares rows of a dataset whose images are in a column of their own."""
 
     prepare: _Preparation
 
@@ -352,20 +337,13 @@ class _WithoutImages:
 def _prepare_streamed(
     records: datasets.IterableDataset, prepare: _Preparation, bad_samples: _BadSamples
 ) -> tuple[datasets.IterableDataset, DataReport]:
-    for name in _IMAGE_COLUMNS:  # `datasets` would decode them outside our reach
-        feature = (records.features or {}).get(name)
-        if feature is not None:
-            _check_column(name, feature, prepare.source)
-        if isinstance(_element(feature), datasets.Image):
-            undecoded = datasets.Image(decode=False)
-            is_one = isinstance(feature, datasets.Image)
-            records = records.cast_column(name, undecoded if is_one else datasets.Sequence(undecoded))
+    records = leave_encoded(records, prepare.source)
 
     def stream(report: DataReport, bad_samples: _BadSamples) -> datasets.IterableDataset:
         rows = records.map(_StreamedPreparation(prepare, report, bad_samples), with_indices=True)
         return rows.filter(_is_kept).select_columns(COLUMNS)
 
-    # A look at the beginning finds what is wrong with all of it.
+    # The first kept sample shows whether there is any.
     trial = DataReport(max_length=prepare.max_length)
     if next(iter(stream(trial, _BadSamples(bad_samples.on_bad_sample, None, prepare.source))), None) is None:
         raise _nothing_left(prepare.source, trial)
@@ -377,45 +355,8 @@ def _is_kept(row: Mapping[str, Any]) -> bool:
     return row["outcome"] == "kept"
 
 
-def _element(feature: Any) -> Any:
-    """What a column holds, or the lists in it."""
-    if isinstance(feature, list):
-        feature = feature[0]
-    return getattr(feature, "feature", feature)
-
-
-def _is_of(element: Any, *dtypes: str) -> bool:
-    return isinstance(element, datasets.Value) and element.dtype in dtypes
-
-
-def _check_column(name: str, feature: Any, source: str) -> None:
-    """Raises `ValueError` for a column that can hold neither images nor their paths."""
-    element = _element(feature)
-    is_struct = isinstance(element, dict) and not element.keys().isdisjoint(("bytes", "path"))
-    texts, contents = ("string", "large_string", "string_view", "null"), ("binary", "large_binary", "binary_view")
-    if not is_struct and not isinstance(element, datasets.Image) and not _is_of(element, *texts, *contents):
-        raise ValueError(
-            f"The column `{name}` of {source or 'the dataset'} holds {element!s:.200}, no images. {HOW_TO_CAST}"
-        )
-
-
-def _holds_images(records: datasets.Dataset, name: str, source: str) -> bool:
-    """
-    Whether a column holds images, not their paths: those of `datasets`, or files that it no longer says to be images, as
-    bytes, in structs, or as text in base64.
-    """
-    if name not in records.features:
-        return False
-    _check_column(name, records.features[name], source)
-    element = _element(records.features[name])
-    if not _is_of(element, "string", "large_string", "string_view"):
-        return not _is_of(element, "null")
-    first = next((images[0] for row in records.select_columns([name]) if (images := as_list(row[name]))), None)
-    return first is not None and not is_path(first)
-
-
 def iterate_images(dataset: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
-    """The images of all rows of [`prepare_dataset`], one after the other, as [`Collator`] asks for their features."""
+    """Gives the images of all rows of [`prepare_dataset`] in order, as [`Collator`] asks for their features."""
     for row in dataset.select_columns(["images"]) if isinstance(dataset, datasets.Dataset) else dataset:
         yield from as_list(row["images"])
 
@@ -424,18 +365,18 @@ def iterate_images(dataset: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
 
 
 class VisionFeatures(Protocol):
-    """What the vision tower made of images before."""
+    """Features of images that a vision tower has computed before."""
 
     def get(self, image: Any) -> torch.Tensor:
-        """Features `(M, vision width)` of an image, given as in the column `images`."""
+        """Features `(M, vision width)` of an image from the column `images`."""
 
 
 class Collator:
     """
-    Batches for the `Trainer`, of rows of [`prepare_dataset`]: padded on the right, with the images opened.
+    Makes batches for the `Trainer` from rows of [`prepare_dataset`]. It pads them on the right and opens the images.
 
     Args:
-        processor (`TaLlavaProcessor` or `VmtcCmaiLlavaProcessor`): That of the model.
+        processor (`TaLlavaProcessor` or `VmtcCmaiLlavaProcessor`): Processor of the model.
         vision_features ([`VisionFeatures`], *optional*): Use these instead of opening the images.
 
     Raises:
@@ -457,7 +398,7 @@ class Collator:
             for LLaVA `(N, 3, H, W)` or `(N, M, d)`, the images of all rows one after the other.
 
         Raises:
-            `ValueError`: An image that cannot be read any more.
+            `ValueError`: An image cannot be read any more.
         """
         input_ids = [torch.tensor(item["input_ids"]) for item in items]
         labels = [torch.tensor(item["labels"]) for item in items]

@@ -1,7 +1,8 @@
-"""Token ids and labels of samples."""
+"""Makes the token ids and labels of samples."""
 
 import itertools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from ..data.samples import IMAGE, Sample, SampleError, as_items, as_text
 logger = logging.get_logger(__name__)
 IGNORED = -100  # a label without loss
 
-# Characters for private use, which no text has, to see what a chat template does with a question and an answer.
+# Characters for private use, which no text has. They show what a chat template does with a question and an answer.
 _QUESTION, _ANSWER = "\ue000", "\ue001"
 
 
@@ -25,24 +26,24 @@ _QUESTION, _ANSWER = "\ue000", "\ue001"
 
 class SampleEncoder:
     """
-    Token ids and labels of samples: the ids that `processor(text=processor.apply_chat_template(messages), images=...)`
-    makes, with one BOS, but without a look at the images. What the assistant says is labelled, with the token that ends
-    its turn; all else is not.
+    Makes token ids and labels of samples. The ids are those of
+    `processor(text=processor.apply_chat_template(messages), images=...)`, with one BOS, but the images are not opened.
+    Answers are labelled, with the token that ends their turn; all else is not.
 
-    The chat template needs no `{% generation %}`: what it writes around an answer is found out by writing another answer.
+    The chat template needs no `{% generation %}`: another answer in the place of each shows what it writes around them.
 
     Args:
-        processor (`TaLlavaProcessor` or `VmtcCmaiLlavaProcessor`): With a fast tokenizer and a chat template.
+        processor (`TaLlavaProcessor` or `VmtcCmaiLlavaProcessor`): It has a fast tokenizer and a chat template.
 
     Raises:
-        `ValueError`: A processor that is not of these kinds, or whose images differ in their number of tokens; a chat
-            template that does not write questions and answers as they are.
+        `ValueError`: The processor has another class, its images differ in their number of tokens, or its chat template
+            does not write questions and answers as they are.
     """
 
     def __init__(self, processor: Any):
         if not getattr(processor.tokenizer, "is_fast", False):
             raise ValueError(
-                "Labels need to know where tokens are in the text: load a fast tokenizer (`tokenizer.json`)."
+                "Labels need the place of each token in the text: load a fast tokenizer (`tokenizer.json`)."
             )
         if processor.chat_template is None:
             raise ValueError("The processor has no chat template. Set `processor.chat_template`.")
@@ -62,8 +63,8 @@ class SampleEncoder:
     def __call__(self, sample: Sample) -> dict[str, Any]:
         """
         Returns:
-            `dict`: `input_ids` and `labels`, lists of `int` with -100 where there is no loss; `images` and `id` of the
-            sample, and `length`, the number of tokens.
+            `dict`: `input_ids` and `labels`, lists of `int`, with the label -100 where there is no loss; `images` and `id`
+            of the sample; and `length`, the number of tokens.
 
         Raises:
             [`SampleError`]: The chat template refuses the conversation, or changes its answers.
@@ -96,10 +97,13 @@ class SampleEncoder:
             "length": len(input_ids),
         }
 
-    def _tokenize(self, text: str) -> tuple[list[int], np.ndarray, Any]:
+    def _tokenize(self, text: str) -> tuple[list[int], np.ndarray, Callable[[int], int]]:
         """
-        Ids of what the template wrote; where each token is in the text with placeholders, `(S, 2)`, and a function from
-        places in `text` to places in that.
+        Tokenises what the template wrote, with placeholders for the images.
+
+        Returns:
+            The ids; start and end of each token in the text with placeholders, `(S, 2)`; and a function from places in
+            `text` to places in that.
         """
         images = list(self._image_pattern.finditer(text))
         grown = [(image.end(), len(self._placeholders) - len(image.group())) for image in images]
@@ -113,11 +117,11 @@ class SampleEncoder:
         return input_ids, offsets, lambda place: place + sum(growth for end, growth in grown if end <= place)
 
     def _needs_bos(self, text: str) -> bool:
-        """Whether the tokenizer, not the template, is to write the BOS token."""
+        """Whether the tokenizer must write the BOS token, since the template does not."""
         bos_token = self.processor.tokenizer.bos_token
         return bos_token is None or not text.startswith(bos_token)
 
-    # What the template does
+    # --- the template ----------------------------------------------------------------------------------------------
 
     def _render(self, messages: list[dict], **kwargs) -> str:
         return self.processor.apply_chat_template(messages, **kwargs)
@@ -126,9 +130,9 @@ class SampleEncoder:
         """Finds which contents the template takes, and what it writes before (`_lead`) and after (`_tail`) an answer."""
 
         def takes(content: Any) -> bool:
-            try:  # a list where text is expected would be written as Python writes it, with escapes
+            try:  # a template that expects text writes a list as Python does, with escapes
                 return _QUESTION in self._render([{"role": "user", "content": content}])
-            except Exception:  # of the template, or of Python in it
+            except Exception:  # a template is a program
                 return False
 
         self._takes_text = takes(_QUESTION)
@@ -144,7 +148,7 @@ class SampleEncoder:
         self._lead = before[len(prompt) :] if before.startswith(prompt) else ""
         after_first = self._render(turns * 2).partition(_ANSWER)[2]
         same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(after, after_first))
-        # Up to the last token in what is the same: the last turn may end like the next one begins, with a "<".
+        # The last turn may end like the next one begins, with a "<". So the tail ends with the last whole token.
         tokens = {*self.processor.tokenizer.get_added_vocab(), *self.processor.tokenizer.all_special_tokens}
         token = "|".join(re.escape(token) for token in tokens if token.strip())
         end_of_turn = re.match(f"(.*(?:{token}))?", "".join(character for character, _ in same), re.DOTALL)
@@ -156,7 +160,7 @@ class SampleEncoder:
             )
 
     def _for_template(self, message: dict) -> dict:
-        """The message as it is, unless the template takes only the other kind of content."""
+        """A message for the template, with the kind of content that the template takes."""
         content = message["content"]
         if isinstance(content, str) and not self._takes_text:
             content = as_items(content)
@@ -168,10 +172,10 @@ class SampleEncoder:
 
     def _find_answers(self, messages: list[dict], text: str) -> list[tuple[int, int]]:
         """
-        Where in `text` is what the model has to write: the answers with what ends their turns.
+        Start and end in `text` of what the model must write: the answers, with the ends of their turns.
 
         Raises:
-            `ValueError`: The template does not write the answers as they are, but for white space around them.
+            `ValueError`: The template changes answers. White space around them may differ.
         """
         answers = [as_text(message["content"]) for message in messages if message["role"] == "assistant"]
         others = [
@@ -203,13 +207,14 @@ class SampleEncoder:
             raise changed
         return spans
 
-    # What the processor does
+    # --- the processor ---------------------------------------------------------------------------------------------
 
     def _tokens_per_image(self) -> int:
-        """Placeholders that the processor writes for an image, of any size."""
+        """Number of placeholders that the processor writes for an image of any size."""
         if getattr(self.processor, "patch_size", None) is None:
             raise ValueError(
-                "The processor does not know the size of a patch (`patch_size`), and so not how many tokens an image has."
+                "The processor does not know the size of a patch (`patch_size`), so the number of tokens of an image is "
+                "unknown."
             )
         images = [Image.new("RGB", size) for size in ((64, 64), (96, 64), (64, 96))]
         rows = self.processor(images=images, text=[self.processor.image_token] * len(images))["input_ids"]
@@ -222,7 +227,7 @@ class SampleEncoder:
         return counts.pop()
 
     def _check_ids(self) -> None:
-        """Raises `ValueError` if the ids made here are not those that the processor makes."""
+        """Raises `ValueError` if the processor makes other ids than this encoder."""
         messages = [
             {"role": "user", "content": f"{IMAGE}\nWhat is it?"},
             {"role": "assistant", "content": "It."},

@@ -9,11 +9,11 @@ from ..configuration_ta_llava import TaLlavaConfig
 from ..vmtc_cmai_patch import VmtcCmaiLlavaConfig
 
 
-# Modules of the parts that a recipe may name under `train`, in the model without its head.
+# Parts that a recipe may name under `train`, and their modules in the model without its head.
 PARTS = {
     TaLlavaConfig.model_type: {
         "projector": ("multi_modal_projector",),
-        "prefix": ("prefix_embedding", "image_index_embedding"),  # the latter only where the config asks for it
+        "prefix": ("prefix_embedding", "image_index_embedding"),  # the latter only if the config has it on
         "adapters": ("text_adapter", "vision_adapter"),
         "language_model": ("language_model", "lm_head"),
         "vision_tower": ("vision_tower",),
@@ -26,11 +26,8 @@ PARTS = {
 }
 
 
-# --- what is trained -----------------------------------------------------------------------------------------------
-
-
 def train_only(model: Any, parts: Sequence[str]) -> None:
-    """Freezes all of a model but the named `PARTS`."""
+    """Freezes all parts of a model except the named `PARTS`."""
     model.requires_grad_(False)
     for part in parts:
         for module in modules_of(model, part).values():
@@ -38,25 +35,25 @@ def train_only(model: Any, parts: Sequence[str]) -> None:
 
 
 def modules_of(model: Any, part: str) -> dict[str, nn.Module]:
-    """The modules of a part that the model has, by name."""
+    """The modules of a part by name, without those that the model does not have."""
     owners = {name: model if name == "lm_head" else model.model for name in PARTS[model.config.model_type][part]}
     return {name: getattr(owner, name) for name, owner in owners.items() if hasattr(owner, name)}
 
 
 def count_parameters(model: Any) -> dict[str, tuple[int, int]]:
-    """Trainable and frozen parameters of each part; those that parts share (tied embeddings) count once."""
+    """Trainable and frozen parameters of each part. Shared parameters (tied embeddings) count once."""
     seen: set[int] = set()
     counts = {}
     for part in PARTS[model.config.model_type]:
         trainable = frozen = 0
         for module in modules_of(model, part).values():
             for name, parameter in module.named_parameters():
-                # PEFT keeps the original of what it trains fully.
+                # PEFT keeps the originals of fully trained modules.
                 if id(parameter) not in seen and "original_module." not in name:
                     seen.add(id(parameter))
-                    number = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves nothing in its place
+                    number = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves empty parameters
                     if type(parameter).__name__ == "Params4bit":
-                        number *= 2  # in a byte
+                        number *= 2  # two of them are in a byte
                     trainable += number * parameter.requires_grad
                     frozen += number * (not parameter.requires_grad)
         counts[part] = (trainable, frozen)
@@ -64,6 +61,7 @@ def count_parameters(model: Any) -> dict[str, tuple[int, int]]:
 
 
 def describe_parameters(counts: dict[str, tuple[int, int]]) -> str:
+    """The counts of [`count_parameters`] as a table."""
     lines = [f"{'part':<16}{'trainable':>16}{'frozen':>16}"]
     total = tuple(map(sum, zip(*counts.values())))
     for part, (trainable, frozen) in [*counts.items(), ("all", total)]:
@@ -72,4 +70,5 @@ def describe_parameters(counts: dict[str, tuple[int, int]]) -> str:
 
 
 def module_names(part: str) -> tuple[str, ...]:
+    """Names of the modules of a part, in any model that has it."""
     return next((parts[part] for parts in PARTS.values() if part in parts), ())

@@ -1,9 +1,10 @@
 """
-Features of a frozen vision tower on disk: computed once, read in all phases of training by any number of processes.
+Keeps features of a frozen vision tower on disk. They are computed once and read in all phases of training, by any number of
+processes.
 
-A cache is a folder. `manifest.json` says what the features depend on; a model for which that differs is refused. Shards
-`features-*.safetensors` of about 256 MB hold one tensor per image under the hash of its content, and a checksum of each.
-A shard appears when it is complete and never changes.
+A cache is a folder. `manifest.json` says what the features depend on; a model that differs in it is refused. Shards
+`features-*.safetensors` of about 256 MB hold one tensor per image, under the hash of its content, and a checksum of each. A
+shard appears when it is complete, and never changes.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from ..common.files import complete_or_not_at_all
+from ..common.files import atomic_file
 from ..data.encoded_images import encoded_bytes
 
 
@@ -39,24 +40,24 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 class VisionFeatureCache:
     """
-    Features of images as `get_vision_features` of a TA-LLaVA or a LLaVA with VMTC and CMAI gives them.
+    A cache of the features that `get_vision_features` of a TA-LLaVA or a LLaVA with VMTC and CMAI gives.
 
-    An image is the path of a file, a PIL image, the bytes of a file, also in base64, or a dict with `bytes` or `path`, as
-    `datasets` has it. It is known by its content: a file by its bytes, which a hit does not decode, a PIL image by its
-    pixels. A file and the PIL image made of it are two images; a file and its bytes are one.
+    An image is the path of a file, a PIL image, the bytes of a file, also in base64, or a dict of `datasets` with `bytes` or
+    `path`. The cache knows images by their content: files by their bytes, which a hit does not decode, and PIL images by
+    their pixels. A file and the PIL image made from it are two images; a file and its bytes are one.
 
-    Any number of processes may read at once, among them the workers of a `DataLoader`, to which a cache is sent without
-    its model. One process fills; another that wants to waits for it and then computes what is still missing.
+    Any number of processes may read at once, the workers of a `DataLoader` included. Those get the cache without its model.
+    Only one process fills the cache; another waits for it and then computes what is still missing.
 
     Args:
         folder (`str` or `Path`):
-            Of this cache alone; made if it is not there.
+            Folder of this cache alone. A missing folder is made.
         model ([`TaLlavaForConditionalGeneration`] or [`VmtcCmaiLlavaForConditionalGeneration`]):
-            Its vision tower is to stay as it is while the features are in use.
+            The model. Its vision tower must not change while the features are in use.
         processor ([`TaLlavaProcessor`] or [`VmtcCmaiLlavaProcessor`]):
             Makes the pixels, as in training.
         dtype (`torch.dtype`, *optional*):
-            In which features are kept: float32, float16 or bfloat16. Defaults to that of the tower.
+            Dtype of the features on disk: float32, float16 or bfloat16. Defaults to that of the tower.
 
     Raises:
         `ValueError`: The folder was filled with other weights or settings, or is no cache.
@@ -70,7 +71,7 @@ class VisionFeatureCache:
             raise ValueError(f"`dtype` must be one of {', '.join(map(str, _DTYPES))}, got {self.dtype}.")
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{self.folder} is a file; a cache of features needs a folder.")
-        self._index: dict[str, str] = {}  # of each image, the name of its shard
+        self._index: dict[str, str] = {}  # from the hash of each image to the name of its shard
         self._shards: set[str] = set()
         self._damaged: set[Path] = set()
         self._open_shards: dict[str, tuple[Any, dict[str, int]]] = {}
@@ -86,13 +87,13 @@ class VisionFeatureCache:
 
     def get(self, image: Any) -> torch.Tensor:
         """
-        Features of an image, in the dtype of the cache, on the CPU.
+        The features of an image, in the dtype of the cache, on the CPU.
 
         Returns:
             `torch.Tensor` of shape `(M, vision width)`.
 
         Raises:
-            `ValueError`: The image is not in the cache, or its shard has been damaged since the cache was opened.
+            `ValueError`: The image is not in the cache, or its shard was damaged after the cache was opened.
         """
         key = _hash_of(image)
         if key not in self._index:
@@ -117,27 +118,27 @@ class VisionFeatureCache:
 
     def fill(self, images: Iterable[Any], batch_size: int = 16, progress: bool = True) -> int:
         """
-        Computes the features of those images that are not there yet. What was computed before an interruption is kept,
-        and not computed again; a process that is killed loses the shard that it had not written.
+        Computes the features of images that the cache does not have yet. An interruption loses nothing; a process that is
+        killed loses the shard that it has not written yet.
 
-        The tower runs in evaluation mode, in its own dtype, on the device where the model is. Features equal
-        `get_vision_features` of the same batch bit for bit, if the cache has the dtype of the tower. Another batch changes
-        them by rounding (small towers in float32: less than 1e-5), which with VMTC may decide between tokens that are all
-        but equally important.
+        The tower runs in evaluation mode, in its own dtype, on the device of the model. If the cache has the dtype of the
+        tower, features equal `get_vision_features` of the same batch bit for bit. Another batch changes them by rounding
+        (small towers in float32: less than 1e-5). With VMTC, rounding may decide between tokens that are nearly equally
+        important.
 
         Args:
             images (iterable of images):
-                It is gone through once.
+                Images. They are iterated over once.
             batch_size (`int`):
-                Images that go through the tower together.
+                Number of images that go through the tower together.
             progress (`bool`):
                 Show a progress bar.
 
         Returns:
-            `int`: How many images were computed.
+            `int`: Number of images whose features were computed.
 
         Raises:
-            `ValueError`: An image that cannot be read; the message names it.
+            `ValueError`: An image cannot be read. The message names it.
         """
         if self.model is None:
             raise ValueError("A cache that was sent to another process can only be read. Fill it where its model is.")
@@ -148,9 +149,9 @@ class VisionFeatureCache:
         tower = self.model.base_model.vision_tower
         was_training = tower.training
         with self._lock():
-            self._damaged.clear()  # what was being copied may be whole now
+            self._damaged.clear()  # a shard that was being copied may be whole now
             self._find_shards()  # another process may have written some
-            # Since the lock is held, nobody is writing what is unfinished.
+            # This process has the lock, so no other one is writing the unfinished files.
             for path in [*self._damaged, *self.folder.glob(f".{_SHARDS}.tmp")]:
                 path.unlink(missing_ok=True)
             num_before = len(self)
@@ -169,7 +170,7 @@ class VisionFeatureCache:
         features: dict[str, torch.Tensor] = {}  # for the disk
         try:
             with ThreadPoolExecutor() as pool:  # reading and resizing images would take longer than the tower
-                # An image that is in the list twice must not be read by two threads.
+                # Two threads must not read the same image object.
                 while chunk := {id(image): image for image in islice(remaining, batch_size)}:
                     for key, name, pixels in pool.map(self._load, chunk.values()):
                         if pixels is None or key in waiting or key in features or key in self._index:
@@ -189,7 +190,7 @@ class VisionFeatureCache:
                 self._write_shard(features)
 
     def _load(self, image: Any) -> tuple[str, str, torch.Tensor | None]:
-        """Hash and name of an image and, if it is not there yet, its pixels `(3, H, W)`."""
+        """Hash and name of an image and, if the cache does not have it yet, its pixels `(3, H, W)`."""
         name, content = _name_of(image), _content_of(image)
         key = _hash_of(image, content)
         if key in self._index:
@@ -206,7 +207,7 @@ class VisionFeatureCache:
 
     @torch.no_grad()
     def _run_tower(self, images: dict[str, tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Features, by hash, of named pixels."""
+        """Features of images, by hash, from their names and pixels."""
         tower = self.model.base_model.vision_tower
         pixel_values = torch.stack([pixels for _, pixels in images.values()]).to(tower.device, tower.dtype)
         with torch.autocast(tower.device.type, enabled=False):
@@ -222,17 +223,17 @@ class VisionFeatureCache:
     # --- files -----------------------------------------------------------------------------------------------------
 
     def _check_manifest(self, fingerprint: dict[str, Any]) -> None:
-        """Writes the manifest of a new cache; raises if that of an old one says something else."""
+        """Writes the manifest of a new cache. Raises `ValueError` if that of an old one differs."""
         path = self.folder / _MANIFEST
         if not path.exists():
             if any(self.folder.glob(_SHARDS)):
                 raise ValueError(
-                    f"{self.folder} has shards but no {_MANIFEST} that says of what. Choose another folder."
+                    f"{self.folder} has shards but no {_MANIFEST} that says what they depend on. Choose another folder."
                 )
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._lock():
                 if not path.exists():
-                    with complete_or_not_at_all(path) as unfinished:
+                    with atomic_file(path) as unfinished:
                         unfinished.write_text(json.dumps(fingerprint, indent=1), encoding="utf-8")
         try:
             made_with = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -253,7 +254,7 @@ class VisionFeatureCache:
             raise ValueError(f"{self.folder} was made with {'; with '.join(differences)}. Choose another folder.")
 
     def _find_shards(self) -> None:
-        """Adds shards that have come to the index; warns of those that are damaged."""
+        """Adds new shards to the index. Warns about damaged ones."""
         for path in sorted(self.folder.glob(_SHARDS)):
             if path.name in self._shards or path in self._damaged:
                 continue
@@ -262,7 +263,7 @@ class VisionFeatureCache:
                     if "crc32" not in (tensors.metadata() or {}):
                         raise SafetensorError("it has no checksums")
                     self._index.update(dict.fromkeys(tensors.keys(), path.name))
-            except FileNotFoundError:  # another process has thrown a damaged one away
+            except FileNotFoundError:  # another process has deleted a damaged shard
                 continue
             except SafetensorError as error:
                 self._damaged.add(path)
@@ -274,7 +275,7 @@ class VisionFeatureCache:
 
     def _open_shard(self, path: Path) -> tuple[Any, dict[str, int]]:
         """The tensors of a shard, mapped into memory, and their checksums."""
-        if self._process_id != os.getpid():  # a fork does not share what is open with its parent
+        if self._process_id != os.getpid():  # a fork must not share open files with its parent
             self._open_shards, self._process_id = {}, os.getpid()
         if path.name not in self._open_shards:
             tensors = safe_open(path, framework="pt")
@@ -284,7 +285,7 @@ class VisionFeatureCache:
     def _write_shard(self, features: dict[str, torch.Tensor]) -> None:
         checksums = {key: _checksum(tensor) for key, tensor in features.items()}
         path = self.folder / _SHARDS.replace("*", uuid.uuid4().hex)
-        with complete_or_not_at_all(path) as unfinished:
+        with atomic_file(path) as unfinished:
             save_file(features, unfinished, metadata={"crc32": json.dumps(checksums)})
         self._shards.add(path.name)
         self._index.update(dict.fromkeys(features, path.name))
@@ -315,13 +316,13 @@ def _bytes_of(tensor: torch.Tensor) -> Any:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-# --- what the features depend on -----------------------------------------------------------------------------------
+# --- what features depend on ---------------------------------------------------------------------------------------
 
 
 def _fingerprint(model: Any, processor: Any, dtype: torch.dtype) -> dict[str, Any]:
-    """What the features depend on, by name, as JSON has it."""
+    """What the features depend on, by name, in types of JSON."""
     config, tower = model.config, model.base_model.vision_tower
-    # The kind of model: TA-LLaVA's processor cuts the middle out of long images, LLaVA's does not.
+    # The kind of model matters: TA-LLaVA's processor crops the middle of long images, LLaVA's does not.
     names = ["model_type", "vision_feature_layer", "vision_feature_select_strategy", "use_vmtc", "spd_factor"]
     if config.use_vmtc:
         names += [name for name in config.to_dict() if name.startswith("vmtc_")]
@@ -339,13 +340,13 @@ def _fingerprint(model: Any, processor: Any, dtype: torch.dtype) -> dict[str, An
             for name, value in json.loads(settings).items()
             if not name.startswith(("_", "output_")) and name not in _IRRELEVANT
         }
-    # Its settings do not tell the two kinds apart, with Pillow and with torchvision, which resize a little differently.
+    # Processors with Pillow and with torchvision have the same settings, but resize a little differently.
     fingerprint["image_processor.image_processor_type"] = type(processor.image_processor).__name__
     fingerprint |= {"vision_tower": weights.hexdigest(), "vision_tower_dtype": str(tower.dtype), "dtype": str(dtype)}
     return json.loads(json.dumps(fingerprint))
 
 
-# Where a config or processor came from, not what it does.
+# Fields that say where a config or processor came from, not what it does.
 _IRRELEVANT = {"architectures", "auto_map", "dtype", "processor_class", "return_dict", "transformers_version"}
 
 
@@ -353,7 +354,7 @@ _IRRELEVANT = {"architectures", "auto_map", "dtype", "processor_class", "return_
 
 
 def _name_of(image: Any) -> str:
-    """What an error message calls an image."""
+    """The name of an image in error messages."""
     if isinstance(image, dict) and isinstance(image.get("path"), (str, os.PathLike)):
         image = image["path"]
     content = encoded_bytes(image)
@@ -387,7 +388,7 @@ def _content_of(image: Any) -> bytes | Image.Image:
 
 
 def _hash_of(image: Any, content: bytes | Image.Image | None = None) -> str:
-    """Under what name the features of an image are kept; `content` saves reading it a second time."""
+    """The key of an image's features. With `content`, the image is not read a second time."""
     content = _content_of(image) if content is None else content
     if isinstance(content, bytes):
         return hashlib.sha256(content).hexdigest()
@@ -396,7 +397,7 @@ def _hash_of(image: Any, content: bytes | Image.Image | None = None) -> str:
         orientation = content.getexif().get(ExifTags.Base.Orientation)
     except (OSError, SyntaxError, EOFError) as error:
         raise ValueError(f"{_name_of(image)} cannot be read to its end; is it truncated? ({error})") from error
-    # Besides the pixels, what the processor looks at.
+    # The pixels, and whatever else the processor looks at.
     looks = (content.mode, content.size, content.getpalette(), content.info.get("transparency"), orientation)
     return hashlib.sha256(repr(looks).encode() + pixels).hexdigest()
 

@@ -7,28 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXAMPLE_IMAGE, make_lively, text_config
+from chat_templates_of_models import GEMMA, SMOLLM2
+from conftest import EXAMPLE_IMAGE
 from real_parts import GGUF_FILE, package_folder, write_dinov2
 from safetensors.torch import load_file, save_file
-from test_chat_templates import GEMMA, LLAMA_2, LLAMA_3, MISTRAL, SMOLLM2
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tiny_parts import LANGUAGE_MODELS, save_language_model, save_tower
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
-    CLIPConfig,
-    CLIPModel,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    Dinov2Config,
-    Dinov2Model,
     GenerationConfig,
-    PreTrainedTokenizerFast,
-    SiglipVisionConfig,
-    SiglipVisionModel,
     T5Config,
 )
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from ta_llava import (
     TaLlavaForConditionalGeneration,
@@ -37,126 +27,6 @@ from ta_llava import (
     VmtcCmaiLlavaProcessor,
 )
 from ta_llava.building.assemble import assemble_llava, assemble_ta_llava, find_response_marker
-
-
-IMAGE_SIZE, PATCH_SIZE = 24, 4
-CORPUS = [
-    "user USER: model assistant ASSISTANT: system [INST] what is in the image? [/INST] the model is an assistant.",
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful answers.",
-    "Is the model an assistant, or the ASSISTANT a model? Compare the two. An answer. First answer. Second answer.",
-]
-# Of each family: backbone, template, special tokens, response marker, end of turn.
-LANGUAGE_MODELS = {
-    "gemma": ("gemma2", GEMMA, ["<start_of_turn>", "<end_of_turn>"], "<start_of_turn>model", "<end_of_turn>"),
-    "chatml": ("qwen2", SMOLLM2, ["<|im_start|>", "<|im_end|>"], "<|im_start|>assistant", "<|im_end|>"),
-    "llama3": (
-        "llama",
-        LLAMA_3,
-        ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
-        "<|start_header_id|>assistant<|end_header_id|>",
-        "<|eot_id|>",
-    ),
-    "llama2": ("llama", LLAMA_2, [], "[/INST]", "</s>"),
-    "mistral": ("mistral", MISTRAL, [], "[/INST]", "</s>"),
-}
-
-
-def build_tokenizer(
-    family: str, chat_template: str | None, extra: list[str], vocab_size: int = 340
-) -> PreTrainedTokenizerFast:
-    """Byte-level like GPT-2's, or of Llama-2 and Mistral like SentencePiece's, where a token at the start is another."""
-    special = ["<unk>", "<s>", "</s>", *extra]
-    if family in ("llama2", "mistral"):
-        backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        backend.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-        )
-        special += [f"<0x{byte:02X}>" for byte in range(256)]
-        corpus = [word for line in CORPUS for word in line.replace(" ", " ▁").split(" ")]  # no tokens of several words
-        trainer = trainers.BpeTrainer(vocab_size=vocab_size + 60, special_tokens=special, show_progress=False)
-        backend.normalizer, normalizer = None, backend.normalizer
-        backend.train_from_iterator(corpus, trainer)
-        backend.normalizer = normalizer
-        tokenizer_kwargs = {}
-    else:
-        backend = Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=special,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        backend.train_from_iterator(CORPUS, trainer)
-        tokenizer_kwargs = {"additional_special_tokens": extra}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        chat_template=chat_template,
-        **tokenizer_kwargs,
-    )
-
-
-def save_language_model(
-    folder: Path,
-    family: str = "chatml",
-    dtype: torch.dtype = torch.float32,
-    unused: tuple[str, ...] = (),
-    spare_rows: int = 0,
-    rows: int | None = None,
-    with_template: bool = True,
-    **config_kwargs,
-) -> Path:
-    backbone, template, extra, _, _ = LANGUAGE_MODELS[family]
-    tokenizer = build_tokenizer(family, template if with_template else None, [*extra, *unused])
-    config = text_config(
-        backbone,
-        **{
-            "vocab_size": rows or len(tokenizer) + spare_rows,
-            "num_hidden_layers": 4,
-            "max_position_embeddings": 512,
-            "pad_token_id": None,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            **config_kwargs,
-        },
-    )
-    torch.manual_seed(0)
-    model = make_lively(AutoModelForCausalLM.from_config(config)).to(dtype)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def save_tower(folder: Path, kind: str = "clip_vision", dtype: torch.dtype = torch.float32) -> Path:
-    sizes = {
-        "hidden_size": 24,
-        "intermediate_size": 32,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 3,
-        "image_size": IMAGE_SIZE,
-        "patch_size": PATCH_SIZE,
-    }
-    torch.manual_seed(1)
-    if kind == "clip":
-        text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-        model = CLIPModel(CLIPConfig(vision_config=sizes, text_config={**text, "vocab_size": 50}, projection_dim=8))
-    else:
-        config_class, model_class = {
-            "clip_vision": (CLIPVisionConfig, CLIPVisionModel),
-            "siglip": (SiglipVisionConfig, SiglipVisionModel),
-            "dinov2": (Dinov2Config, Dinov2Model),
-        }[kind]
-        model = model_class(config_class(**sizes))
-    make_lively(model).to(dtype).save_pretrained(folder)
-    CLIPImageProcessorPil(
-        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    ).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -482,7 +352,7 @@ def test_nothing_is_fetched_for_folders(hub, tmp_path, asked, part, file, messag
 
 def test_a_repo_that_is_not_there(hub, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="'nobody/nothing', which is no folder here and was looked for on the Hub"):
+    with pytest.raises(ValueError, match="'nobody/nothing'.*no such folder, so a repo on the Hub"):
         assemble_ta_llava(tmp_path / "new", hub / "clip", "nobody/nothing")
 
 

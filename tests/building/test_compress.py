@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import run
 from conftest import EXAMPLE_IMAGE, make_lively, run_without_the_package
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny_parts import SPECIAL_TOKENS, build_image_processor, build_tokenizer
 from transformers import (
     CLIPVisionConfig,
     Dinov2Config,
@@ -20,32 +21,18 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaModel,
     LlavaProcessor,
-    PreTrainedTokenizerFast,
     SiglipVisionConfig,
 )
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from typer.testing import CliRunner
 
 from ta_llava import VmtcCmaiLlavaForConditionalGeneration, VmtcCmaiLlavaProcessor
 from ta_llava.building.compress import compress_llava
-from ta_llava.cli import app
 from ta_llava.publishing.export import export_model
 
 
 IMAGE_SIZE, PATCH_SIZE, NUM_PATCHES = 24, 4, 36
-WORDS = [
-    "<pad>",
-    "</s>",
-    "<s>",
-    "<unk>",
-    "<image>",
-    "USER",
-    "ASSISTANT",
-    ":",
-    "?",
-    *["what", "color", "is", "the", "shape"],
-]
-IMAGE_TOKEN_ID = WORDS.index("<image>")
+WORDS = ["USER", "ASSISTANT", ":", "?", "what", "color", "is", "the", "shape"]
+IMAGE_TOKEN_ID = len(SPECIAL_TOKENS)
+VOCAB_SIZE = len(SPECIAL_TOKENS) + 1 + len(WORDS)
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | upper }}:{% for item in message['content'] %}"
     "{{ ' <image>' if item['type'] == 'image' else ' ' + item['text'] }}{% endfor %}{% endfor %}"
@@ -64,7 +51,7 @@ def build_stock_model(tower: str = "clip", **kwargs) -> LlavaForConditionalGener
         patch_size=PATCH_SIZE,
     )
     text_config = LlamaConfig(
-        vocab_size=len(WORDS),
+        vocab_size=VOCAB_SIZE,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=3,
@@ -83,21 +70,8 @@ def build_stock_model(tower: str = "clip", **kwargs) -> LlavaForConditionalGener
 
 
 def build_stock_processor(**kwargs) -> LlavaProcessor:
-    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        eos_token="</s>",
-        bos_token="<s>",
-        unk_token="<unk>",
-        additional_special_tokens=["<image>"],
-        padding_side="left",
-    )
-    image_processor = CLIPImageProcessorPil(
-        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    )
-    return LlavaProcessor(image_processor, tokenizer, chat_template=CHAT_TEMPLATE, **kwargs)
+    tokenizer = build_tokenizer("words", ["<image>"], words=WORDS, padding_side="left")
+    return LlavaProcessor(build_image_processor(IMAGE_SIZE), tokenizer, chat_template=CHAT_TEMPLATE, **kwargs)
 
 
 NEW_PROCESSOR = {
@@ -139,11 +113,6 @@ def inputs_of(processor, **kwargs):
     )
 
 
-def run(*arguments) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    return result.exit_code, result.stdout, result.stderr
-
-
 @pytest.mark.parametrize(
     ("arguments", "flags", "message"),
     [
@@ -183,6 +152,8 @@ def test_the_folder_has_all_that_the_hub_needs(stock, tmp_path):
         "cmai.py",
         "cmai_cache.py",
         "vision_towers.py",
+        "vision_language_model.py",
+        "attention_masks.py",
         "library_versions.py",
         "library_layers.py",
         "chat_messages.py",
@@ -391,6 +362,8 @@ def test_a_compressed_folder_can_be_exported(stock, tmp_path):
         "cmai.py",
         "cmai_cache.py",
         "vision_towers.py",
+        "vision_language_model.py",
+        "attention_masks.py",
         "library_versions.py",
         "library_layers.py",
     } <= {path.name for path in (tmp_path / "two").iterdir()}

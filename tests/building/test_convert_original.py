@@ -65,6 +65,22 @@ def test_a_wrong_vision_tower_is_a_message(copied):
             convert_original(copied, copied / "tiny-clip")
 
 
+def test_a_checkpoint_without_a_tower_gets_a_complete_one(copied):
+    expected = convert_original(copied, copied / "tiny-clip").state_dict()
+    state = load_file(copied / "model.safetensors")
+    prefix = "model.vision_tower.vision_tower."
+    tower = {key.removeprefix(prefix): state.pop(key) for key in sorted(state) if key.startswith(prefix)}
+    save_file(state, copied / "model.safetensors")
+    save_file(tower, copied / "tiny-clip" / "model.safetensors", {"format": "pt"})
+    converted = convert_original(copied, copied / "tiny-clip").state_dict()
+    assert tower and all(torch.equal(converted[name], value) for name, value in expected.items())
+
+    dropped = next(key for key in tower if key.endswith("mlp.fc1.weight"))
+    save_file({key: tower[key] for key in tower if key != dropped}, copied / "tiny-clip" / "model.safetensors")
+    with pytest.raises(ValueError, match="The vision tower in .*tiny-clip lacks 1 weights, such as .*fc1.weight"):
+        convert_original(copied, copied / "tiny-clip")
+
+
 def test_sharded_weights(copied):
     state = load_file(copied / "model.safetensors")
     names = sorted(state)

@@ -1,12 +1,12 @@
 import pytest
 
-from ta_llava.common.files import complete_folder_or_not_at_all, complete_or_not_at_all, write_text
+from ta_llava.common.files import atomic_file, atomic_folder, write_text
 
 
 def test_what_is_interrupted_leaves_the_file_as_it_was(tmp_path):
     path = tmp_path / "new" / "scores.json"
     write_text(path, "old")
-    with pytest.raises(KeyboardInterrupt), complete_or_not_at_all(path) as unfinished:
+    with pytest.raises(KeyboardInterrupt), atomic_file(path) as unfinished:
         unfinished.write_text("half of the n")
         raise KeyboardInterrupt
     assert path.read_text() == "old"
@@ -16,7 +16,7 @@ def test_what_is_interrupted_leaves_the_file_as_it_was(tmp_path):
 def test_a_file_is_replaced_when_the_new_one_is_complete(tmp_path):
     path = tmp_path / "scores.json"
     write_text(path, "old")
-    with complete_or_not_at_all(path) as unfinished:
+    with atomic_file(path) as unfinished:
         unfinished.write_text("new, ü", encoding="utf-8")
         assert path.read_text() == "old"
     assert path.read_text(encoding="utf-8") == "new, ü"
@@ -25,7 +25,7 @@ def test_a_file_is_replaced_when_the_new_one_is_complete(tmp_path):
 
 def test_a_folder_that_is_interrupted_is_not_there(tmp_path):
     folder = tmp_path / "new" / "model"
-    with pytest.raises(KeyboardInterrupt), complete_folder_or_not_at_all(folder) as unfinished:
+    with pytest.raises(KeyboardInterrupt), atomic_folder(folder) as unfinished:
         (unfinished / "config.json").touch()
         raise KeyboardInterrupt
     assert list(folder.parent.iterdir()) == []
@@ -38,7 +38,7 @@ def test_a_folder_is_there_when_it_is_complete(tmp_path):
         folder = tmp_path / name
         if name == "empty":
             folder.mkdir()
-        with complete_folder_or_not_at_all(folder) as unfinished:
+        with atomic_folder(folder) as unfinished:
             (unfinished / "config.json").write_text("{}")
             assert not (folder / "config.json").exists()
         assert (folder / "config.json").read_text() == "{}"

@@ -7,9 +7,7 @@ from ta_llava.data.easy_vqa import (
     SHAPES,
     Scene,
     load_easy_vqa,
-    load_pixels,
     question_type,
-    shape_mask,
     wording_prior,
 )
 
@@ -56,12 +54,3 @@ def test_the_wording_prior_is_a_count(splits):
     assert prior == {"yes/no, shape": 1 / 3, "all": 1 / 4, "which colour": 0.0}
     prior = wording_prior(splits["train"], splits["test"])
     assert 0.85 < prior["yes/no, colour"] < 0.9 and 0.65 < prior["yes/no, shape"] < 0.7
-
-
-def test_the_shape_mask_finds_the_shape(splits):
-    for scene in splits["train"][:50]:
-        pixels = load_pixels(scene)
-        mask = shape_mask(pixels)
-        assert pixels.shape == (64, 64, 3) and 0.01 < mask.mean() < 0.5
-        background = pixels[~mask].astype(int)
-        assert (background.max(axis=0) - background.min(axis=0)).max() <= 48

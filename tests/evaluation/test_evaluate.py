@@ -3,14 +3,14 @@
 import base64
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import datasets
 import pytest
-from conftest import ROOT, SHIPPED_MODEL
+from conftest import SHIPPED_MODEL
 from filelock import FileLock
 from PIL import Image
+from samples import ANSWERS, EXAMPLES, SAMPLES, TURNS, sample
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
@@ -20,20 +20,7 @@ from ta_llava.data import easy_vqa as easy_vqa_data
 from ta_llava.evaluation import evaluate as module
 from ta_llava.evaluation import instruction_following
 from ta_llava.evaluation.evaluate import evaluate
-from ta_llava.evaluation.results import format_table
-from ta_llava.evaluation.tasks import evenly_spaced, read_records
-
-
-EXAMPLES = ROOT / "examples"
-# The last expectation is wrong, so that not all is right.
-SAMPLES = [
-    ("teal_triangle.png", "what color is the shape?", "teal", "color"),
-    ("red_circle.png", "what color is the shape?", " red ", "color"),
-    ("teal_triangle.png", "what shape is in the image?", "triangle", None),
-    ("red_circle.png", "describe the image.", "a red circle", "caption"),
-    ("red_circle.png", "is there not a triangle in the image?", "no", "yes/no"),
-]
-ANSWERS = ["teal", "red", "triangle", "a red circle", "yes"]
+from ta_llava.evaluation.tasks import evenly_spaced
 
 
 @pytest.fixture(autouse=True)
@@ -41,19 +28,6 @@ def cache(tmp_path, monkeypatch) -> Path:
     """A cache of `datasets` for each test."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     return tmp_path / "cache"
-
-
-def sample(image: str, question: str, expected: str, kind: str | None = None) -> dict:
-    turns = [("human", f"<image>\n{question}"), ("gpt", expected)]
-    return {
-        "id": f"{Path(image).stem}: {question}",
-        "image": image,
-        "conversations": [{"from": role, "value": value} for role, value in turns],
-        **({} if kind is None else {"type": kind}),
-    }
-
-
-TURNS = sample(*SAMPLES[0])["conversations"]
 
 
 @pytest.fixture
@@ -265,21 +239,6 @@ def test_pope(tmp_path):
     assert {"strategy": "popular", "objects_per_image": 1, "seed": 0}.items() <= results["settings"].items()
 
 
-def test_a_sample_of_pope_has_as_many_of_both_answers(tmp_path):
-    path = tmp_path / "objects.json"
-    path.write_text(json.dumps(OBJECTS))
-    run(tmp_path / "out", path, "pope", objects_per_image=1, num_questions=2)
-    assert [line["expected"] for line in predictions(tmp_path / "out")] == ["yes", "no"]
-
-
-def test_pope_needs_its_metrics(tmp_path, monkeypatch, no_model):
-    (tmp_path / "objects.json").write_text(json.dumps(OBJECTS))
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(ValueError, match="need scikit-learn"):
-        run(tmp_path / "out", tmp_path / "objects.json", "pope", objects_per_image=1)
-    assert not (tmp_path / "out").exists()
-
-
 def test_instructions(tmp_path, data, monkeypatch):
     def score(prompts, answers):
         assert len(prompts) == len(answers) and {prompt.question for prompt in prompts} == {
@@ -305,15 +264,6 @@ def test_instructions(tmp_path, data, monkeypatch):
     assert "expected" not in lines[0]
 
 
-def test_instructions_need_their_checkers(tmp_path, data, monkeypatch, no_model):
-    def load_checkers():
-        raise ValueError("Checking answers needs lm-eval.")
-
-    monkeypatch.setattr(instruction_following, "load_checkers", load_checkers)
-    with pytest.raises(ValueError, match="needs lm-eval"):
-        run(tmp_path / "out", data, "if16")
-
-
 def test_instructions_about_a_folder_with_images_in_it(tmp_path, parrot):
     """Several questions about an image, and one without any."""
     content = {"bytes": (EXAMPLES / "red_circle.png").read_bytes(), "path": None}
@@ -330,25 +280,6 @@ def test_instructions_about_a_folder_with_images_in_it(tmp_path, parrot):
             assert line["answer"].startswith(f"{text.count('<image>')} images")
     assert len(lines) == 48
     assert run(tmp_path / "out", tmp_path / "data", "if16") == results and parrot.asked == 48  # it is the same data
-
-
-def test_evenly_spaced():
-    assert evenly_spaced(list(range(10)), 4) == [0, 2, 5, 7]
-    assert evenly_spaced(list(range(10)), 6) == [0, 1, 3, 5, 6, 8]  # not the first six
-    assert evenly_spaced([1, 2], 3) == evenly_spaced([1, 2], None) == [1, 2]
-
-
-def test_the_table():
-    scores = {
-        "color": {"questions": 3, "accuracy": 1 / 3},
-        "all": {"questions": 4, "accuracy": 0.5, "yes_ratio": 0.25},
-    }
-    assert format_table(scores).splitlines() == [
-        "| | questions | accuracy | yes ratio |",
-        "|---|---:|---:|---:|",
-        "| color | 3 | 33.33% |  |",
-        "| all | 4 | 50.00% | 25.00% |",
-    ]
 
 
 # --- the upper limit of if16 ---------------------------------------------------------------------------------------
@@ -446,17 +377,6 @@ def test_descriptions_that_were_changed_are_not_taken(tmp_path, data, parrot, ol
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "out", data, **UPPER_LIMIT)
-
-
-def test_there_must_be_an_image_to_describe(tmp_path, no_model):
-    path = tmp_path / "data.json"
-    alone = {"id": "alone", "conversations": [{"from": "human", "value": "what is red?"}, TURNS[1]]}
-    path.write_text(json.dumps([sample(*SAMPLES[0]), alone]))
-    with pytest.raises(
-        ValueError, match="Question alone has no image to describe first: leave it out, or ask without"
-    ):
-        run(tmp_path / "out", path, **UPPER_LIMIT)
-    assert not (tmp_path / "out").exists()
 
 
 # --- interrupted runs ----------------------------------------------------------------------------------------------
@@ -607,49 +527,6 @@ def test_results_are_complete_or_not_there(tmp_path, data, monkeypatch, parrot):
     assert not (tmp_path / "out" / "results.json").exists() and len(predictions(tmp_path / "out")) == 5
 
 
-# --- what is refused -----------------------------------------------------------------------------------------------
-
-SYSTEM = {"from": "system", "value": "Be short."}
-BAD_SAMPLES = {
-    "no answer": ({"conversations": TURNS[:1]}, "It has no answer to compare with"),
-    "an empty answer": ({"conversations": [TURNS[0], {"from": "gpt", "value": " "}]}, "Turn 2, .* is empty"),
-    "an empty question": ({"conversations": [{"from": "human", "value": "<image>"}, TURNS[1]]}, "Turn 1, .* is empty"),
-    "several questions": (
-        {"conversations": [*TURNS, {"from": "human", "value": "why?"}, TURNS[1]]},
-        "the turns user, assistant, user, assistant",
-    ),
-    "a system message": ({"conversations": [SYSTEM, *TURNS]}, "the turns system, user, assistant"),
-    "no conversation": ({"conversations": None}, "neither `conversations` nor `messages`"),
-    "too many images": ({"image": ["red_circle.png"] * 2}, "There are 1 <image> in the questions, but 2 images"),
-    "an image inside": (
-        {"conversations": [{"from": "human", "value": "what <image> is it?"}, TURNS[1]]},
-        "<image> inside its question",
-    ),
-    "a type without a name": ({"type": 3}, "Its `type` must be a name"),
-    "a type called all": ({"type": "all"}, "Its `type` must be a name"),
-}
-
-
-def test_images_of_a_file_are_paths(tmp_path, no_model):
-    path = tmp_path / "data.json"
-    path.write_text(json.dumps([{**sample(*SAMPLES[0]), "id": "odd", "image": {"bytes": "", "path": "a.png"}}]))
-    for task in ("json", "if16"):
-        with pytest.raises(
-            ValueError, match=r"Question odd of .*data.json must name its images by paths, got \{'bytes'"
-        ):
-            run(tmp_path / "out", path, task)
-
-
-@pytest.mark.parametrize("case", BAD_SAMPLES)
-def test_a_bad_sample_is_named(tmp_path, no_model, case):
-    changes, message = BAD_SAMPLES[case]
-    path = tmp_path / "data.json"
-    path.write_text(json.dumps([sample(*SAMPLES[1]), {**sample(*SAMPLES[0]), "id": "odd", **changes}]))
-    with pytest.raises(ValueError, match=rf"Sample odd \(record 1 of .*data.json\): .*{message}"):
-        run(tmp_path / "out", path)
-    assert not (tmp_path / "out").exists()
-
-
 def test_missing_and_damaged_images_are_named(tmp_path, no_model):
     (tmp_path / "damaged.png").write_bytes((EXAMPLES / "red_circle.png").read_bytes()[:-40])
     shutil.copyfile(EXAMPLES / "red_circle.png", tmp_path / "good.png")
@@ -669,31 +546,6 @@ def test_damaged_images_in_a_folder_are_named(tmp_path, no_model):
     records.save_to_disk(str(tmp_path / "data"))
     with pytest.raises(ValueError, match="^Question b: .*truncated"):
         run(tmp_path / "out", tmp_path / "data", "folder")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("[{", "is not JSON"),
-        ("hello", "neither an array of JSON nor JSON lines; line 1"),
-        ('{"id": 1}\n{"id":', "neither an array of JSON nor JSON lines; line 2"),
-        ("", "no records"),
-        ("[]", "no records"),
-        ("[3]", "Record 0 of .* is not a JSON object, but 3"),
-        (b"\xff\xfe\x00", "is not JSON"),
-    ],
-)
-def test_a_file_that_is_not_of_records(tmp_path, no_model, content, message):
-    path = tmp_path / "data.json"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    for task in ("json", "pope", "if16"):
-        with pytest.raises(ValueError, match=message):
-            run(tmp_path / "out", path, task)
-
-
-def test_records_with_a_byte_order_mark(tmp_path):
-    (tmp_path / "data.json").write_bytes(b'\xef\xbb\xbf[{"id": "\xc3\xa9"}]')
-    assert read_records(tmp_path / "data.json") == [{"id": "é"}]
 
 
 @pytest.mark.parametrize(

@@ -85,19 +85,19 @@ def without(**changes) -> list[dict]:
     ("records", "kwargs", "message"),
     [
         (RECORDS, {"strategy": "hard"}, "no strategy 'hard' of POPE, only random, popular, adversarial"),
-        (RECORDS, {"objects_per_image": 0}, "At least 1 object per image must be asked for, got 0"),
-        (RECORDS, {"objects_per_image": 4}, "4 objects that are in an image .* no image has more than 3"),
+        (RECORDS, {"objects_per_image": 0}, "`objects_per_image` must be at least 1, got 0"),
+        (RECORDS, {"objects_per_image": 4}, "4 objects that are in an image.* no image has more than 3"),
         (
             [{"image": "a.png", "objects": list("abcd")}, {"image": "b.png", "objects": list("de")}],
             {"objects_per_image": 2},
-            r"2 objects that are not in 'a.png' .* of the 5 in the dataset only 1 are not in it",
+            r"2 objects that are not in 'a.png'.* of the 5 in the dataset only 1 are not in it",
         ),
         (without(objects=[]), {}, r"Record 6 \('g.png'\) has no list of `objects`"),
         (without(objects=None), {}, r"Record 6 \('g.png'\) has no list of `objects`"),
         (without(objects="cup"), {}, r"Record 6 \('g.png'\) has no list of `objects`"),
         (without(objects=["cup", " "]), {}, r"Record 6 \('g.png'\) has `objects` that are no names"),
         (without(image=""), {}, "Record 6 has no path as `image`"),
-        (without(image="a.png"), {}, "Record 6 has an image that came before, 'a.png'"),
+        (without(image="a.png"), {}, "Record 6 has an image of an earlier record, 'a.png'"),
         ([], {}, "no records"),
     ],
 )

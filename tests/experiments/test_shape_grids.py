@@ -2,9 +2,9 @@ import random
 
 import numpy as np
 import pytest
+from scene_pixels import load_pixels
 from shape_grids import POSITIONS, QUESTION_TYPES, Grid, ask, build_grids, follow
 
-from ta_llava.data.easy_vqa import load_pixels
 from ta_llava.evaluation.instruction_following import TASKS, build_prompts, check
 
 

@@ -1,40 +1,22 @@
+"""Model cards tell what is known of a model, and nothing else."""
+
 import json
 from dataclasses import asdict
 
 import pytest
-import yaml
-from conftest import EXAMPLE_IMAGE, SHIPPED_LLAVA, SHIPPED_MODEL, build_config, build_llava_config
+from conftest import SHIPPED_LLAVA, SHIPPED_MODEL, build_config, build_llava_config
 from hub_server import HubServer
-from huggingface_hub import EvalResultEntry, ModelCard, close_session, parse_eval_result_entries
+from huggingface_hub import ModelCard
+from model_cards import count_nothing, save_config, section
 
-from ta_llava.analysis.cost import Cost
 from ta_llava.building.compress import compress_llava
-from ta_llava.evaluation.evaluate import evaluate
-from ta_llava.publishing import licences, model_card
-from ta_llava.publishing.model_card import (
-    find_card,
-    is_unedited,
-    pin_revision,
-    pinned_revision,
-    write_eval_results,
-    write_model_card,
-)
+from ta_llava.publishing.model_card import write_model_card
 from ta_llava.training.recipe import DataSettings, Recipe
 
 
 @pytest.fixture
 def counted(monkeypatch):
-    """For tests that are about other things: counting takes seconds."""
-    parts = {"vision tower": 1_000, "projector": 200, "language model": 30_000}
-    monkeypatch.setattr(model_card, "count_cost", lambda *_, **__: Cost(parts, {"vision tower": 5_000_000}, 49, 2_000))
-
-
-def save_config(folder, config) -> None:
-    """As a model that nothing else is known of."""
-    folder.mkdir(parents=True)
-    config.save_pretrained(folder)
-    for code in folder.glob("*.py"):
-        code.unlink()
+    count_nothing(monkeypatch)
 
 
 def save_training(folder, start, **settings) -> None:
@@ -53,10 +35,6 @@ def save_training(folder, start, **settings) -> None:
     (folder / "training_summary.json").write_text(json.dumps(summary))
 
 
-def section(card: str, title: str) -> str:
-    return card.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
-
-
 def test_the_card_of_the_shipped_model():
     card = write_model_card(SHIPPED_MODEL, "my-model")
     assert ModelCard(card).data.to_dict() == {
@@ -71,8 +49,8 @@ def test_the_card_of_the_shipped_model():
     assert "| language model | Gemma-2, 8 layers of width 128, 75 tokens | 1.59 M |" in architecture
     assert "44 tokens in the language model" in architecture
     assert "easy-VQA" in section(card, "Training") and "eight colours" in section(card, "Limits")
-    assert "tu_ta_llava" in card and "yang2024" in card and "this model is by the first." in card
-    assert not section(card, "Results") and "No evaluation of it is recorded here." in card
+    assert "tu_ta_llava" in card and "yang2024" in card and "by the first." in card
+    assert not section(card, "Results") and "No evaluation of this model" in section(card, "Limits")
 
 
 def test_the_card_of_a_compressed_llava(tmp_path):
@@ -85,13 +63,13 @@ def test_the_card_of_a_compressed_llava(tmp_path):
     assert "56 tokens in the language model" in section(card, "Architecture")
     assert "load the model with `AutoModelForImageTextToText`" in section(card, "Use it")
     assert UNRECORDED in section(card, "Training")
-    assert "tu_ta_llava" in card and "yang2024" in card and "this model is by the second." in card
+    assert "tu_ta_llava" in card and "yang2024" in card and "by the second." in card
 
 
 # Of a model with VMTC and CMAI that has no `training_summary.json`; it may have been trained with them all the same.
 UNRECORDED = (
-    "No training of it with VMTC or CMAI is recorded: unless there was some, its weights are those of a model that was "
-    "trained with neither."
+    "No training with VMTC or CMAI is recorded. If there was none, the weights are those of a model that was trained with "
+    "neither."
 )
 
 
@@ -206,213 +184,3 @@ def test_training_that_leads_back_to_itself_ends(names, counted, tmp_path):
     (tmp_path / "a" / "config" / "config.json").rename(tmp_path / "a" / "config.json")
     training = section(write_model_card(tmp_path / "a", "my-model"), "Training")
     assert [line[2] for line in training.splitlines() if line[4:].startswith("| projector")] == names[::-1]
-
-
-def test_results_of_evaluations(counted, tmp_path, caplog):
-    samples = [
-        {
-            "id": str(index),
-            "image": str(EXAMPLE_IMAGE),
-            "type": "shape",
-            "conversations": [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": "teal"}],
-        }
-        for index, question in enumerate(["what color is the shape?", "is there a circle in the image?"])
-    ]
-    (tmp_path / "shapes.json").write_text(json.dumps(samples))
-    evaluate(SHIPPED_MODEL, "json", tmp_path / "shapes", data=tmp_path / "shapes.json", progress=False)
-    save_config(tmp_path / "model", build_config())
-    pope = {"questions": 6, "accuracy": 0.5, "f1": 0.25}
-    settings = {"data": "objects.json", "num_questions": 6, "strategy": "random"}
-    inside = tmp_path / "model" / "pope" / "results.json"
-    inside.parent.mkdir()
-    inside.write_text(
-        json.dumps({"task": "pope", "scores": {"random": pope}, "note": "As in POPE.", "settings": settings})
-    )
-
-    card = write_model_card(tmp_path / "model", "my-model", [tmp_path / "shapes", tmp_path / "model" / "pope"])
-    results = section(card, "Results")
-    assert "**POPE on objects, 6 questions, random objects**" in results
-    assert "| | questions | accuracy | f1 |\n|---|---:|---:|---:|\n| random | 6 | 50.00% | 25.00% |\n" in results
-    assert (
-        "**shapes, 2 questions, of `ta-llava-tiny`**" in results
-        and "| shape | 2 | 50.00% |\n| all | 2 | 50.00% |\n" in results
-    )
-    assert results.count("\n**") == 2  # the one inside is named too, but there once
-    found = ModelCard(card).data.eval_results
-    assert [(result.dataset_name, result.metric_type, result.metric_value) for result in found] == [
-        ("POPE on objects", "accuracy", 0.5),
-        ("POPE on objects", "f1", 0.25),
-        ("shapes", "accuracy", 0.5),
-    ]
-    with HubServer() as hub, pytest.MonkeyPatch.context() as patch:
-        hub.connect(patch, tmp_path / "home")
-        ModelCard(card).validate()
-
-    with pytest.raises(ValueError, match=r"no results\.json in .*nowhere"):
-        write_model_card(tmp_path / "model", "my-model", [tmp_path / "nowhere"])
-    inside.write_text('{"task": "pope"}')  # by something else, perhaps
-    with pytest.raises(ValueError, match=r"results\.json is not as `ta-llava evaluate` writes it"):
-        write_model_card(tmp_path / "model", "my-model", [inside.parent])
-    card = write_model_card(tmp_path / "model", "my-model", [tmp_path / "shapes"])
-    assert section(card, "Results").count("\n**") == 1
-    assert (
-        f"{inside} is not as `ta-llava evaluate` writes it: 'scores'. It is left out of the model card." in caplog.text
-    )
-
-
-def test_each_licence_has_its_terms():
-    assert set(licences._LICENCES.values()) == licences.LICENCE_TERMS.keys()
-
-
-def test_scores_on_benchmarks_of_the_hub(tmp_path, caplog):
-    model = tmp_path / "model"
-    save_config(model, build_llava_config())
-    (model / ".eval_results").mkdir()
-    (model / ".eval_results" / "hle.yaml").write_text("- dataset: {id: cais/hle, task_id: hle}\n  value: 1\n")
-    scores = {
-        "pope": {"adversarial": {"questions": 6, "accuracy": 0.5, "f1": 0.25}},
-        "json": {"shape": {"questions": 1, "accuracy": 1.0}, "all": {"questions": 2, "accuracy": 0.5}},
-        "if16": {
-            "no commas": {"questions": 2, "success_rate": 1.0},
-            "average": {"questions": 32, "success_rate": 0.75},
-        },
-    }
-    named = [("pope", 9, "me/pope:adversarial"), ("pope", None, "me/pope:adversarial"), ("json", None, "me/mine")]
-    named += [("if16", None, "me/if16"), ("json", None, None)]
-    for number, (task, visual_tokens, benchmark) in enumerate(named):
-        folder = model / str(number)
-        folder.mkdir()
-        settings = {"data": "a.json", "num_questions": 2, "model": str(model), "visual_tokens": visual_tokens}
-        content = {"task": task, "scores": scores[task], "note": "", "settings": settings, "benchmark": benchmark}
-        (folder / "results.json").write_text(json.dumps(content))
-    files = write_eval_results(model)
-    found = {name: parse_eval_result_entries(yaml.safe_load(text)) for name, text in files.items()}
-    pope, tokens = "POPE on a, 2 questions", "9 visual tokens"
-    assert not caplog.text
-    assert found == {
-        ".eval_results/hle.yaml": [EvalResultEntry("cais/hle", "hle", 1)],
-        ".eval_results/pope-adversarial-POPE-on-a-2-questions-9-visual-tokens.yaml": [
-            EvalResultEntry("me/pope", "adversarial", 0.25, notes=f"{pope}, {tokens}")
-        ],
-        ".eval_results/pope-adversarial-POPE-on-a-2-questions.yaml": [
-            EvalResultEntry("me/pope", "adversarial", 0.25, notes=pope)
-        ],
-        ".eval_results/mine-a-2-questions.yaml": [EvalResultEntry("me/mine", "default", 0.5, notes="a, 2 questions")],
-        ".eval_results/if16-IF16-on-a-2-questions.yaml": [
-            EvalResultEntry("me/if16", "default", 0.75, notes="IF16 on a, 2 questions")
-        ],
-    }
-
-
-@pytest.mark.parametrize(
-    ("config", "settings", "reason"),
-    [
-        ({}, {}, None),
-        ({}, {"visual_tokens": 9, "cmai": 0.6}, None),
-        ({"use_vmtc": False, "use_cmai": False}, {"visual_tokens": 36, "cmai": 0}, None),
-        ({}, {"model": None}, "which model was evaluated is not recorded"),
-        ({}, {"model": "other/stock"}, "other/stock was evaluated"),
-        ({}, {"visual_tokens": 16}, "it was evaluated with 16 visual tokens, and has 9 visual tokens, CMAI 0.6"),
-        ({}, {"cmai": 0.0}, "it was evaluated with CMAI 0.0, and has 9 visual tokens, CMAI 0.6"),
-        (
-            {"use_cmai": False},
-            {"visual_tokens": 9, "cmai": 0.6},
-            "it was evaluated with 9 visual tokens, CMAI 0.6, and has 9 visual tokens, CMAI 0",
-        ),
-    ],
-)
-def test_a_score_is_published_of_the_model_as_it_is_only(counted, tmp_path, caplog, config, settings, reason):
-    model, results = tmp_path / "model", tmp_path / "results"
-    save_config(model, build_llava_config(**config))
-    results.mkdir()
-    content = json.loads(evaluation(None, {"model": str(model), **settings}))
-    (results / "results.json").write_text(json.dumps({**content, "benchmark": "me/mine"}))
-    assert len(write_eval_results(model, [results])) == (reason is None)
-    message = f"The score on me/mine is left out of .eval_results: {reason}. Evaluate {model} as it is."
-    assert not caplog.text if reason is None else message in caplog.text
-    assert "| all | 2 | 50.00% |" in write_model_card(model, "my-model", [results])  # which names what was evaluated
-
-
-@pytest.mark.parametrize(
-    ("config", "model_type", "settings", "message"),
-    [
-        ("ta_llava", "llava", {}, "a 'llava' model was evaluated, and this one is a 'ta_llava'"),
-        (
-            "ta_llava",
-            None,
-            {"visual_tokens": 4, "cmai": 0.6},
-            "4 visual tokens, CMAI 0.6, which a TA-LLaVA does not have",
-        ),
-        ("ta_llava", "ta_llava", {"cmai": 0.0}, "CMAI 0.0, which a TA-LLaVA does not have"),
-        ("llava", "ta_llava", {}, "a 'ta_llava' model was evaluated, and this one is a 'vmtc_cmai_llava'"),
-        ("llava", "llava", {"visual_tokens": 37}, "with 37 visual tokens, but an image has 36 patches here"),
-    ],
-)
-def test_results_that_cannot_be_of_the_model_are_refused(
-    counted, tmp_path, caplog, config, model_type, settings, message
-):
-    folder = tmp_path / "model"
-    save_config(folder, build_config() if config == "ta_llava" else build_llava_config())
-    (folder / "results.json").write_text(evaluation(model_type, settings))
-    with pytest.raises(ValueError, match=f"cannot be of {folder}: .*{message}"):
-        write_model_card(folder, "my-model", [folder])
-    assert "## Results" not in write_model_card(folder, "my-model") and message in caplog.text
-
-
-@pytest.mark.parametrize("model_type", [None, "llava", "vmtc_cmai_llava"])
-def test_results_of_another_model_of_its_type_are_named(counted, tmp_path, model_type):
-    folder, evaluated = tmp_path / "model", tmp_path / "results"
-    save_config(folder, build_llava_config())
-    evaluated.mkdir()
-    for model, named in ((folder, ""), (tmp_path / "stock", ", of `stock`"), ("me/stock", ", of `me/stock`")):
-        settings = {"visual_tokens": 36, "cmai": 0.6, "model": str(model)}
-        (evaluated / "results.json").write_text(evaluation(model_type, settings))
-        card = write_model_card(folder, "my-model", [evaluated])
-        assert f"**easy-VQA, 2 questions, 36 visual tokens, CMAI 0.6{named}**" in section(card, "Results")
-        assert [result.metric_name for result in ModelCard(card).data.eval_results] == [
-            f"accuracy, 36 visual tokens, CMAI 0.6{named}"
-        ]
-
-
-def evaluation(model_type: str | None, settings: dict) -> str:
-    """A `results.json`; those of earlier versions have no type of the model."""
-    content = {
-        "task": "easy-vqa",
-        "scores": {"all": {"questions": 2, "accuracy": 0.5}},
-        "note": "Exact match.",
-        "settings": {"data": None, "num_questions": 2, **settings},
-    }
-    return json.dumps(content if model_type is None else {**content, "model_type": model_type})
-
-
-def test_a_card_knows_whether_it_was_edited(counted, tmp_path):
-    save_config(tmp_path / "model", build_config())
-    card = write_model_card(tmp_path / "model", "my-model")
-    pinned = pin_revision(card, "me/my-model", "0" * 40)
-    assert 'repo, revision = "me/my-model", "' + "0" * 40 + '"\n' in pinned
-    assert is_unedited(card) and is_unedited(pinned) and is_unedited(str(ModelCard(pinned)))
-    assert pinned_revision(pinned, "me/my-model") == "0" * 40
-    assert pinned_revision(pinned, "me/another") is None and pinned_revision(card, "my-model") is None
-    assert is_unedited(pinned.replace("\n", "\r\n"))
-    for edited in (
-        card.replace("## Limits", "## Limitations"),
-        card.replace("transformers", "diffusers", 1),
-        "",
-        "mine",
-    ):
-        assert not is_unedited(edited)
-    (tmp_path / "model" / "README.md").write_text(card)
-    assert find_card(tmp_path / "model") == card and find_card(tmp_path) is None
-
-
-def test_a_hub_that_does_not_answer_has_no_card(tmp_path, monkeypatch, caplog):
-    with HubServer() as hub:
-        hub.connect(monkeypatch, tmp_path)
-        hub.add("alice/model", {"README.md": "mine"})
-        hub.add("alice/other", {"README.md": "mine"})
-        hub.add("alice/blank", {})
-        assert find_card("alice/model") == "mine" and find_card("alice/blank") is None and not caplog.text
-    close_session()  # whose connection is open still
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # before it tries again
-    assert find_card("alice/model") == "mine"  # it was downloaded before
-    assert find_card("alice/other") is None and "The README.md of alice/other cannot be downloaded now" in caplog.text

@@ -1,370 +1,28 @@
-"""LLaVA's JSON and chat messages become batches: labels where they belong, nothing bad trained on, nothing lost."""
+"""LLaVA's JSON and chat messages become batches: nothing bad is trained on, and nothing is lost."""
 
 import base64
 import json
-import pickle
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import pandas as pd
 import pytest
 import torch
-from conftest import EXAMPLE_IMAGE, SHIPPED_MODEL
-from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoModelForImageTextToText, LlavaNextProcessor, PreTrainedTokenizerFast
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from sample_records import (
+    GEMMA_TEXT,
+    build_llava,
+    build_ta_llava,
+    record,
+    turns,
+    write_json,
+)
 
-from ta_llava import TaLlavaProcessor, VmtcCmaiLlavaProcessor
-from ta_llava.building.chat_templates import GEMMA_CHAT_TEMPLATE
+from ta_llava import TaLlavaProcessor
 from ta_llava.data import samples
-from ta_llava.data.samples import SampleError, find_damaged_files, read_sample
-from ta_llava.training.dataset import COLUMNS, Collator, DataReport, iterate_images, prepare_dataset
+from ta_llava.data.report import DataReport
+from ta_llava.data.samples import SampleError, read_sample
+from ta_llava.training.dataset import COLUMNS, Collator, iterate_images, prepare_dataset
 from ta_llava.training.encoding import SampleEncoder
-
-
-NUM_VISUAL_TOKENS, NUM_PREFIX_TOKENS = 9, 3
-VICUNA = (
-    "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] + ' ' }}"
-    "{% elif message['role'] == 'user' %}{{ 'USER: ' + message['content'] }}"
-    "{% else %}{{ ' ASSISTANT: ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
-)
-# As on the Hub: images first, lists only, and no token at the end of a turn.
-LLAVA_HF = (
-    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
-    "{% for item in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
-    "{% for item in message['content'] | selectattr('type', 'equalto', 'text') %}{{ item['text'] + ' ' }}{% endfor %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
-# Text only; the last answer is preceded by an empty thought, which a prefix of a conversation has elsewhere.
-QWEN3 = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
-    "{{ message['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-# What ends a conversation does not end a turn.
-PHI3 = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
-)
-# As Gemma's own, which also has no system messages.
-GEMMA_TEXT = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    "{% for message in messages %}{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
-    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
-)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> Path:
-    """A cache of `datasets` for each test."""
-    folder = tmp_path / "cache"
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-    return folder
-
-
-def build_tokenizer(model_max_length: int = 4096) -> PreTrainedTokenizerFast:
-    """A token for every byte, so that any text comes back as it was, and a BOS token before everything."""
-    special = ["<pad>", "</s>", "<s>", "<image>", "<start_of_turn>", "<end_of_turn>", "<|im_end|>", "<|end|>"]
-    tokens = special + sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        eos_token="</s>",
-        bos_token="<s>",
-        additional_special_tokens=special[3:],
-        model_max_length=model_max_length,
-        padding_side="left",
-    )
-
-
-def build_image_processor() -> CLIPImageProcessorPil:
-    return CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
-
-
-def build_ta_llava(chat_template: str = GEMMA_CHAT_TEMPLATE, **kwargs) -> TaLlavaProcessor:
-    return TaLlavaProcessor(
-        build_image_processor(),
-        build_tokenizer(**kwargs),
-        num_prefix_tokens=NUM_PREFIX_TOKENS,
-        chat_template=chat_template,
-    )
-
-
-def build_llava(chat_template: str = VICUNA, **kwargs) -> VmtcCmaiLlavaProcessor:
-    return VmtcCmaiLlavaProcessor(
-        build_image_processor(),
-        build_tokenizer(**kwargs),
-        patch_size=4,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        use_vmtc=True,
-        vmtc_num_visual_tokens=NUM_VISUAL_TOKENS,
-        chat_template=chat_template,
-    )
-
-
-BUILDERS = {"ta_llava": build_ta_llava, "llava": build_llava}
-
-
-@pytest.fixture(scope="module", params=sorted(BUILDERS))
-def any_processor(request):
-    return BUILDERS[request.param]()
-
-
-@pytest.fixture(scope="module")
-def ta_llava() -> TaLlavaProcessor:
-    return build_ta_llava()
-
-
-def turns(*values: str) -> list[dict]:
-    return [{"from": "gpt" if index % 2 else "human", "value": value} for index, value in enumerate(values)]
-
-
-def record(*values: str, **kwargs) -> dict:
-    return {"id": "a", "image": "one.png", "conversations": turns(*values or ("<image>\nWhat?", "A ball.")), **kwargs}
-
-
-def answers(processor, labels) -> str:
-    """What the labels say, a bar for each gap."""
-    groups: list[list[int]] = [[]]
-    for label in [*labels]:
-        if label != -100:
-            groups[-1].append(int(label))
-        elif groups[-1]:
-            groups.append([])
-    return "|".join(processor.tokenizer.decode(group) for group in groups if group)
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """Images one.png to three.png, of one colour and different sizes each."""
-    images = tmp_path / "images"
-    (images / "sub").mkdir(parents=True)
-    for index, name in enumerate(["one", "two", "sub/three"]):
-        Image.new("RGB", (30 + 10 * index, 40), (80 * index, 0, 200)).save(images / f"{name}.png")
-    (images / "text.png").write_text("no image")
-    content = EXAMPLE_IMAGE.read_bytes()
-    (images / "truncated.png").write_bytes(content[: len(content) // 2])
-    return images
-
-
-def write_json(path: Path, records: list) -> Path:
-    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
-    path.write_text("\n".join(lines) if path.suffix == ".jsonl" else f"[{', '.join(lines)}]")
-    return path
-
-
-# --- one sample ----------------------------------------------------------------------------------------------------
-
-
-def test_both_formats_are_read(tmp_path):
-    sample = read_sample({**record(" q ", "a"), "id": 7, "conversations": turns("q <image>", "a")}, 3, tmp_path)
-    assert (sample.id, sample.images) == ("7", [str(tmp_path / "one.png")])
-    assert sample.messages == [{"role": "user", "content": "q <image>"}, {"role": "assistant", "content": "a"}]
-
-    image = Image.new("RGB", (4, 4))
-    items = [{"type": "text", "text": "See"}, {"type": "image", "text": None}, {"type": "text", "text": "and say."}]
-    messages = [
-        {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
-        {"role": "user", "content": items},
-        {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]},
-    ]
-    sample = read_sample({"messages": messages, "images": [image]}, 3, tmp_path)
-    assert (sample.id, sample.images) == ("3", [image])
-    assert sample.messages[0] == {"role": "system", "content": "Be brief."}
-    assert sample.messages[1]["content"] == [items[0], {"type": "image"}, items[2]]
-    assert sample.messages[2] == {"role": "assistant", "content": "Yes."}
-
-    absolute = read_sample(record(image=["/x/one.png", "b.png"], conversations=turns("<image><image>q", "a")), 0, "/y")
-    assert absolute.images == ["/x/one.png", "/y/b.png"]
-    assert read_sample(record("q", "a", image=None)).images == []
-    legacy = {"from": ["human", "gpt"], "value": ["<image>q", "a"]}  # a list of dicts in older versions of `datasets`
-    assert read_sample(record(conversations=legacy)).messages == read_sample(record("<image>q", "a")).messages
-
-
-BAD_RECORDS = {
-    "neither": ({"id": "a", "image": "one.png"}, "neither `conversations` nor `messages`"),
-    "no turns": (record(conversations=[]), "at least one"),
-    "not turns": (record(conversations="hello"), "must be a list of turns"),
-    "role": (record(conversations=[{"from": "robot", "value": "<image>q"}]), "Turn 1 is from 'robot'"),
-    "no value": (record(conversations=[{"from": "human"}]), "Turn 1 has no text"),
-    "item": (
-        {"messages": [{"role": "user", "content": [{"type": "video"}]}]},
-        "Turn 1 holds {'type': 'video'}, which is neither",
-    ),
-    "empty answer": (record("<image>q", " \n"), "Turn 2, of the assistant, is empty"),
-    "empty question": (record("<image>\n", "a"), "Turn 1, of the user, is empty"),
-    "last from user": (record("<image>q", "a", "q"), "last turn is of the user"),
-    "two answers": (
-        record(conversations=[*turns("<image>q", "a"), {"from": "gpt", "value": "b"}]),
-        "Turn 3 is of the assistant and follows a turn of the assistant",
-    ),
-    "two questions": (record(conversations=[*turns("<image>q")] * 2), "Turn 2 is of the user and follows"),
-    "answer first": (record(conversations=turns("q", "a")[1:]), "It has no question"),
-    "two answers first": (
-        record(conversations=[*turns("q", "a")[1:] * 2, *turns("q", "a")]),
-        "Turn 1 is of the assistant and is the first",
-    ),
-    "image in answer": (record("q", "see <image>"), "Turn 2 has <image> outside a question"),
-    "images missing": (record("<image><image>q", "a"), "There are 2 <image> in the questions, but 1 images"),
-    "images too many": (record("q", "a"), "There are 0 <image> in the questions, but 1 images"),
-    "surrogate": (record("<image>q", "a\ud83d"), "Turn 2 has a broken character"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_RECORDS)
-def test_what_is_wrong_with_a_record_is_said(name):
-    bad, message = BAD_RECORDS[name]
-    with pytest.raises(SampleError) as error:
-        read_sample(bad, 5, None, "data.json")
-    assert str(error.value).startswith(f"Sample {bad.get('id', 5)} (record 5 of data.json): ")
-    assert message in str(error.value)
-    assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)  # as processes do
-
-
-# --- tokens and labels ---------------------------------------------------------------------------------------------
-
-CONVERSATIONS = [
-    (1, ["<image>\nWhat is it?", "A ball."]),
-    (1, ["What is it?\n<image>", "A ball.", "Is <it> red?", "yes", "yes?", "yes"]),
-    (2, ["Compare <image> and <image>", "No. 日本語 👍🏽", "And\nthis", "  <b> is\n not\n"]),
-    (0, ["Hello!", "Hello!"]),
-]
-
-
-@pytest.mark.parametrize(("num_images", "values"), CONVERSATIONS)
-def test_ids_are_those_of_the_processor_and_answers_are_labelled(any_processor, num_images, values):
-    sample = read_sample(record(*values, image=[str(EXAMPLE_IMAGE)] * num_images))
-    encoder = pickle.loads(pickle.dumps(SampleEncoder(any_processor)))
-    item = encoder(sample)
-    text = any_processor.apply_chat_template(sample.messages)
-    expected = any_processor(text=[text], images=[EXAMPLE_IMAGE] * num_images or None)["input_ids"][0]
-    assert item["input_ids"] == list(expected) and item["length"] == len(expected)
-    assert all(label in (-100, token) for label, token in zip(item["labels"], expected, strict=True))
-    end = "</s>" if isinstance(any_processor, VmtcCmaiLlavaProcessor) else "<end_of_turn>"
-    written = [value if end == "</s>" else value.strip() for value in values[1::2]]
-    lead = " " if end == "</s>" else ""  # a prompt ends in "ASSISTANT:"
-    assert answers(any_processor, item["labels"]) == "|".join(lead + answer + end for answer in written)
-
-
-def test_messages_with_items_go_to_the_template_as_they_are(any_processor):
-    processor = BUILDERS["ta_llava" if isinstance(any_processor, TaLlavaProcessor) else "llava"](GEMMA_CHAT_TEMPLATE)
-    items = [{"type": "text", "text": "See "}, {"type": "image"}, {"type": "text", "text": "\n\nand say."}]
-    messages = [
-        {"role": "user", "content": items},
-        {"role": "assistant", "content": [{"type": "text", "text": "Yes"}]},
-    ]
-    item = SampleEncoder(processor)(read_sample({"messages": messages, "images": [str(EXAMPLE_IMAGE)]}))
-    # Its template writes the BOS token; the processor of LLaVA must then be told not to.
-    text = processor.apply_chat_template(messages)
-    expected = processor(text=[text], images=[EXAMPLE_IMAGE], add_special_tokens=False)["input_ids"][0]
-    assert item["input_ids"] == list(expected)
-    assert item["input_ids"].count(processor.tokenizer.bos_token_id) == 1
-    assert answers(processor, item["labels"]) == "Yes<end_of_turn>"
-
-
-@pytest.mark.parametrize("builder", sorted(BUILDERS))
-@pytest.mark.parametrize(
-    ("template", "labelled"),
-    [
-        (VICUNA, " is a</s>| a</s>"),
-        (LLAVA_HF, " is a| a"),
-        (QWEN3, "is a<|im_end|>|<think>\n\n</think>\n\na<|im_end|>"),
-        (PHI3, "is a<|end|>|a<|end|>"),
-        (GEMMA_TEXT, "is a<end_of_turn>|a<end_of_turn>"),
-    ],
-)
-def test_any_template_will_do(builder, template, labelled):
-    processor = BUILDERS[builder](template)
-    encoder = SampleEncoder(processor)
-    # A question that holds what is around an answer, and the answers.
-    question = "a is a USER: b ASSISTANT: a</s>"
-    for first in (f"<image>\n{question}", f"{question} <image>"):
-        item = encoder(read_sample(record(first, "is a", question, "a")))
-        assert answers(processor, item["labels"]) == labelled
-        num_placeholders = NUM_PREFIX_TOKENS if builder == "ta_llava" else NUM_VISUAL_TOKENS
-        assert item["input_ids"].count(processor.image_token_id) == num_placeholders
-
-
-def test_white_space_of_the_data_does_not_lead_astray():
-    trimming = VICUNA.replace("message['content'] + eos_token", "message['content'] | trim + '\n' + eos_token")
-    item = SampleEncoder(processor := build_llava(trimming))(read_sample(record("<image>q", " yes\n", "q", "no\n\n")))
-    assert answers(processor, item["labels"]) == " yes\n</s>| no\n</s>"
-
-    # Templates that take lists only write their own line break.
-    processor = build_llava(LLAVA_HF)
-    for question in ("<image>\nWhat?", "What?\n<image>", "<image>What?"):
-        item = SampleEncoder(processor)(read_sample(record(question, "a")))
-        images = "<image>" * NUM_VISUAL_TOKENS
-        assert processor.tokenizer.decode(item["input_ids"]) == f"<s>USER: {images}\nWhat? ASSISTANT: a "
-
-
-def test_a_template_without_an_end_of_turn_is_warned_of(monkeypatch):
-    warnings = []
-    monkeypatch.setattr("ta_llava.training.encoding.logger.warning", warnings.append)
-    SampleEncoder(build_llava(VICUNA))
-    assert not warnings
-    SampleEncoder(build_llava(LLAVA_HF))
-    assert "no token that ends the turn" in warnings[0]
-
-
-def test_what_a_template_refuses_or_changes_is_a_bad_sample():
-    with_system = record(conversations=[{"from": "system", "value": "Be brief."}, *turns("<image>q", "a")])
-    with pytest.raises(SampleError, match=r"Sample a \(record 0\): The chat template refuses it: System role not sup"):
-        SampleEncoder(build_ta_llava(GEMMA_TEXT))(read_sample(with_system))
-    processor = build_llava()
-    assert answers(processor, SampleEncoder(processor)(read_sample(with_system))["labels"]) == " a</s>"
-    shouting = VICUNA.replace("message['content'] + eos_token", "message['content'] | upper + eos_token")
-    with pytest.raises(SampleError, match="does not write all answers, once and as they are"):
-        SampleEncoder(build_llava(shouting))(read_sample(record("<image>q", "a")))
-    without_image = VICUNA.replace(
-        "'USER: ' + message['content']", "'USER: ' + message['content'].replace('<image>', '')"
-    )
-    with pytest.raises(ValueError, match="images"):
-        SampleEncoder(build_llava(without_image))(read_sample(record("<image>q", "a")))
-
-
-def test_processors_that_cannot_be_used_are_refused():
-    processor = build_llava()
-    processor.chat_template = None
-    with pytest.raises(ValueError, match="no chat template"):
-        SampleEncoder(processor)
-    with pytest.raises(ValueError, match="does not write what the assistant says"):
-        SampleEncoder(build_llava("{{ messages[0]['content'] }}"))
-    with pytest.raises(ValueError, match="does not write what the user says"):
-        SampleEncoder(build_llava("Hello"))
-    processor = build_llava()
-    processor.use_vmtc, processor.image_processor.do_center_crop = False, False
-    with pytest.raises(ValueError, match="writes 36 to 54 tokens for an image, by its shape"):
-        SampleEncoder(processor)
-    processor.patch_size = None
-    with pytest.raises(ValueError, match="does not know the size of a patch"):
-        SampleEncoder(processor)
-    slow = build_llava()
-    slow.tokenizer = SimpleNamespace(is_fast=False)
-    with pytest.raises(ValueError, match="fast tokenizer"):
-        SampleEncoder(slow)
-    llava = build_llava()
-    next_processor = LlavaNextProcessor(
-        LlavaNextImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}),
-        llava.tokenizer,
-        patch_size=4,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=VICUNA,
-    )
-    with pytest.raises(ValueError, match="tokens for an image|in a way that is not known here"):
-        SampleEncoder(next_processor)
 
 
 # --- data sets -----------------------------------------------------------------------------------------------------
@@ -405,11 +63,6 @@ def test_files_of_llava(tmp_path, folder, any_processor, suffix, streaming):
     assert list(iterate_images(dataset)) == [
         str(folder / name) for name in ("one.png", "sub/three.png", "one.png", "two.png", "one.png")
     ]
-
-
-def test_the_report_says_it_all():
-    report = DataReport(kept=3, text_only=1, too_long=2, bad=4, max_length=64)
-    assert str(report) == "3 of 10 samples kept; left out: 1 without an image, 2 over 64 tokens, 4 bad"
 
 
 def test_the_context_of_the_model_is_a_limit_too(tmp_path, folder):
@@ -493,19 +146,6 @@ def test_a_second_call_is_quick_and_sees_what_changed(tmp_path, folder, ta_llava
     assert [row["id"] for row in prepare_dataset(source, ta_llava, **kwargs)[0]] == ["new"]
     other = build_ta_llava(GEMMA_TEXT.replace("<start_of_turn>", "TURN "))
     assert prepare_dataset(source, other, **kwargs)[0][0]["input_ids"] != first[0]["input_ids"]
-
-
-def test_images_are_checked_once_also_after_an_interruption(tmp_path, folder, monkeypatch):
-    names = ["one.png", "two.png", "truncated.png", "one.png", "none.png"]
-    paths, memory = [str(folder / name) for name in names], tmp_path / "new" / "memory.jsonl"
-    opened = []
-    open_image = samples.open_image
-    monkeypatch.setattr(samples, "open_image", lambda one: opened.append(Path(one).name) or open_image(one))
-    first = find_damaged_files(paths, memory, num_threads=2)
-    assert sorted(first) == sorted(paths[2:5:2]) and sorted(opened) == ["one.png", "truncated.png", "two.png"]
-    memory.write_text(memory.read_text()[:-5])  # the last line, of the damaged image, is cut off
-    assert find_damaged_files(paths, memory) == first and opened[3:] == ["truncated.png"]
-    assert find_damaged_files(paths, memory) == first and len(opened) == 4
 
 
 def test_several_processes_make_the_same(tmp_path, folder, ta_llava, monkeypatch):
@@ -685,25 +325,6 @@ def test_a_conversation_that_begins_with_an_answer_loses_it_as_in_llava(tmp_path
     assert read_sample(records[2]).messages[1]["role"] == "user"
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("none.json", None, "There is no file"),
-        ("empty.json", "[]", "no records in"),
-        ("empty.jsonl", "\n", "no records in"),
-        ("object.json", "{}", "is not an array of records"),
-        ("lines.json", "{}\n{}", "is not JSON: Extra data.* Call it .jsonl"),
-        ("data.csv", "a,b", "neither a .json, nor a .jsonl, nor a .parquet"),
-    ],
-)
-@pytest.mark.parametrize("streaming", [False, True])
-def test_sources_that_cannot_be_read(tmp_path, ta_llava, name, content, message, streaming):
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=message):
-        prepare_dataset(tmp_path / name, ta_llava, streaming=streaming)
-
-
 def test_a_wrong_image_folder_is_found_before_all_is_tokenised(tmp_path, folder, ta_llava, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     source = write_json(tmp_path / "data.json", [record(id=index) for index in range(500)])
@@ -785,27 +406,3 @@ def test_images_that_vanished_and_tokenizers_without_padding(folder, any_process
     processor.tokenizer.pad_token = None
     with pytest.raises(ValueError, match="no padding token"):
         Collator(processor)
-
-
-@pytest.fixture(scope="module")
-def shipped_model():
-    return AutoModelForImageTextToText.from_pretrained(SHIPPED_MODEL, dtype=torch.float32).eval()
-
-
-@pytest.mark.parametrize("changed", [2, 3], ids=["second question", "second answer"])
-def test_a_later_turn_does_not_reach_what_comes_before_it(processor, shipped_model, changed):
-    values = ["<image>\nwhat color is the shape?", "teal", "is there a circle in the image?", "no"]
-    others = [*values]
-    others[changed] = {2: "is there a triangle in the image?", 3: "yes"}[changed]
-    encoder, collator = SampleEncoder(processor), Collator(processor)
-    items = [encoder(read_sample(record(*texts, image=str(EXAMPLE_IMAGE)))) for texts in (values, others)]
-    first, second = (collator([item]) for item in items)
-    assert first["input_ids"].shape == second["input_ids"].shape
-    place = int((first["input_ids"] != second["input_ids"]).int().argmax())
-    with torch.no_grad():
-        logits, other_logits = (shipped_model(**batch).logits for batch in (first, second))
-    assert torch.equal(logits[:, :place], other_logits[:, :place])
-    assert not torch.equal(logits[:, place:], other_logits[:, place:])
-    # The labels are what the answers are learned from, both of them.
-    assert answers(processor, items[0]["labels"]).count("|") == 1
-    assert shipped_model(**first).loss.isfinite()

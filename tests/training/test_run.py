@@ -1,224 +1,28 @@
-"""Training by recipes: what is trained and what is not, interruptions, the cache, LoRA, and several processes."""
+"""Runs of training: what they change and what not, interruptions, full disks, and phases in turn."""
 
 import json
-import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import ROOT
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, Gemma2ForCausalLM, Trainer
+from training_runs import MODEL, READING, losses, weights
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer
 from typer.testing import CliRunner
 
-import ta_llava  # noqa: F401  (registers the models)
-from ta_llava.building.assemble import assemble_llava
 from ta_llava.cli import app
 from ta_llava.publishing.merge import merge_adapter
-from ta_llava.training.parts import count_parameters, train_only
-from ta_llava.training.recipe import DataSettings, Recipe, accumulation_steps, load_recipe
-from ta_llava.training.run import RecipeTrainer, _load_model, run_curriculum, train
+from ta_llava.training.parts import train_only
+from ta_llava.training.run import RecipeTrainer, run_curriculum, train
 from ta_llava.training.summary import SUMMARY
-
-
-MODEL = ROOT / "checkpoints" / "ta-llava-tiny"
-READING = ["projector", "prefix", "adapters"]
-COLORS = ("red", "green", "blue", "black")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> DataSettings:
-    """Eight images of one colour each, in LLaVA's format."""
-    folder = tmp_path_factory.mktemp("data")
-    records = []
-    for index in range(8):
-        pixels = np.full((64, 64, 3), index * 30, dtype=np.uint8)
-        pixels[8 : 8 + 4 * index, 8:40] = (250 - 20 * index, 10, 30 * index)
-        Image.fromarray(pixels).save(folder / f"{index}.png")
-        turns = [("human", "<image>\nwhat color is the shape?"), ("gpt", COLORS[index % 4])]
-        if index % 3 == 0:
-            turns += [("human", "is there a circle in the image?"), ("gpt", "no")]
-        conversations = [{"from": role, "value": value} for role, value in turns]
-        records.append({"id": f"sample-{index}", "image": f"{index}.png", "conversations": conversations})
-    (folder / "data.json").write_text(json.dumps(records))
-    return DataSettings(path=str(folder / "data.json"), image_folder=str(folder))
-
-
-@pytest.fixture
-def recipe(data, tmp_path) -> Recipe:
-    arguments = {
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "save_steps": 2,
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    return Recipe(
-        model=str(MODEL),
-        output_dir=str(tmp_path / "out"),
-        train=READING,
-        data=data,
-        global_batch_size=4,
-        training_arguments=arguments,
-    )
-
-
-@pytest.fixture(scope="module")
-def llava(tmp_path_factory) -> Path:
-    """A LLaVA with VMTC and CMAI from the parts of the shipped model."""
-    folder = tmp_path_factory.mktemp("llava")
-    model, processor = AutoModelForImageTextToText.from_pretrained(MODEL), AutoProcessor.from_pretrained(MODEL)
-    model.model.vision_tower.save_pretrained(folder / "tower")
-    processor.image_processor.save_pretrained(folder / "tower")
-    language_model = Gemma2ForCausalLM(model.config.text_config)
-    language_model.model.load_state_dict(model.model.language_model.state_dict())
-    language_model.save_pretrained(folder / "language-model")
-    processor.tokenizer.chat_template = (
-        "{{ bos_token }}{% for message in messages %}"
-        "<start_of_turn>{{ message.role if message.role == 'user' else 'model' }}\n"
-        "{{ message.content }}<end_of_turn>\n"
-        "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-    )
-    processor.tokenizer.save_pretrained(folder / "language-model")
-    flags = {"use_vmtc": True, "vmtc_num_visual_tokens": 16, "use_cmai": True}
-    assemble_llava(folder / "llava", folder / "tower", folder / "language-model", **flags)
-    return folder / "llava"
-
-
-def losses(folder) -> list[float]:
-    summary = json.loads((Path(folder) / SUMMARY).read_text())
-    return [entry["loss"] for entry in summary["log"] if "loss" in entry]
-
-
-def weights(folder) -> dict[str, torch.Tensor]:
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).state_dict()
-
-
-# --- recipes -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "name, parts, learning_rate, batch_size, max_length",
-    [
-        ("ta_llava/phase1", READING, 1e-3, 256, 1024),
-        ("ta_llava/phase2", READING, 5e-5, 128, 1024),
-        ("ta_llava/phase3", [*READING, "language_model"], 2e-5, 128, 1024),
-        ("llava/pretrain", ["projector"], 1e-3, 256, 2048),
-        ("llava/finetune", ["projector", "language_model"], 2e-5, 128, 2048),
-    ],
-)
-def test_the_recipes_have_the_values_of_the_papers(name, parts, learning_rate, batch_size, max_length):
-    recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml")
-    assert recipe.train == parts
-    assert recipe.global_batch_size == batch_size
-    assert recipe.data.max_length == max_length
-    arguments = recipe.training_arguments
-    assert arguments["learning_rate"] == learning_rate
-    assert (arguments["num_train_epochs"], arguments["warmup_steps"], arguments["weight_decay"]) == (1, 0.03, 0)
-    assert (arguments["lr_scheduler_type"], arguments["adam_beta1"], arguments["adam_beta2"]) == ("cosine", 0.9, 0.999)
-    assert accumulation_steps(recipe, arguments["per_device_train_batch_size"], 8) == 1
-
-
-def test_overrides_reach_every_level(tmp_path):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump({"train": ["prefix"], "training_arguments": {"learning_rate": "1e-3"}}))
-    recipe = load_recipe(
-        path, ["data.path=a=b.json", "lora.r=4", "training_arguments.max_steps=3", "train=[projector]"]
-    )
-    assert recipe.training_arguments == {"learning_rate": 1e-3, "max_steps": 3}
-    assert (recipe.data.path, recipe.lora, recipe.train) == ("a=b.json", {"r": 4}, ["projector"])
-
-
-@pytest.mark.parametrize(
-    "override, message",
-    [
-        ("batch=3", "Unknown key 'batch' in the recipe"),
-        ("data.paht=x", "Unknown key 'paht' in `data` of the recipe"),
-        (
-            "training_arguments.learning_rat=1",
-            r"Unknown key 'learning_rat' in .* nearest are learning_rate, \w+, \w+\.$",
-        ),
-        ("training_arguments.lr=1", r"Unknown key 'lr' in `training_arguments` .* nearest are \w+, \w+, \w+\.$"),
-        ("training_arguments.learning_rate=fast", "`learning_rate` in .* must be of type float, got 'fast'"),
-        ("training_arguments=[1]", "must be a mapping, got .1."),
-        ("global_batch_size=many", "`global_batch_size` in the recipe .* must be of type int, got 'many'"),
-        ("global_batch_size", "An override must be key=value, got 'global_batch_size'"),
-        ("output_dir.x=1", "goes into 'output_dir', which has no keys"),
-    ],
-)
-def test_wrong_keys_are_named(tmp_path, override, message):
-    path = tmp_path / "recipe.yaml"
-    path.write_text("output_dir: here\n")
-    with pytest.raises(ValueError, match=message):
-        load_recipe(path, [override])
-
-
-@pytest.mark.parametrize("content", [None, "- a list", "a: [unclosed"])
-def test_a_file_that_is_no_recipe_is_named(tmp_path, content):
-    path = tmp_path / "recipe.yaml"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(ValueError, match="recipe.yaml"):
-        load_recipe(path)
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"train": []}, "must be a list with at least one of projector, prefix"),
-        ({"train": "prefix"}, "must be a list with at least one of .*, got 'prefix'"),
-        ({"global_batch_size": 0}, "must be at least 1, got 0"),
-        ({"training_arguments": {"per_device_train_batch_size": 0}}, "must be at least 1, got 0"),
-        ({"model": "runs/ta-llava/nowhere"}, "There is no folder .runs/ta-llava/nowhere..*Run the phase before it"),
-        ({"lora": {"rank": 4}, "train": ["language_model"]}, "Unknown key 'rank' in `lora`"),
-        ({"training_arguments": {"eval_strategy": "epoch"}}, "the recipe has no `evaluation_data`"),
-        ({"training_arguments": {"save_only_model": True}}, "its optimizer would be lost"),
-        ({"data": DataSettings(path="nothing.json")}, "There is no file nothing.json"),
-        ({"data": DataSettings(path="x", image_folder="nowhere")}, "There is no folder nowhere"),
-        ({"train": ["head"]}, "has no part 'head' to train, only projector, prefix"),
-        ({"model": ""}, "no `model` to start from"),
-        ({"output_dir": ""}, "no `output_dir`"),
-        ({"data": DataSettings()}, "no `data.path`"),
-        ({"data": DataSettings(path="x", on_bad_sample="ignore")}, 'must be "error" or "skip", got \'ignore\''),
-        ({"train": ["vision_tower"], "cache_vision_features": "c"}, "needs a frozen vision tower"),
-        (
-            {"data": DataSettings(path="x", streaming=True), "cache_vision_features": "c"},
-            "the recipe streams its data",
-        ),
-        (
-            {"data": DataSettings(path="x", streaming=True), "training_arguments": {}},
-            "set `training_arguments.max_steps`",
-        ),
-        ({"lora": {}}, "does not name `language_model`"),
-        ({"load_in_4bit": True}, "`load_in_4bit` needs `lora`"),
-        (
-            {"lora": {"modules_to_save": ["x"]}, "train": ["language_model"]},
-            "`modules_to_save` .* follows from `train`",
-        ),
-        ({"global_batch_size": 6}, "`global_batch_size` is 6, which 1 devices .* 4 cannot share: .* multiple of 4"),
-        ({"training_arguments": {"gradient_accumulation_steps": 2}}, "follows from `global_batch_size`"),
-    ],
-)
-def test_a_recipe_that_cannot_work_is_refused(recipe, changes, message):
-    with pytest.raises(ValueError, match=message):
-        train(replace(recipe, **changes))
-    assert not Path(recipe.output_dir).exists()
-
-
-# --- runs ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("parts", [READING, ["prefix"], ["projector", "language_model"]])
@@ -261,7 +65,7 @@ def test_an_interrupted_run_goes_on_and_a_finished_one_does_not(recipe, llava, t
         return training_step(*args, **kwargs)
 
     monkeypatch.setattr(Trainer, "training_step", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="Run the same command again: it goes on from .*out/checkpoint-2"):
+    with pytest.raises(KeyboardInterrupt, match="Run the same command again: it resumes from .*out/checkpoint-2"):
         train(recipe)
     folder = train(recipe)
     assert len(steps) == 3 + 1 + 2  # from the checkpoint of step 2
@@ -295,7 +99,7 @@ def test_ctrl_c_says_how_to_go_on_and_from_where(recipe, tmp_path, monkeypatch, 
     assert result.stderr.splitlines()[-1] == f"Interrupted. {message}"
     result = CliRunner().invoke(app, [command, str(path)])
     assert result.exit_code == 130
-    message = f"Run the same command again: it goes on from {folder}/checkpoint-2."
+    message = f"Run the same command again: it resumes from {folder}/checkpoint-2."
     assert result.stderr.splitlines()[-1] == f"Interrupted. {message}"
     assert CliRunner().invoke(app, [command, str(path)]).exit_code == 0
 
@@ -387,13 +191,6 @@ def test_a_disk_that_gets_full_is_named_and_the_run_goes_on_when_there_is_room(
         assert losses(train(recipe)) == pytest.approx(whole, rel=1e-5)
 
 
-def test_lora_with_its_defaults_is_another_recipe(recipe):
-    recipe = replace(recipe, train=[*READING, "language_model"])
-    train(recipe)
-    with pytest.raises(ValueError, match=r"was begun with `lora` None, not {}. Choose another `output_dir`"):
-        train(replace(recipe, lora={}))
-
-
 def test_a_llava_with_vmtc_and_cmai_trains_in_mixed_precision(recipe, llava):
     arguments = recipe.training_arguments | {
         "bf16": True,
@@ -475,75 +272,6 @@ def test_bad_samples_are_skipped_and_written_down(recipe, data, tmp_path):
     assert json.loads((folder / SUMMARY).read_text())["data"]["bad"] == 1
 
 
-def test_lora_gives_an_adapter_that_can_be_merged(recipe, tmp_path):
-    from peft import PeftModel
-
-    parts = [*READING, "language_model"]
-    folder = train(replace(recipe, train=parts, lora={"r": 4, "lora_dropout": 0.0}))
-    assert (folder / "adapter_model.safetensors").is_file() and not (folder / "model.safetensors").exists()
-    base = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32)
-    adapted = PeftModel.from_pretrained(base, folder).eval()
-    merge_adapter(folder, tmp_path / "merged")
-    card = (tmp_path / "merged" / "README.md").read_text()
-    assert "## Training" in card and "language model (LoRA)" in card and "Model Card for Model ID" not in card
-    assert card.startswith("---") and "# merged" in card
-    assert (tmp_path / "merged" / SUMMARY).read_text() == (folder / SUMMARY).read_text()
-    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(tmp_path / "merged")
-    text = "<start_of_turn>user\n<image>\nis there a circle in the image?<end_of_turn>\n<start_of_turn>model\n"
-    inputs = processor(text=text, images=Image.new("RGB", (64, 64), "red"), return_tensors="pt")
-    with torch.no_grad():
-        difference = (adapted(**inputs).logits - merged(**inputs).logits).abs().max()
-    before, after = weights(MODEL), merged.state_dict()
-    changed = {name for name in before if (before[name].half() != after[name].half()).any()}
-    assert difference < 0.05  # the merged weights are in the model's half precision
-    assert any("prefix_embedding" in name for name in changed) and any("q_proj" in name for name in changed)
-    assert not any("vision_tower" in name or "embed_tokens" in name for name in changed)
-
-
-def test_an_adapter_that_does_not_fit_is_not_merged(tmp_path):
-    from peft import LoraConfig, get_peft_model
-
-    base = AutoModelForImageTextToText.from_pretrained(MODEL)
-    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=r".*language_model.*q_proj"))
-    adapted.save_pretrained(tmp_path / "adapter")
-    path, settings = tmp_path / "adapter" / "adapter_model.safetensors", tmp_path / "adapter" / "adapter_config.json"
-    saved, config = load_file(path), json.loads(settings.read_text())
-    settings.write_text(json.dumps({**config, "base_model_name_or_path": str(MODEL)}))
-    merge_adapter(tmp_path / "adapter", tmp_path / "merged")
-    save_file({f"other.{name}": value for name, value in saved.items()}, path)
-    with pytest.raises(ValueError, match=f"does not fit .*: {2 * len(saved)} weights are missing or left over"):
-        merge_adapter(tmp_path / "adapter", tmp_path / "out")
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="damaged or cut off"):
-        merge_adapter(tmp_path / "adapter", tmp_path / "out")
-    settings.write_text(json.dumps({"peft_type": "IA3", "base_model_name_or_path": str(MODEL)}))
-    with pytest.raises(ValueError, match="only LoRA is merged"):
-        merge_adapter(tmp_path / "adapter", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_lora_on_a_language_model_in_4_bits(recipe, tmp_path):
-    """Only the language model's matrices are, and not those of the adapters, which are trained."""
-    parts = [*READING, "language_model"]
-    whole = train(replace(recipe, train=parts, lora={"r": 4}))
-    folder = train(replace(recipe, train=parts, lora={"r": 4}, load_in_4bit=True, output_dir=str(tmp_path / "4bit")))
-    one, other = (json.loads((path / SUMMARY).read_text())["parameters"] for path in (whole, folder))
-    assert one == other
-    assert losses(folder) == pytest.approx(losses(whole), rel=0.2)
-    saved, start = load_file(folder / "adapter_model.safetensors"), weights(MODEL)
-    moved = [name for name in start if (saved.get(f"base_model.model.{name}", start[name]) != start[name]).any()]
-    assert any("text_adapter" in name for name in moved) and any("prefix_embedding" in name for name in moved)
-    in_4_bits = {
-        name
-        for name, module in _load_model(replace(recipe, load_in_4bit=True)).named_modules()
-        if type(module).__name__ == "Linear4bit"
-    }
-    assert len(in_4_bits) == 7 * 8 and all(".language_model." in name for name in in_4_bits)
-    merge_adapter(folder, tmp_path / "merged")
-    assert weights(tmp_path / "merged").keys() == start.keys()
-
-
 def test_the_command_line(data, tmp_path):
     run = CliRunner()
     recipes = [str(ROOT / "recipes" / "ta_llava" / f"phase{phase}.yaml") for phase in (2, 3)]
@@ -585,148 +313,6 @@ def test_the_command_line(data, tmp_path):
     for command in ("init", "init-llava"):
         result = run.invoke(app, [command, str(tmp_path / "new"), *parts])
         assert result.exit_code == 1 and "No config could be loaded" in result.stderr
-
-
-def test_parameters_are_counted_once():
-    model = AutoModelForImageTextToText.from_pretrained(MODEL)
-    train_only(model, ["language_model"])
-    counts = count_parameters(model)
-    assert sum(map(sum, counts.values())) == sum(parameter.numel() for parameter in model.parameters())
-    assert counts["language_model"][0] == sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def test_image_index_embeddings_are_of_the_prefix():
-    model = AutoModelForImageTextToText.from_pretrained(MODEL, num_image_index_embeddings=2)
-    train_only(model, ["prefix"])
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained == {"model.prefix_embedding.weight", "model.image_index_embedding.weight"}
-    assert sum(map(sum, count_parameters(model).values())) == sum(
-        parameter.numel() for parameter in model.parameters()
-    )
-
-
-# --- several processes ---------------------------------------------------------------------------------------------
-
-
-def run_processes(phases: list[Recipe], folder: Path, kind: str, timeout: float = 300) -> None:
-    """The recipes by two processes on the CPU, as `torchrun` starts them."""
-    paths = []
-    for index, recipe in enumerate(phases):
-        paths.append(str(folder / f"recipe-{index}.yaml"))
-        Path(paths[-1]).write_text(yaml.safe_dump(json.loads(json.dumps(recipe, default=vars))))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-    program = ["-m", "ta_llava.cli"] if kind == "ddp" else [str(ROOT / "tests" / "fsdp_on_cpu.py")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(
-        [*command, *program, "curriculum", *paths],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        _, errors = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # its processes too, which wait for each other
-        pytest.fail(f"The processes still wait for each other after {timeout} s: {process.communicate()[1][-4000:]}")
-    assert process.returncode == 0, errors[-4000:]
-
-
-@pytest.mark.parametrize("stage", [2, 3])
-def test_the_configs_of_deepspeed_leave_to_the_trainer_what_it_knows(stage):
-    """DeepSpeed itself is not needed for this."""
-    from accelerate.utils.deepspeed import HfDeepSpeedConfig
-
-    config = HfDeepSpeedConfig(str(ROOT / "recipes" / "distributed" / f"zero{stage}.json"))
-    assert (config.is_zero2(), config.is_zero3()) == (stage == 2, stage == 3)
-    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "bf16.enabled"):
-        assert config.get_value(key) == "auto"
-    assert stage == 2 or config.is_true("zero_optimization.stage3_gather_16bit_weights_on_model_save")
-
-
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_learn_what_one_does(recipe, tmp_path, kind):
-    """Two phases, of which the second accumulates gradients over two passes, with checkpointing."""
-    recipe = replace(recipe, train=[*READING, "language_model"])
-    arguments = recipe.training_arguments | {"gradient_checkpointing": True}
-    second = replace(recipe, output_dir=str(tmp_path / "2"), global_batch_size=8, training_arguments=arguments)
-    expected = run_curriculum([replace(recipe, output_dir=str(tmp_path / "1")), second])
-
-    split = {"per_device_train_batch_size": 2, "ddp_backend": "gloo"}
-    if kind == "fsdp":
-        split |= {"fsdp": True, "fsdp_config": str(ROOT / "recipes" / "distributed" / "fsdp2.json")}
-    together = tmp_path / kind
-    phases = [
-        replace(recipe, output_dir=str(together / "1"), training_arguments=recipe.training_arguments | split),
-        replace(second, output_dir=str(together / "2"), training_arguments=arguments | split),
-    ]
-    run_processes(phases, tmp_path, kind)
-    for phase in "12":
-        assert losses(together / phase) == pytest.approx(losses(tmp_path / phase), rel=1e-3)
-    one, two = weights(expected), weights(together / "2")
-    assert one.keys() == two.keys()
-    # By what was learned, as a whole: Adam turns the rounding of a gradient near zero into a whole step of that weight.
-    start = weights(Path(recipe.model))
-    for name in one:
-        learned = (one[name] - start[name]).norm()
-        assert (one[name] - two[name]).norm() <= 0.1 * learned, name
-    names = [{path.name for path in (folder / "2").iterdir()} for folder in (tmp_path, together)]
-    assert names[0] == names[1]  # the code too, of the class that is not sharded
-    configs = [json.loads((folder / "2" / "config.json").read_text()) for folder in (tmp_path, together)]
-    assert configs[0] == configs[1]
-
-
-@pytest.mark.parametrize(
-    ("system", "kind"),
-    [("ta_llava", "ddp"), ("llava", "ddp"), ("ta_llava", "fsdp"), ("llava and its tower", "fsdp")],
-)
-def test_a_process_without_an_image_does_not_keep_the_others_waiting(recipe, llava, data, tmp_path, system, kind):
-    """One process has images in every batch, the other none, and the language model is frozen."""
-    records = json.loads(Path(data.path).read_text())[:4]
-    text = {"id": "text", "conversations": [{"from": "human", "value": "is it red?"}, {"from": "gpt", "value": "yes"}]}
-    (tmp_path / "data.json").write_text(json.dumps([each for record in records for each in (record, text)]))
-    arguments = recipe.training_arguments | {"train_sampling_strategy": "sequential"}
-    recipe = replace(
-        recipe,
-        data=replace(data, path=str(tmp_path / "data.json"), keep_text_only=True),
-        global_batch_size=2,
-        training_arguments=arguments | {"per_device_train_batch_size": 2},
-    )
-    if system != "ta_llava":
-        recipe = replace(recipe, model=str(llava), train=["projector"])
-    if system == "llava and its tower":
-        recipe = replace(recipe, train=["projector", "vision_tower"])
-    mixed = train(recipe)
-    single = arguments | {"per_device_train_batch_size": 1}
-    alone = train(replace(recipe, output_dir=str(tmp_path / "alone"), training_arguments=single))
-    split = {"ddp_backend": "gloo"}
-    if kind == "fsdp":
-        split |= {"fsdp": True, "fsdp_config": str(ROOT / "recipes" / "distributed" / "fsdp2.json")}
-    together = replace(recipe, output_dir=str(tmp_path / "together"), training_arguments=single | split)
-    run_processes([together], tmp_path, kind, timeout=120)
-    for folder in (alone, tmp_path / "together"):
-        assert losses(folder) == pytest.approx(losses(mixed), rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"cache_vision_features": "features"}, "do not go with `cache_vision_features`"),
-        ({"evaluation_data": True}, "set `evaluation_data.keep_text_only` to false"),
-    ],
-)
-def test_shards_that_not_all_processes_would_gather_are_refused(recipe, data, changes, message):
-    data = replace(data, keep_text_only=True)
-    if "evaluation_data" in changes:
-        changes = {"evaluation_data": data}
-    fsdp = {"fsdp": True, "fsdp_config": str(ROOT / "recipes" / "distributed" / "fsdp2.json")}
-    arguments = recipe.training_arguments | fsdp
-    with pytest.raises(ValueError, match=message):
-        train(replace(recipe, data=data, training_arguments=arguments, **changes))
 
 
 def test_a_model_that_lacks_weights_is_neither_trained_nor_merged(recipe, tmp_path):

@@ -1,0 +1,1 @@
+../../src/attention_masks.py

@@ -1,0 +1,1 @@
+../../src/prefix_adapters.py

@@ -1,0 +1,1 @@
+../../src/vision_language_model.py

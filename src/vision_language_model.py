@@ -1,0 +1,69 @@
+# Copyright 2026 The TA-LLaVA Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the models of both systems have in common: a vision tower, a language model, and a repo on the Hub."""
+
+import os
+from typing import Any, ClassVar
+
+import torch
+
+from .safe_loading import SafetensorsMixin
+from .vmtc import VisualBudgetMixin
+
+
+def kept_columns(logits_to_keep: int | torch.Tensor) -> slice | torch.Tensor:
+    """The columns that `logits_to_keep` asks for: the last so many, all for 0, or those of its indices."""
+    return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+
+
+class VisionLanguageModelMixin(VisualBudgetMixin, SafetensorsMixin):
+    """
+    For models with a `vision_tower` and a `language_model`, before `PreTrainedModel` among the bases.
+
+    auto_map (`dict[str, str]`): The auto classes that load the model, its config and its processor from its own code.
+    """
+
+    auto_map: ClassVar[dict[str, str]]
+
+    def initialize_weights(self: Any) -> None:
+        # The library passes over containers without parameters of their own in code outside of it, and some of its models
+        # initialise through these. So let the sub-models do their own part first.
+        self.base_model.vision_tower.initialize_weights()
+        self.base_model.language_model.initialize_weights()
+        super().initialize_weights()  # type: ignore[misc]
+
+    def save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        if self._auto_class is not None:
+            # The library writes the entry of one auto class only.
+            self.config.auto_map = dict(self.auto_map)
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+    def _columns_of_token(
+        self: Any, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Which columns `(B, S)` hold a token: by its id or, where there are no ids, by its embedding."""
+        if input_ids is not None:
+            return input_ids == token_id
+        if inputs_embeds is None:
+            raise ValueError("You must specify exactly one of `input_ids` or `inputs_embeds`.")
+        embedding = self.get_input_embeddings()(torch.tensor(token_id, device=inputs_embeds.device))
+        return (inputs_embeds == embedding.to(inputs_embeds.dtype)).all(dim=-1)
+
+    def _predict(self: Any, hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+        """Logits `(B, columns, vocabulary)` of `hidden_states` `(B, S, d)`, soft-capped where the language model does so."""
+        logits = self.lm_head(hidden_states[:, kept_columns(logits_to_keep), :])
+        softcap = getattr(self.config.text_config, "final_logit_softcapping", None)
+        if softcap is not None:  # Gemma-2; stock LLaVA leaves it out
+            logits = torch.tanh(logits / softcap) * softcap
+        return logits
