@@ -13,12 +13,30 @@
 # limitations under the License.
 """
 Cross-Modality Attention Inhibition (CMAI), of "Enhancing Instruction-Following Capability of Visual-Language Models by
-Reducing Image Redundancy": in every layer of the language model each text token stops attending to those image tokens
-that it, and the text it attends to, have least to do with.
+Reducing Image Redundancy". It lets each text token focus on the image tokens that are most relevant to it. The relevance
+depends on the text token's own attention, and on the attention of the text tokens that it attends to.
 
-Conventions of this file. B: batch, q: text queries of this call, T: text tokens so far (cached ones and those of this
-call), n: image tokens of a row, K: keys. A column is a place in the whole sequence; -1 stands for none. What decides
-(the averaged attention, the focus, its quantile) is float32.
+A layer of the language model does this:
+
+1. It averages the attention scores of its heads: A_s (`head_averaged_scores`). With `cmai_attention="weights"` it averages
+   the attention weights instead (`attention_weights`).
+2. It takes two parts from the rows of the text tokens (`_VisibleKeys.split`): the text-to-image attention A_t2i, whose keys
+   are image tokens, and the text-to-text attention A_t2t, whose keys are text tokens.
+3. Equation 9: the neighborhood text-to-text attention A_t2n is A_t2t without the token itself and those after it
+   (`_VisibleKeys.split`). `focus_weights` replaces it in the variants of Table 5.
+4. Equations 10 and 11: the neighborhood text-to-image attention is A_n2i = A_t2n A_t2i, and the text-to-image focus is
+   F = A_n2i + A_t2i (`focus_scores`).
+5. The threshold of a text token is the gamma-quantile of its row of F (`threshold_rank`). The inhibition ratio gamma grows
+   from layer to layer (`inhibition_ratio`).
+6. The pairs of a text token and an image token whose focus is below the threshold are inhibited (`inhibited_pairs`): they
+   get negative infinity in the causal mask (`_VisibleKeys.block`, `Inhibition.attend`).
+
+`Inhibition.blocked_keys` puts steps 2 to 6 together. A step of the decoding needs the rows of A_t2i of all earlier text
+tokens, which the cache keeps (`cmai_cache.py`).
+
+Conventions of this file. B: batch, S: columns of this call, q: text queries among them, T: text tokens so far (cached ones
+and those of this call), n: image tokens of a row, K: keys. A column is a place in the whole sequence; -1 stands for none.
+The averaged attention, the focus and its quantile are float32.
 """
 
 import math
@@ -33,6 +51,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from transformers.utils.generic import maybe_autocast
 
 from .attention_masks import as_boolean_mask
+from .cmai_cache import cmai_layer
 from .library_layers import route_attention
 
 
@@ -40,16 +59,18 @@ from .library_layers import route_attention
 
 
 def inhibition_ratio(layer_idx: int, num_layers: int, max_ratio: float) -> float:
-    """gamma of a layer: from 0 in the first, linearly, to `max_ratio` in the last."""
+    """The inhibition ratio gamma of a layer: it grows linearly from 0 in the first layer to `max_ratio` in the last."""
     return max_ratio * layer_idx / max(num_layers - 1, 1)
 
 
 def head_averaged_scores(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
     """
-    Scaled q.k, averaged over heads: one product of all heads, of which those that share keys are added up first.
+    The average attention score A_s: scaled q.k, averaged over heads. One product computes it for all heads; query heads
+    that share keys are added up first.
 
     Args:
-        query (`torch.FloatTensor` of shape `(B, heads, q, head_dim)`), key (`(B, kv_heads, K, head_dim)`): Rotated.
+        query (`torch.FloatTensor` of shape `(B, heads, q, head_dim)`), key (`(B, kv_heads, K, head_dim)`):
+            With rotary positions.
 
     Returns:
         `torch.FloatTensor` of shape `(B, q, K)`, float32.
@@ -63,11 +84,11 @@ def attention_weights(
     query: torch.Tensor, key: torch.Tensor, scaling: float, allowed: torch.Tensor, softcap: float | None = None
 ) -> torch.Tensor:
     """
-    Softmax of scaled q.k over the keys that are allowed.
+    The attention weights: softmax of scaled q.k over the keys that are allowed.
 
     Args:
         query, key: As in `head_averaged_scores`.
-        allowed (`torch.BoolTensor` of shape `(B, q, K)`): At least one key for each query.
+        allowed (`torch.BoolTensor` of shape `(B, q, K)`): Each query has at least one allowed key.
         softcap (`float`, *optional*): Soft-capping of the scores (Gemma-2).
 
     Returns:
@@ -80,50 +101,49 @@ def attention_weights(
     return scores.masked_fill(~allowed[:, None], -torch.inf).softmax(dim=-1)
 
 
-def focus_scores(own: torch.Tensor, weights: torch.Tensor, text_to_image: torch.Tensor) -> torch.Tensor:
-    """
-    Text-to-image focus F of some text tokens, equations 10 and 11: their own attention to the image tokens, and that of
-    the text tokens before them.
-
-    Args:
-        own (`torch.FloatTensor` of shape `(B, q, n)`): Their rows of A_t2i; 0 where they cannot see.
-        weights (`torch.FloatTensor` of shape `(B, q, T)`): What each text token counts for them (`focus_weights`).
-        text_to_image (`torch.FloatTensor` of shape `(B, T, n)`): A_t2i of all text tokens.
-
-    Returns:
-        `torch.FloatTensor` of shape `(B, q, n)`.
-    """
-    return torch.baddbmm(own, weights, text_to_image)
-
-
 def focus_weights(
-    neighbours: torch.Tensor, hidden: torch.Tensor, distance: torch.Tensor | None, focus: str, discount: float
+    neighbors: torch.Tensor, hidden: torch.Tensor, distance: torch.Tensor | None, focus: str, discount: float
 ) -> torch.Tensor:
     """
-    What the text tokens before another one count for its focus: A_t2n, or what Table 5 has in its place.
+    How much the text tokens before another one count in its focus: A_t2n, or what Table 5 puts in its place.
 
     Args:
-        neighbours (`torch.FloatTensor` of shape `(B, q, T)`): Rows of A_t2n, equation 9; 0 where `hidden`.
+        neighbors (`torch.FloatTensor` of shape `(B, q, T)`): Rows of A_t2n, equation 9; 0 where `hidden`.
         hidden (`torch.BoolTensor` of shape `(B, q, T)`): Where a text token is not seen or does not stand before.
         distance (`torch.LongTensor` of shape `(B, q, T)`): How many text tokens it stands before; `None` for `"sum"`.
         focus (`str`): `"focus"`: A_t2n. `"sum"`: 1. `"discounted_sum"`: `discount ** distance`.
     """
     if focus == "focus":
-        return neighbours
-    weights: torch.Tensor = torch.ones_like(neighbours) if distance is None else discount ** distance.clamp(min=0)
-    return weights.to(neighbours.dtype).masked_fill(hidden, 0)
+        return neighbors
+    weights: torch.Tensor = torch.ones_like(neighbors) if distance is None else discount ** distance.clamp(min=0)
+    return weights.to(neighbors.dtype).masked_fill(hidden, 0)
+
+
+def focus_scores(text_to_image: torch.Tensor, weights: torch.Tensor, all_text_to_image: torch.Tensor) -> torch.Tensor:
+    """
+    The text-to-image focus F of some text tokens, equations 10 and 11: their own attention to the image tokens, plus that
+    of the text tokens before them.
+
+    Args:
+        text_to_image (`torch.FloatTensor` of shape `(B, q, n)`): Their rows of A_t2i; 0 where they cannot see.
+        weights (`torch.FloatTensor` of shape `(B, q, T)`): How much each text token counts for them (`focus_weights`).
+        all_text_to_image (`torch.FloatTensor` of shape `(B, T, n)`): A_t2i of all text tokens.
+
+    Returns:
+        `torch.FloatTensor` of shape `(B, q, n)`.
+    """
+    return torch.baddbmm(text_to_image, weights, all_text_to_image)
 
 
 def threshold_rank(num_seen: Any, ratio: Any) -> Any:
     """
-    Which of `num_seen` values, in ascending order from 0, is the first that does not lie below their `ratio`-quantile, as
-    `torch.quantile` interpolates it linearly: what lies strictly below that value lies strictly below the quantile, and
-    the other way round. The product of the two is taken for whole if it is so within 1e-3, so that its rounding does not
-    count.
+    The rank, from 0, of the smallest of `num_seen` values that is not below their `ratio`-quantile. A value is below that
+    one if and only if it is below the quantile, as `torch.quantile` interpolates it linearly. The product of the two
+    arguments is taken for whole if it is so within 1e-3, so that its rounding does not count.
 
     Args:
-        num_seen (`int` or `torch.LongTensor`): How many values there are; none counts as one.
-        ratio (`float` or `torch.FloatTensor`): In [0, 1]; a number where the other is one.
+        num_seen (`int` or `torch.LongTensor`): How many values there are; 0 gives the rank 0.
+        ratio (`float` or `torch.FloatTensor`): In [0, 1]; a number if `num_seen` is one.
     """
     rank = (num_seen - 1) * ratio - 1e-3
     if isinstance(rank, torch.Tensor):
@@ -131,21 +151,18 @@ def threshold_rank(num_seen: Any, ratio: Any) -> Any:
     return max(math.ceil(rank), 0)
 
 
-def inhibited_pairs(focus: torch.Tensor, rank: Any, num_lowest: int) -> torch.Tensor:
+def inhibited_pairs(focus: torch.Tensor, rank: torch.Tensor, num_lowest: int) -> torch.Tensor:
     """
-    Which image tokens have less focus than the one of that `rank`.
+    Which image tokens have less focus than the image token of a given rank.
 
     Args:
         focus (`torch.FloatTensor` of shape `(B, q, n)`): Infinite where the text token does not see.
-        rank (`torch.LongTensor` of shape `(B, q, 1)`, *optional*): `threshold_rank` of each text token; `None` if all
-            have the highest that is possible.
-        num_lowest (`int`): One more than the highest rank that is possible, at most n.
+        rank (`torch.LongTensor` of shape `(B, q, 1)`): `threshold_rank` of each text token.
+        num_lowest (`int`): More than the highest rank, at most n: so many of the lowest values are sorted.
 
     Returns:
         `torch.BoolTensor` of shape `(B, q, n)`.
     """
-    if rank is None:
-        return focus < focus.topk(num_lowest, largest=False, sorted=False).values.amax(dim=-1, keepdim=True)
     return focus < focus.topk(num_lowest, largest=False).values.gather(-1, rank)
 
 
@@ -154,20 +171,25 @@ def inhibited_pairs(focus: torch.Tensor, rank: Any, num_lowest: int) -> torch.Te
 
 class Inhibition:
     """
-    CMAI in one forward pass: made by the model, handed through the language model to its attention as the keyword
+    CMAI in one forward pass. The model makes it, and hands it through the language model to the attention as the keyword
     argument `cmai`.
 
     Args:
         config ([`VmtcCmaiLlavaConfig`]): The fields that start with `cmai_`.
         is_image (`torch.BoolTensor` of shape `(B, S)`, *optional*): Which columns of this call hold image tokens.
-        is_text (`torch.BoolTensor` of shape `(B, S)`): Which hold text; padding is neither.
+        is_text (`torch.BoolTensor` of shape `(B, S)`): Which columns hold text; padding is neither.
         past_length (`int` or `torch.Tensor`): Columns in the cache.
         cache (`Cache`, *optional*): Prepared by `prepare_cache`.
-        max_ratio (`float`, *optional*): Instead of the config's `cmai_max_ratio`.
+        max_ratio (`float`, *optional*): Replaces the config's `cmai_max_ratio`.
 
-    block (`tuple[int, int]`, *optional*): The columns of the first image token and of the first text token after it, if
-        all rows have their image tokens in that one block, and text alone from there to the end. Where nothing is padded
-        either, slices take the place of indices (`_attend_block`).
+    The attributes that are not arguments:
+        columns (`torch.LongTensor` of shape `(S,)`): The columns of this call.
+        query_slots (`torch.LongTensor` of shape `(B, q)`, *optional*): Which of them are text queries; `None` if all are.
+        query_columns (`torch.LongTensor` of shape `(B, q)`), is_query (`torch.BoolTensor` of shape `(B, q)`):
+            The columns of the text queries; in a row that has fewer of them, the rest are fillers, `False` in `is_query`.
+        text_columns (`torch.LongTensor` of shape `(B, T)`), image_columns (`(B, n)`): Of the whole sequence so far.
+        row_positions (`torch.LongTensor` of shape `(q,)`): Places of the queries among the T text tokens.
+        ratios (`list[float]`): gamma of each layer; 0 where nothing is inhibited.
     """
 
     def __init__(
@@ -179,56 +201,49 @@ class Inhibition:
         cache: Cache | None,
         max_ratio: float | None = None,
     ):
-        self.cache = cache
+        self.cache, self.num_calls = cache, 0
         self.attention, self.focus, self.discount = config.cmai_attention, config.cmai_focus, config.cmai_discount
-        self.num_calls = 0
-        self.block: tuple[int, int] | None = None
         num_columns = is_text.shape[1]
-        columns = torch.arange(num_columns, device=is_text.device) + past_length
-        self.columns, self.num_seen = columns, past_length + num_columns
-        # Of a prompt with images, only the text becomes queries and rows.
+        self.columns, self.num_seen = (
+            torch.arange(num_columns, device=is_text.device) + past_length,
+            past_length + num_columns,
+        )
         self.query_slots: torch.Tensor | None = None
-        image_columns = columns.expand_as(is_text)[:, :0]
-        self.query_columns = columns.expand_as(is_text)
-        self.is_query = is_text
+        self.query_columns, self.is_query = self.columns.expand_as(is_text), is_text
+        image_columns = self.query_columns[:, :0]
         if is_image is not None:
-            num_images, num_texts, block = num_columns, num_columns, None
-            if not torch.compiler.is_compiling():  # a graph must not wait for numbers, and takes all columns
-                num_images, num_texts, block = _layout(is_image, is_text)
-            if isinstance(past_length, int) and past_length == 0:
-                self.block = block
-            if self.block is not None:  # text before the block sees no image, and counts for nothing
-                end = self.block[1]
-                is_text = is_text & (torch.arange(num_columns, device=is_text.device) >= end)
-                num_texts = num_columns - end
-            if num_images > 0:
-                order = _first_true(is_image, num_images)
-                image_columns = torch.where(is_image.gather(1, order), columns[order], -1)
-                self.query_slots = _first_true(is_text, max(num_texts, 1))
-                self.query_columns = columns[self.query_slots]
-                self.is_query = is_text.gather(1, self.query_slots)
-        self.is_single = self.query_slots is None
+            image_columns = self._find_images(is_image, is_text, past_length)
+        self.has_row_per_column = self.query_slots is None
         text_columns = torch.where(self.is_query, self.query_columns, -1)
-        self.row_positions: torch.Tensor | None = None
-        if cache is not None:
-            first: Any = cache.layers[0]
+        if cache is None:
+            self.row_positions = torch.arange(text_columns.shape[1], device=text_columns.device)
+        else:
+            first = cmai_layer(cache, 0)
             self.row_positions = first.update_columns(
-                text_columns, image_columns, self.is_single, num_columns, cache.get_max_length()
+                text_columns, image_columns, self.has_row_per_column, num_columns, cache.get_max_length()
             )
-            text_columns, image_columns = first.text_columns, first.image_columns
-            if self.is_single:
-                self.block = first.block
-            first.block = self.block
+            text_columns, image_columns = first.columns_so_far()
         self.text_columns, self.image_columns = text_columns, image_columns
-        if self.row_positions is None:
-            num_rows = text_columns.shape[1]
-            self.row_positions = torch.arange(num_rows - self.query_columns.shape[1], num_rows, device=columns.device)
-        # gamma of each layer; 0 where nothing is inhibited.
         num_layers = config.text_config.num_hidden_layers
         max_ratio = config.cmai_max_ratio if max_ratio is None else max_ratio
         max_ratio = 0.0 if self.focus == "none" or image_columns.shape[1] == 0 else max_ratio
         self.ratios = [inhibition_ratio(layer_idx, num_layers, max_ratio) for layer_idx in range(num_layers)]
-        self._views: dict[Any, Any] = {}
+        self._visible_keys: dict[Any, Any] = {}
+
+    def _find_images(self, is_image: torch.Tensor, is_text: torch.Tensor, past_length: Any) -> torch.Tensor:
+        """The columns `(B, n)` of the image tokens of this call. If there are any, only text becomes queries and rows."""
+        if (
+            isinstance(past_length, int) and past_length == 0
+        ):  # text before the first image sees none, and counts for nothing
+            is_text = is_text & (is_image.cumsum(dim=-1) > 0)
+        num_images = num_texts = is_text.shape[1]
+        if not torch.compiler.is_compiling():  # a graph must not wait for numbers, and takes all columns
+            num_images, num_texts = torch.stack([is_image, is_text]).sum(dim=-1).amax(dim=-1).tolist()
+        if num_images > 0:
+            self.query_slots = _first_true(is_text, max(num_texts, 1))
+            self.query_columns, self.is_query = self.columns[self.query_slots], is_text.gather(1, self.query_slots)
+        order = _first_true(is_image, num_images)
+        return torch.where(is_image.gather(1, order), self.columns[order], -1)
 
     def attend(
         self,
@@ -243,110 +258,31 @@ class Inhibition:
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        Attention with inhibition. Arguments and results are those of the library's attention functions, of which
-        `attention` is the one to use.
+        Attention with inhibition. `attention` is one of the library's attention functions; the other arguments and the
+        results are those of such a function.
         """
         self.num_calls += 1
         if self.ratios[module.layer_idx] == 0:
             return attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
         is_sdpa = attention is ALL_ATTENTION_FUNCTIONS["sdpa"]
-        is_whole = attention_mask is None and not torch.compiler.is_compiling() and key.shape[2] == self.num_seen
-        if is_whole and is_sdpa and self.block is not None and self.attention == "scores" and dropout == 0:
-            with maybe_autocast(query.device.type, enabled=False):
-                return self._attend_block(attention, module, query, key, value, scaling, **kwargs)
-        view = self._view(attention_mask, key)
+        visible = self._look_up_visible_keys(attention_mask, key)
         with maybe_autocast(query.device.type, enabled=False):
             if query.shape[2] == 1 and is_sdpa and self.attention == "scores" and dropout == 0:
-                return self._attend_once(view, module.layer_idx, query, key, value, scaling)
-            text_query = query.detach()
-            if self.query_slots is not None:
-                text_query = view.text_rows(text_query.transpose(1, 2)).transpose(1, 2)
+                return self._attend_once(visible, module.layer_idx, query, key, value, scaling)
+            text_query = visible.text_rows(query.detach().transpose(1, 2)).transpose(1, 2)
             if self.attention == "weights":
-                rows = view.blocked if self.query_slots is None else view.text_rows(view.blocked)
-                softcap = kwargs.get("softcap")
-                averaged = attention_weights(text_query, key.detach(), scaling, ~rows[..., :-1], softcap).mean(dim=1)
+                allowed, softcap = ~visible.text_blocked[..., :-1], kwargs.get("softcap")
+                averaged = attention_weights(text_query, key.detach(), scaling, allowed, softcap).mean(dim=1)
             else:
                 averaged = head_averaged_scores(text_query, key.detach(), scaling)
-            blocked = self._blocked_keys(view, module.layer_idx, averaged)
-        mask = ~blocked[:, None]
+            mask = ~self.blocked_keys(visible, module.layer_idx, averaged)[:, None]
         if not is_sdpa:
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
         return attention(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
 
-    def _attend_block(
-        self,
-        attention: Any,
-        module: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float,
-        **kwargs,
-    ) -> tuple[torch.Tensor, None]:
-        """`attend` for the most frequent layout (`block`) with nothing padded: slices take the place of indices."""
-        start, end = self.block  # type: ignore[misc]
-        batch_size, num_heads, num_columns, head_dim = query.shape
-        num_groups = key.shape[1]
-        if self.query_slots is None:
-            # A step of the decoding, see `_attend_once`. One product for all rows and heads is faster than a nested one.
-            key, value = key.flatten(0, 1), value.flatten(0, 1)
-            scores = query.reshape(len(key), -1, head_dim) * scaling @ key.mT
-            by_row = scores.view(batch_size, num_heads, -1)
-            averaged = by_row[..., start:].detach().mean(dim=1, dtype=torch.float32)[:, None]
-            by_row[..., start:end].masked_fill_(self._inhibited_images(module.layer_idx, averaged), -torch.inf)
-            return (scores.softmax(dim=-1).to(value.dtype) @ value).view(batch_size, 1, num_heads, head_dim), None
-
-        text_query = query[:, :, end:]
-        averaged = head_averaged_scores(text_query.detach(), key[:, :, start:].detach(), scaling)
-        inhibited = self._inhibited_images(module.layer_idx, averaged)
-        query, key = (
-            query.to(value.dtype),
-            key.to(value.dtype),
-        )  # in autocast the rotary embedding has made them float32
-        name = (query.dtype, query.device)
-        if name not in self._views:
-            bias = torch.full((num_columns - end, num_columns), -torch.inf, dtype=query.dtype, device=query.device)
-            self._views[name] = bias.triu(end + 1).expand(batch_size, 1, num_heads // num_groups, -1, -1)
-        bias = self._views[name].clone(memory_format=torch.contiguous_format)
-        bias[..., start:end].masked_fill_(inhibited[:, None, None], -torch.inf)
-        # The text is attended by itself. Heads that share keys become one head with more queries: no keys are repeated.
-        text_output = nn.functional.scaled_dot_product_attention(
-            query[:, :, end:].reshape(batch_size, num_groups, -1, head_dim),
-            key,
-            value,
-            attn_mask=bias.flatten(2, 3),
-            scale=scaling,
-        )
-        text_output = text_output.reshape(text_query.shape).transpose(1, 2)
-        before = (states[:, :, :end] for states in (query, key, value))
-        output, _ = attention(module, *before, None, scaling=scaling, **kwargs)
-        return torch.cat([output, text_output], dim=1), None
-
-    def _inhibited_images(self, layer_idx: int, averaged: torch.Tensor) -> torch.Tensor:
-        """Which image tokens `(B, q, n)` are inhibited; `averaged` `(B, q, n + T)` ends with the queries themselves."""
-        num_images = self.block[1] - self.block[0]  # type: ignore[index]
-        focus = own = averaged[..., :num_images]
-        if self.focus != "tia":
-            weights, rows = averaged[..., num_images:], own
-            num_queries, num_texts = weights.shape[1:]
-            if self.cache is not None:
-                layer: Any = self.cache.layers[layer_idx]
-                rows = layer.update_rows(own, self.is_single, self.row_positions, num_texts)
-            if self.focus != "focus":
-                index = torch.arange(num_texts, device=own.device)
-                distance = (index[-num_queries:, None] - index).expand_as(weights)
-                discounted = distance if self.focus == "discounted_sum" else None
-                weights = focus_weights(weights, distance <= 0, discounted, self.focus, self.discount)
-            if num_queries == 1:  # what stands before
-                weights, rows = weights[..., :-1], rows[:, :-1]
-            else:
-                weights = weights.tril(num_texts - num_queries - 1)
-            focus = focus_scores(own, weights, rows)
-        return inhibited_pairs(focus, None, threshold_rank(num_images, self.ratios[layer_idx]) + 1)
-
     def _attend_once(
         self,
-        view: "_View",
+        visible: "_VisibleKeys",
         layer_idx: int,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -354,121 +290,128 @@ class Inhibition:
         scaling: float,
     ) -> tuple[torch.Tensor, None]:
         """
-        A step of the decoding: with one query the scores of all heads are few, and serve the focus and the attention. They
-        have the dtype of the keys, a copy of which in float32 would cost more than all else.
+        `attend` in a step of the decoding: with one query the scores of all heads are few, and serve both the focus and the
+        attention. They have the dtype of the keys; a float32 copy of the keys would cost more than all else.
         """
         batch_size, num_heads, _, head_dim = query.shape
-        scores = (query * scaling).reshape(batch_size, key.shape[1], -1, head_dim) @ key.mT
-        averaged = scores.sum(dim=(1, 2), dtype=torch.float32)[:, None] / num_heads
-        blocked = self._blocked_keys(view, layer_idx, averaged)
-        weights = scores.masked_fill(blocked[:, None], -torch.inf).softmax(dim=-1, dtype=torch.float32)
-        return (weights.to(value.dtype) @ value).reshape(batch_size, 1, num_heads, -1), None
+        key, value = (
+            key.flatten(0, 1),
+            value.flatten(0, 1),
+        )  # one product over rows and heads is faster than a nested one
+        scores = (query * scaling).reshape(len(key), -1, head_dim) @ key.mT
+        scores_by_row = scores.view(batch_size, num_heads, -1)
+        averaged = scores_by_row.detach().mean(dim=1, keepdim=True, dtype=torch.float32)
+        scores_by_row.masked_fill_(self.blocked_keys(visible, layer_idx, averaged), -torch.inf)
+        output = scores.softmax(dim=-1).to(value.dtype) @ value
+        return output.view(batch_size, 1, num_heads, head_dim), None
 
-    def _blocked_keys(self, view: "_View", layer_idx: int, averaged: torch.Tensor) -> torch.Tensor:
-        """Which keys `(B, S, K)` the columns of this call do not attend to, by the text's mean attention `(B, q, K)`."""
-        averaged = averaged.gather(2, view.index).masked_fill(view.hidden, 0)
-        num_images = self.image_columns.shape[1]
-        focus = own = averaged[..., :num_images]
+    def blocked_keys(self, visible: "_VisibleKeys", layer_idx: int, averaged: torch.Tensor) -> torch.Tensor:
+        """
+        Which keys `(B, S, K)` the columns of this call do not attend to in a layer.
+
+        Args:
+            averaged (`torch.FloatTensor` of shape `(B, q, K)`): A_s, the head-averaged attention of the text queries.
+        """
+        text_to_image, neighbors = visible.split(averaged)
+        focus = text_to_image
         if self.focus != "tia":
-            rows = own
-            if self.cache is not None:
-                rows = self.cache.layers[layer_idx].update_rows(
-                    own, self.is_single, self.row_positions, self.text_columns.shape[1]
-                )
-            text_weights = focus_weights(
-                averaged[..., num_images:],
-                view.hidden[..., num_images:],
-                view.distance,
-                self.focus,
-                self.discount,
-            )
-            focus = focus_scores(own, text_weights, rows)
-        hidden = view.hidden[..., :num_images]
-        inhibited = inhibited_pairs(focus.masked_fill(hidden, torch.inf), *view.ranks[layer_idx]) | hidden
-        if self.query_slots is None:
-            return view.blocked.scatter(2, view.image_place, inhibited)[..., :-1]
-        rows = view.text_rows(view.blocked).scatter(2, view.image_place, inhibited)
-        return view.blocked.flatten(0, 1).index_copy(0, view.rows, rows.flatten(0, 1)).view_as(view.blocked)[..., :-1]
+            weights = focus_weights(neighbors, visible.hidden_texts, visible.distance, self.focus, self.discount)
+            focus = focus_scores(text_to_image, weights, self._all_text_to_image(layer_idx, text_to_image))
+        focus = focus.masked_fill(visible.hidden_images, torch.inf)
+        return visible.block(inhibited_pairs(focus, *visible.ranks[layer_idx]))
 
-    def _view(self, attention_mask: torch.Tensor | None, key: torch.Tensor) -> "_View":
-        """What the text queries see of the keys at hand, once for the layers that share a mask and a device."""
+    def _all_text_to_image(self, layer_idx: int, text_to_image: torch.Tensor) -> torch.Tensor:
+        """The rows `(B, T, n)` of A_t2i of all text tokens so far: the cached ones, and those of this call."""
+        if self.cache is None:
+            return text_to_image
+        num_rows = self.text_columns.shape[1]
+        return cmai_layer(self.cache, layer_idx).update_rows(
+            text_to_image, self.has_row_per_column, self.row_positions, num_rows
+        )
+
+    def _look_up_visible_keys(self, attention_mask: torch.Tensor | None, key: torch.Tensor) -> "_VisibleKeys":
+        """The layers that share a mask and a device share these too."""
         if torch.compiler.is_compiling():
-            return _View(self, attention_mask, key)
+            return _VisibleKeys(self, attention_mask, key)
         name = (id(attention_mask), key.shape[2], key.device)
-        if name not in self._views:
-            self._views[name] = attention_mask, _View(self, attention_mask, key)  # keeps the mask, and so its id
-        return self._views[name][1]
+        if name not in self._visible_keys:  # the mask is kept too, and so its id
+            self._visible_keys[name] = attention_mask, _VisibleKeys(self, attention_mask, key)
+        return self._visible_keys[name][1]
 
 
-class _View:
+class _VisibleKeys:
     """
-    What the columns of a call see of the keys at hand, and the text queries among them of images and text.
+    Which keys the columns of a call see under an attention mask, and where the text queries find image keys and text keys.
 
-    blocked (`(B, S, K + 1)`): Which keys they do not see; the last stands for none.
-    rows (`(B * q)`): Where the text queries are among the `B * S` columns, if they are not all of them.
-    image_place (`(B, q, n)`): Where the image keys are; K for none.
-    index (`(B, q, n + T)`): Where the image keys and the text keys are, or any key.
-    hidden (`(B, q, n + T)`): Which of them are not seen, or do not stand before.
-    distance (`(B, q, T)`, *optional*): How many text tokens a text key stands before, for `"discounted_sum"`.
-    ranks: Of each layer, the `threshold_rank` of each text query `(B, q, 1)`, and more than the highest possible.
+    text_blocked (`torch.BoolTensor` of shape `(B, q, K + 1)`): Which keys the text queries do not see; the last is no key.
+    hidden_images (`torch.BoolTensor` of shape `(B, q, n)`): Which image keys they do not see, or stand before.
+    hidden_texts (`torch.BoolTensor` of shape `(B, q, T)`): The same of text keys, and the token itself.
+    distance (`torch.LongTensor` of shape `(B, q, T)`, *optional*): How many text tokens a text key stands before a query;
+        for `"discounted_sum"`.
+    ranks (`list[tuple[torch.LongTensor, int]]`): For each layer, the `threshold_rank` of each text query `(B, q, 1)`, and
+        a number that is more than the highest.
     """
 
     def __init__(self, call: Inhibition, attention_mask: torch.Tensor | None, key: torch.Tensor):
         device, num_keys = key.device, key.shape[2]
-        columns, is_query = call.query_columns.to(device), call.is_query.to(device)
+        query_columns, is_query = call.query_columns.to(device), call.is_query.to(device)
         # The keys end with this call's, unless room is left for later ones; a sliding window has lost the first.
         lost = call.num_seen - num_keys
         lost = lost.to(device).clamp(min=0) if isinstance(lost, torch.Tensor) else max(lost, 0)
         if attention_mask is None:
             allowed = torch.arange(num_keys, device=device) + lost <= call.columns.to(device)[:, None]
-            allowed = allowed.expand(len(columns), -1, -1)
+            allowed = allowed.expand(len(query_columns), -1, -1)
         else:
-            allowed = as_boolean_mask(attention_mask[:, 0]).expand(len(columns), -1, -1)
-        # Padding sees nothing, and attention over no key is not a number: of no consequence, it sees all.
+            allowed = as_boolean_mask(attention_mask[:, 0]).expand(len(query_columns), -1, -1)
+        # Padding sees nothing, and attention to no key is not a number. So it sees all, which changes no text.
         blocked = ~allowed & allowed.any(dim=-1, keepdim=True)
-        self.blocked = nn.functional.pad(blocked, (0, 1))
+        self._blocked = nn.functional.pad(blocked, (0, 1))
+        self._rows: torch.Tensor | None = None  # where the text queries are among the B * S columns
         if call.query_slots is not None:
-            starts = torch.arange(len(columns), device=device)[:, None] * blocked.shape[1]
-            self.rows = (starts + call.query_slots.to(device)).flatten()
+            starts = torch.arange(len(query_columns), device=device)[:, None] * blocked.shape[1]
+            self._rows = (starts + call.query_slots.to(device)).flatten()
+        self.text_blocked = self.text_rows(self._blocked)
 
         key_columns = torch.cat([call.image_columns, call.text_columns], dim=1).to(device)
         place = key_columns - lost
         is_key = ((key_columns >= 0) & (place >= 0))[:, None]
-        self.index = place.clamp(0, num_keys - 1)[:, None].expand(-1, columns.shape[1], -1)
-        blocked = self.blocked if call.query_slots is None else self.text_rows(self.blocked)
-        seen = is_key & is_query[..., None] & (key_columns[:, None] < columns[..., None])
-        self.hidden = ~seen | blocked.gather(2, self.index)
-        num_images = call.image_columns.shape[1]
-        # Rows that are no text stay as they are.
-        self.image_place = torch.where(is_key & is_query[..., None], self.index, num_keys)[..., :num_images]
+        self._place = place.clamp(0, num_keys - 1)[:, None].expand(-1, query_columns.shape[1], -1)
+        stands_before = is_key & is_query[..., None] & (key_columns[:, None] < query_columns[..., None])
+        self._hidden = ~stands_before | self.text_blocked.gather(2, self._place)
+        self._num_images = num_images = call.image_columns.shape[1]
+        self.hidden_images, self.hidden_texts = self._hidden[..., :num_images], self._hidden[..., num_images:]
+        # What a query does not see anyway stays as it is: its inhibition is written to the key that is none.
+        self._image_place = self._place[..., :num_images].masked_fill(self.hidden_images, num_keys)
 
         self.distance: torch.Tensor | None = None
         if call.focus == "discounted_sum":
-            rank = (call.text_columns.to(device) >= 0).cumsum(dim=-1)
-            own_rank = rank[:, call.row_positions.to(device)]  # type: ignore[union-attr]
-            self.distance = own_rank[..., None] - rank[:, None]
+            order = (call.text_columns.to(device) >= 0).cumsum(dim=-1)
+            self.distance = order[:, call.row_positions.to(device)][..., None] - order[:, None]
         ratios = torch.tensor(call.ratios, device=device)
-        num_seen = (~self.hidden[..., :num_images]).sum(dim=-1)
+        num_seen = (~self.hidden_images).sum(dim=-1)
         ranks = threshold_rank(num_seen, ratios[:, None, None])[..., None]
-        highest = [threshold_rank(num_images, ratio) + 1 for ratio in call.ratios]  # computed differently
+        highest = [threshold_rank(num_images, ratio) + 1 for ratio in call.ratios]  # rounded in another way
         self.ranks = [(rank, min(top + 1, num_images)) for rank, top in zip(ranks.unbind(), highest)]
 
     def text_rows(self, states: torch.Tensor) -> torch.Tensor:
-        """Those rows of `states` `(B, S, ...)` that are the text queries, `(B, q, ...)`."""
-        return states.flatten(0, 1).index_select(0, self.rows).unflatten(0, (len(states), -1))
+        """The rows `(B, q, ...)` of the text queries in `states` `(B, S, ...)`."""
+        if self._rows is None:
+            return states
+        return states.flatten(0, 1).index_select(0, self._rows).unflatten(0, (len(states), -1))
 
+    def split(self, averaged: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A_t2i `(B, q, n)` and A_t2n `(B, q, T)`, equation 9, out of A_s `(B, q, K)`; 0 where a key is not seen."""
+        attention = averaged.gather(2, self._place).masked_fill(self._hidden, 0)
+        return attention[..., : self._num_images], attention[..., self._num_images :]
 
-def _layout(is_image: torch.Tensor, is_text: torch.Tensor) -> tuple[int, int, tuple[int, int] | None]:
-    """The most image tokens and the most text tokens that a row has, and the `block` of [`Inhibition`], if there is one."""
-    count = is_image.sum(dim=-1)
-    start = is_image.int().argmax(dim=-1)
-    index = torch.arange(is_image.shape[1], device=is_image.device)
-    is_text_after = (is_text | (index < (start + count)[:, None])).all()
-    numbers = [count.amax(), is_text.sum(dim=-1).amax(), count.amin(), start.amin(), start.amax()]
-    num_images, num_texts, least, first, last, is_followed = map(int, torch.stack([*numbers, is_text_after]).tolist())
-    end = first + num_images
-    is_block = is_followed > 0 and num_images == least > 0 and first == last and end < is_image.shape[1]
-    return num_images, num_texts, (first, end) if is_block else None
+    def block(self, inhibited: torch.Tensor) -> torch.Tensor:
+        """Which keys `(B, S, K)` no column attends to if the image keys `inhibited` `(B, q, n)` are not seen either."""
+        rows = self.text_blocked.scatter(2, self._image_place, inhibited)
+        if self._rows is None:
+            return rows[..., :-1]
+        return (
+            self._blocked.flatten(0, 1).index_copy(0, self._rows, rows.flatten(0, 1)).view_as(self._blocked)[..., :-1]
+        )
 
 
 def _first_true(mask: torch.Tensor, count: int) -> torch.Tensor:
@@ -482,7 +425,7 @@ def _first_true(mask: torch.Tensor, count: int) -> torch.Tensor:
 def cmai_attention_forward(
     implementation: str, module: Any, *args, cmai: Inhibition | None = None, **kwargs
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """An attention function of the library, with inhibition if `cmai` says so. Registered as `cmai_<implementation>`."""
+    """An attention function of the library, with inhibition if `cmai` is given. Registered as `cmai_<implementation>`."""
     if implementation == "eager":  # each model has its own, in the file of the attention's class
         attention = sys.modules[type(module).__module__].eager_attention_forward
     else:
@@ -498,7 +441,7 @@ for _implementation, _name in _ROUTES.items():
 
 
 def make_inhibitable(language_model: nn.Module) -> None:
-    """Lets the attention of a language model inhibit what an argument `cmai` says; without one it stays as it is."""
+    """Lets the attention of a language model take a keyword argument `cmai`; without one nothing changes."""
     route_attention(language_model, _ROUTES)
 
 
@@ -507,7 +450,7 @@ def check_attention(text_config: Any) -> None:
     Checks that the language model's attention can inhibit.
 
     Raises:
-        `ValueError`: It is set to an implementation that takes no mask of ours.
+        `ValueError`: It is set to an implementation that takes no such mask.
     """
     implementation = text_config._attn_implementation
     if implementation is not None and implementation not in _ROUTES:  # None: not chosen yet

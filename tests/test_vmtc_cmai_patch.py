@@ -649,9 +649,9 @@ def test_the_state_is_there_when_keys_and_values_have_been_offloaded():
     cache = DynamicCache()
     model(**inputs, past_key_values=cache)
     for layer in cache.layers:
-        state = layer.room
+        state = layer.row_buffer
         layer.offload()
-        assert layer.room is state
+        assert layer.row_buffer is state
 
 
 def test_prefill_in_chunks_is_refused_with_images():

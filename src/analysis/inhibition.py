@@ -46,13 +46,8 @@ class _RecordingInhibition(Inhibition):
 
     last_row: dict[int, torch.Tensor]
 
-    def _inhibited_images(self, layer_idx: int, averaged: torch.Tensor) -> torch.Tensor:
-        inhibited = super()._inhibited_images(layer_idx, averaged)
-        self.last_row[layer_idx] = inhibited[:, -1].cpu()
-        return inhibited
-
-    def _blocked_keys(self, view: Any, layer_idx: int, averaged: torch.Tensor) -> torch.Tensor:
-        blocked = super()._blocked_keys(view, layer_idx, averaged)
+    def blocked_keys(self, visible: Any, layer_idx: int, averaged: torch.Tensor) -> torch.Tensor:
+        blocked = super().blocked_keys(visible, layer_idx, averaged)
         place = self.image_columns.to(blocked.device) - max(self.num_seen - blocked.shape[2], 0)
         is_left = place >= 0  # in a sliding window
         self.last_row[layer_idx] = (blocked[:, -1].gather(1, place.clamp(min=0)) | ~is_left).cpu()
