@@ -1,7 +1,6 @@
 """
-Measures what `--cache-vision-features` saves in training: steps of TA-LLaVA's phases 1 and 2 (projector, prefix and
-adapters trained, all else frozen) with images, and with features from the cache; random weights, one machine, one run,
-by turns.
+Measures what `--cache-vision-features` saves in training. Steps of TA-LLaVA's phases 1 and 2 (which train projector, prefix
+and adapters) with images and with cached features take turns in one run on one machine, with random weights.
 
     python benchmarks/compare_cached_features.py --output benchmarks/results/compare_cached_features.md
 """
@@ -31,7 +30,7 @@ NUM_TEXT_TOKENS = 40
 
 
 def build(setup: Setup) -> tuple[Any, Any]:
-    """A model with the backbones of `setup`, and a processor for its images; the text is numbers to both."""
+    """A model with the backbones of `setup`, and a processor for its images. The text is given as token ids."""
     config = TaLlavaConfig(
         vision_config=setup.vision_config,
         text_config=setup.text_config,
@@ -49,7 +48,7 @@ def build(setup: Setup) -> tuple[Any, Any]:
 
 
 def write_samples(folder: Path, count: int, setup: Setup) -> list[dict[str, Any]]:
-    """Samples with photographs' sizes and JPEG compression, and text of random words, half of it the answer."""
+    """Samples with JPEG images of a photograph's size, and random words, half of which are the answer."""
     generator = np.random.default_rng(0)
     samples = []
     for index in range(count):
@@ -65,7 +64,7 @@ def write_samples(folder: Path, count: int, setup: Setup) -> list[dict[str, Any]
 
 
 def seconds_of_step(model: Any, optimizer: torch.optim.Optimizer, collator: Collator, samples: list) -> float:
-    """One step of the training, the batch included."""
+    """Seconds of one training step, including building the batch."""
     start = time.perf_counter()
     model(**collator(samples)).loss.backward()
     optimizer.step()

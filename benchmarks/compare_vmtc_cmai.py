@@ -1,6 +1,6 @@
 """
-Measures what VMTC and CMAI cost and save in LLaVA, against `transformers.LlavaForConditionalGeneration`: random weights,
-which all variants share, one machine, one run, the variants by turns.
+Measures what VMTC and CMAI cost and save in LLaVA, compared with `transformers.LlavaForConditionalGeneration`. All variants
+share the same random weights, and take turns in one run on one machine.
 
     python benchmarks/compare_vmtc_cmai.py --output-dir benchmarks/results
 """
@@ -45,10 +45,10 @@ LAST_LAYER_OF = {PREFILL: "last layer in the prefill", DECODE: "last layer in th
 @dataclass(frozen=True)
 class Variant:
     """
-    One way to use the weights; with both off it is the stock model.
+    One way to use the weights. With VMTC and CMAI off it is the stock model.
 
     Args:
-        num_visual_tokens (`int`): Of one image, in the language model.
+        num_visual_tokens (`int`): Number of visual tokens of an image in the language model.
         use_vmtc, use_cmai (`bool`): See [`VmtcCmaiLlavaConfig`].
     """
 
@@ -58,7 +58,7 @@ class Variant:
 
     @property
     def without_cmai(self) -> "Variant":
-        """That with the same vision tower."""
+        """The variant with the same vision tower and CMAI off."""
         return replace(self, use_cmai=False)
 
     @property
@@ -71,16 +71,16 @@ class Variant:
 @dataclass(frozen=True)
 class Setup:
     """
-    The backbones that all variants share, and how they are compressed.
+    The backbones that all variants share, and the budgets to compress them to.
 
     Args:
         description (`str`): The backbones in words.
-        vision_config, text_config (`dict`): Of the backbones, `model_type` included.
-        vision_feature_layer (`int`): Index into the hidden states of the tower that gives the visual tokens.
-        budgets (`tuple`): Three numbers of visual tokens for VMTC, of one image; the last is not combined with CMAI.
-        full_depth (`int`): Layers of the language model that the shapes are of, which may be more than it has here.
-        rounds_per_repeat (`int`): Measured rounds for each of `--repeats`; more where a round takes milliseconds.
-        max_large_rounds (`int`, *optional*): The most rounds of batches of more than one row.
+        vision_config, text_config (`dict`): Configs of the backbones, with `model_type`.
+        vision_feature_layer (`int`): Index of the tower's hidden state that gives the visual tokens.
+        budgets (`tuple`): Three numbers of visual tokens per image for VMTC. The last is not combined with CMAI.
+        full_depth (`int`): Number of layers of the real language model, which may be more than are measured.
+        rounds_per_repeat (`int`): Measured rounds for each of `--repeats`. Quick configurations have more.
+        max_large_rounds (`int`, *optional*): Maximum number of rounds for batches of more than one row.
     """
 
     description: str
@@ -94,29 +94,29 @@ class Setup:
 
     @property
     def stock(self) -> Variant:
-        """The stock model, in which an image has as many tokens as patches."""
+        """The stock model, in which each patch is a visual token."""
         return Variant((self.vision_config["image_size"] // self.vision_config["patch_size"]) ** 2)
 
     @property
     def variants(self) -> list[Variant]:
-        """All that is measured, the stock model first."""
+        """All measured variants, the stock model first."""
         half, small, smallest = (Variant(budget, use_vmtc=True) for budget in self.budgets)
         combined = [replace(variant, use_cmai=True) for variant in (self.stock, half, small)]
         return [self.stock, half, small, smallest, *combined]
 
     @property
     def num_layers(self) -> int:
-        """Layers of the language model that are measured."""
+        """Number of measured layers of the language model."""
         return self.text_config["num_hidden_layers"]
 
     def num_rounds(self, batch_size: int, repeats: int) -> int:
-        """Measured rounds of a batch size."""
+        """Number of measured rounds for a batch size."""
         rounds = repeats * self.rounds_per_repeat
         return rounds if batch_size == 1 or self.max_large_rounds is None else min(rounds, self.max_large_rounds)
 
 
 def _backbones(name: str) -> dict[str, Any]:
-    """What a configuration of the other benchmark has in common with one of this."""
+    """The fields that a configuration takes from `compare_with_llava.py`."""
     names = ("description", "vision_config", "text_config", "vision_feature_layer", "rounds_per_repeat")
     return {field: getattr(BACKBONES[name], field) for field in names}
 
@@ -141,8 +141,8 @@ SETUPS = {
         full_depth=8,
     ),
     "135M": Setup(**_backbones("135M"), budgets=(288, 64, 36), full_depth=30),
-    # LLaVA-1.5-7B, of whose 32 layers in the language model two are enough: one before which CMAI does nothing, as in
-    # the first of any model, and one of which there would be 30 more.
+    # LLaVA-1.5-7B with two of its 32 layers in the language model. They are enough: CMAI does nothing in the first layer of
+    # any model, and the other 30 would be like the second.
     "7B": Setup(
         description="LLaVA-1.5-7B's shapes: CLIP ViT-L/14 at 336 pixels with all its 24 blocks, and 2 of Vicuna-7B's 32 "
         "layers",
@@ -163,7 +163,7 @@ class Inputs:
 
     Args:
         pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): One image a row.
-        input_ids (`dict`): Token ids `(B, placeholders + 40)` by number of placeholders; the text is the same in all.
+        input_ids (`dict`): Token ids `(B, placeholders + 40)` by number of placeholders, all with the same text.
     """
 
     pixel_values: torch.Tensor
@@ -177,9 +177,9 @@ class Measurement:
 
     Args:
         setup ([`Setup`]): The configuration.
-        num_rounds (`int`): Rounds that the medians are over.
-        seconds (`dict`): Medians by quantity and variant; the towers of variants without CMAI only. `OWN_WORK` is a share
-            of the tower's time, from 0 to 1.
+        num_rounds (`int`): Number of measured rounds.
+        seconds (`dict`): Medians by quantity and variant. Towers are measured without CMAI only. `OWN_WORK` is a share of
+            the tower's time, from 0 to 1.
         cache_bytes (`dict`): Bytes of the cache after the prefill, by variant.
     """
 
@@ -189,13 +189,13 @@ class Measurement:
     cache_bytes: dict[Variant, int]
 
     def tower(self, variant: Variant) -> float:
-        """Seconds of the vision tower, which CMAI does not touch."""
+        """Seconds of the vision tower, which CMAI does not change."""
         return self.seconds[TOWER, variant.without_cmai]
 
     def at_full_depth(self, quantity: str, variant: Variant) -> float:
         """
-        Seconds of the prefill or of decoding a token if the language model had all its layers: what is left out would
-        take as long as the last. Equal to what was measured where nothing is left out.
+        Seconds of the prefill, or of decoding a token, extrapolated to all layers of the language model: each missing layer
+        counts as long as the last one. With no missing layers this is the measured time.
         """
         num_missing = self.setup.full_depth - self.setup.num_layers
         return self.seconds[quantity, variant] + num_missing * self.seconds[LAST_LAYER_OF[quantity], variant]
@@ -206,7 +206,7 @@ class Measurement:
         return self.tower(variant) + prefill
 
 
-# By dtype, configuration and batch size.
+# Keys: dtype, configuration and batch size.
 Measurements = dict[tuple[str, str, int], Measurement]
 
 
@@ -214,7 +214,7 @@ Measurements = dict[tuple[str, str, int], Measurement]
 
 
 def build_models(setup: Setup, dtype: torch.dtype) -> dict[Variant, PreTrainedModel]:
-    """A model for each variant, with the random weights of the first, the stock model."""
+    """One model per variant. All have the random weights of the stock model."""
     parts = {
         "vision_config": setup.vision_config,
         "text_config": setup.text_config,
@@ -239,7 +239,7 @@ def share_weights(model: PreTrainedModel, source: PreTrainedModel) -> None:
     """Gives a `model` on the meta device the tensors of another of the same build, not copies of them."""
     model.load_state_dict(source.state_dict(), assign=True)
     model.tie_weights()
-    for name, buffer in source.named_buffers():  # those of positions are in no state dict
+    for name, buffer in source.named_buffers():  # a state dict does not have the buffers of positions
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, buffer)
 
@@ -256,13 +256,13 @@ def make_inputs(setup: Setup, batch_size: int, dtype: torch.dtype) -> Inputs:
 
 
 def check(what: str, variant: Variant, expected: Any, found: Any) -> None:
-    """Raises unless a variant has what is expected."""
+    """Raises unless a value of a variant is as expected."""
     if found != expected:
         raise RuntimeError(f"{variant.label}: {what} is {found}, expected {expected}.")
 
 
 def check_models(models: dict[Variant, PreTrainedModel]) -> None:
-    """Raises unless all variants have the same tensors as weights and SDPA as attention."""
+    """Raises unless all variants share their weights and use SDPA."""
     addresses = None
     for variant, model in models.items():
         tensors = dict([*model.named_parameters(), *model.named_buffers()])
@@ -276,7 +276,7 @@ def check_models(models: dict[Variant, PreTrainedModel]) -> None:
 
 
 def check_lengths(models: dict[Variant, PreTrainedModel], inputs: Inputs) -> None:
-    """Raises unless towers and caches are as long as expected, and only what CMAI needs is kept for it."""
+    """Raises unless towers and caches have the expected lengths, and caches keep only what CMAI needs."""
     for variant, model in models.items():
         features, own_seconds = run_tower(model, inputs.pixel_values)
         check("the number of visual tokens", variant, variant.num_visual_tokens, features.shape[1])
@@ -297,7 +297,7 @@ def check_lengths(models: dict[Variant, PreTrainedModel], inputs: Inputs) -> Non
 
 
 class TimedCompression(TowerCompression):
-    """Measures what VMTC does itself: importance scores, clusters and merged tokens of all stages."""
+    """Measures VMTC's own work: importance scores, clusters and merged tokens of all stages."""
 
     seconds = 0.0
 
@@ -315,8 +315,8 @@ class TimedCompression(TowerCompression):
 
 def run_tower(model: PreTrainedModel, pixel_values: torch.Tensor) -> tuple[torch.Tensor, float]:
     """
-    Features of one image a row before the projector, `(B, n, vision width)`, by the calls of `get_image_features`; and
-    the seconds of VMTC's own work in it. Two looks at the clock for each stage are all that this costs.
+    Features of one image per row before the projector, `(B, n, vision width)`, computed as `get_image_features` does, and
+    the seconds of VMTC's own work in it. Measuring costs only two looks at the clock per stage.
     """
     layer, kwargs, vmtc = model.config.vision_feature_layer, {}, None
     if isinstance(model, VmtcCmaiLlavaForConditionalGeneration):
@@ -328,7 +328,7 @@ def run_tower(model: PreTrainedModel, pixel_values: torch.Tensor) -> tuple[torch
 
 
 def count_bytes(cache: DynamicCache) -> int:
-    """Bytes of keys and values of all layers, and of what CMAI keeps beside them."""
+    """Bytes of the keys and values of all layers, and of the tensors that CMAI keeps beside them."""
     names = ("text_to_image", "text_columns", "image_columns")
     states = [getattr(layer, name, None) for layer in cache.layers for name in names]
     return count_cache_bytes(cache) + sum(state.nbytes for state in states if state is not None)
@@ -336,7 +336,7 @@ def count_bytes(cache: DynamicCache) -> int:
 
 @contextmanager
 def last_layer_timer(model: PreTrainedModel) -> Iterator[list[float]]:
-    """While it is open, the list is given the seconds of each call of the language model's last layer."""
+    """Fills the list with the seconds of each call of the language model's last layer."""
     layer = model.model.language_model.layers[-1]
     starts: list[float] = []
     seconds: list[float] = []
@@ -359,8 +359,8 @@ def measure_round(
     turns: list[tuple[Variant, PreTrainedModel]], inputs: Inputs
 ) -> tuple[dict[tuple[str, Variant], float], dict[Variant, int]]:
     """
-    Every quantity once, as in [`Measurement`]. Within each quantity the variants take turns in the given order. CMAI
-    does not touch the tower, so that variants with it are given the features of those without.
+    Measures every quantity once, as in [`Measurement`]. Within each quantity the variants take turns in the given order.
+    CMAI does not change the tower, so variants with CMAI get the features of those without.
     """
     seconds, features, prefilled = {}, {}, {}
     for variant, model in turns:
@@ -389,12 +389,12 @@ def measure(
     setup: Setup, name: str, batch_sizes: list[int], repeats: int, dtype: torch.dtype
 ) -> dict[int, Measurement]:
     """
-    Medians of all rounds, for each batch size. The models are made outside of inference mode, as those of users are:
-    else torch multiplies by the head's weights on a slower path, which in bfloat16 takes seconds.
+    Medians of all rounds, for each batch size. The models are built outside inference mode, as users do. In inference mode
+    torch multiplies by the head's weights on a slower path, which takes seconds in bfloat16.
     """
     models = build_models(setup, dtype)
     check_models(models)
-    check_lengths(models, make_inputs(setup, min(batch_sizes), dtype))  # runs what is timed, and so warms up
+    check_lengths(models, make_inputs(setup, min(batch_sizes), dtype))  # this also warms up
     measurements = {}
     for batch_size in batch_sizes:
         inputs = make_inputs(setup, batch_size, dtype)
@@ -402,7 +402,7 @@ def measure(
         samples = defaultdict(list)
         num_rounds = setup.num_rounds(batch_size, repeats)
         for _ in tqdm(range(num_rounds), desc=f"{name}, {dtype}, batch {batch_size}", unit="round"):
-            # Who comes later finds the inputs and the code in the processor's caches: the order changes every round.
+            # Later variants find the inputs and the code in the processor's caches, so the order changes every round.
             turns.reverse()
             seconds, cache_bytes = measure_round(turns, inputs)
             for key, value in seconds.items():
@@ -416,12 +416,12 @@ def measure(
 
 
 def format_cell(value: float, stock: float, unit: str, digits: int) -> str:
-    """A value, and how many times as much the stock model has."""
+    """A value, and the stock model's value divided by it."""
     return f"{value:,.{digits}f} {unit} ({stock / value:.2f}x)"
 
 
 def format_table(measurement: Measurement) -> str:
-    """One batch size of one configuration as a Markdown table, a row for each variant."""
+    """One batch size of one configuration as a Markdown table, one row per variant."""
     setup, stock = measurement.setup, measurement.setup.stock
 
     def milliseconds(seconds_of: Callable[[Variant], float], variant: Variant) -> str:
@@ -463,13 +463,13 @@ def format_setup(name: str, setup: Setup, measurements: dict[int, Measurement]) 
 @dataclass(frozen=True)
 class Bar:
     """
-    What a measurement is held against.
+    A limit to compare a measured number with.
 
     Args:
-        label (`str`): What is measured.
-        value (`Callable`): The measured number, of a [`Measurement`].
-        limit (`Callable`): The number it is held against, by batch size; `None` for none.
-        is_most (`bool`): Whether the limit is the most that is allowed, not the least.
+        label (`str`): Name of the number.
+        value (`Callable`): Takes a [`Measurement`] and returns the number.
+        limit (`Callable`): Takes a setup and a batch size and returns the limit, or `None` if there is none.
+        is_most (`bool`): Whether the limit is a maximum, not a minimum.
         is_share (`bool`): Whether the number is a share, not a ratio.
     """
 
@@ -483,7 +483,7 @@ class Bar:
         return f"{number:.1%}" if self.is_share else f"{number:.2f}x"
 
     def cell(self, measurement: Measurement, batch_size: int) -> str:
-        """The measured number, the limit and whether it is met."""
+        """The measured number, the limit, and whether the number meets it."""
         value, limit = self.value(measurement), self.limit(measurement.setup, batch_size)
         if limit is None:
             return self.format(value)
@@ -494,11 +494,11 @@ class Bar:
 
 def list_bars() -> list[Bar]:
     """
-    All bars. What they are of is given by place, not by number of visual tokens, which differs by configuration: place 0
-    has the stock model's tokens, 1, 2 and 3 those of the budgets.
+    All bars. A place names the number of visual tokens, which differs by configuration: place 0 has the stock model's
+    tokens, places 1 to 3 have those of the budgets.
     """
 
-    def of_place(setup: Setup, place: int, use_cmai: bool = False) -> Variant:
+    def variant_at(setup: Setup, place: int, use_cmai: bool = False) -> Variant:
         return replace(setup.variants[place], use_cmai=use_cmai)
 
     names = ["all", *(str(budget) for budget in SETUPS["7B"].budgets)]
@@ -507,7 +507,7 @@ def list_bars() -> list[Bar]:
         bars.append(
             Bar(
                 f"{OWN_WORK}, of the tower's time, {names[place]} tokens",
-                lambda measured, place=place: measured.seconds[OWN_WORK, of_place(measured.setup, place)],
+                lambda measured, place=place: measured.seconds[OWN_WORK, variant_at(measured.setup, place)],
                 lambda setup, batch_size: 0.05,
                 is_most=True,
                 is_share=True,
@@ -518,7 +518,7 @@ def list_bars() -> list[Bar]:
             Bar(
                 f"vision tower, stock / {names[place]} tokens",
                 lambda measured, place=place: (
-                    measured.tower(measured.setup.stock) / measured.tower(of_place(measured.setup, place))
+                    measured.tower(measured.setup.stock) / measured.tower(variant_at(measured.setup, place))
                 ),
                 lambda setup, batch_size: 1.0,
             )
@@ -529,8 +529,8 @@ def list_bars() -> list[Bar]:
                 Bar(
                     f"{label}, CMAI / without, {names[place]} tokens",
                     lambda measured, quantity=quantity, place=place: (
-                        measured.at_full_depth(quantity, of_place(measured.setup, place, use_cmai=True))
-                        / measured.at_full_depth(quantity, of_place(measured.setup, place))
+                        measured.at_full_depth(quantity, variant_at(measured.setup, place, use_cmai=True))
+                        / measured.at_full_depth(quantity, variant_at(measured.setup, place))
                     ),
                     lambda setup, batch_size: 1.1,
                     is_most=True,
@@ -543,7 +543,7 @@ def list_bars() -> list[Bar]:
                     f"whole prefill, stock / {names[place]} tokens{' and CMAI' * use_cmai}, {label}",
                     lambda measured, full_depth=full_depth, place=place, use_cmai=use_cmai: (
                         measured.whole_prefill(measured.setup.stock, full_depth)
-                        / measured.whole_prefill(of_place(measured.setup, place, use_cmai), full_depth)
+                        / measured.whole_prefill(variant_at(measured.setup, place, use_cmai), full_depth)
                     ),
                     lambda setup, batch_size: None if setup is not SETUPS["7B"] else 2.0 if batch_size == 1 else 4.0,
                 )
@@ -552,7 +552,7 @@ def list_bars() -> list[Bar]:
 
 
 def format_bars(measurements: Measurements) -> str:
-    """The bars as a Markdown section: a row for each, a column for each batch size of each configuration and dtype."""
+    """The bars as a Markdown section: one row per bar, one column per batch size, configuration and dtype."""
     header = [f"{name}, {dtype}, batch {batch_size}" for dtype, name, batch_size in measurements]
     lines = ["### Bars", "", f"| | {' | '.join(header)} |", f"|---{'|---:' * len(header)}|"]
     for bar in list_bars():
@@ -582,9 +582,9 @@ def main() -> None:
         "--repeats",
         type=int,
         default=3,
-        help="rounds that a median is over (10 times as many for tiny, one for 7B above batch 1)",
+        help="take the median of this many rounds (10 times as many for tiny, one for 7B above batch 1)",
     )
-    parser.add_argument("--threads", type=int, help="threads of torch; its own choice by default")
+    parser.add_argument("--threads", type=int, help="number of threads (default: torch's choice)")
     parser.add_argument("--output-dir", type=Path, help="also write the tables to compare_vmtc_cmai.md in this folder")
     arguments = parser.parse_args()
 

@@ -1,7 +1,7 @@
 """
-Measures prefill, decode, cache and memory of TA-LLaVA against `transformers.LlavaForConditionalGeneration` and against
-InstructBLIP's Q-Former with the same vision tower and language model: random weights, which all share, one machine, one
-run, the systems by turns.
+Compares prefill, decoding, cache and memory of TA-LLaVA with `transformers.LlavaForConditionalGeneration` and with
+InstructBLIP's Q-Former. All have the same vision tower and language model with the same random weights. They take turns in
+one run on one machine.
 
     make bench
     python benchmarks/compare_with_llava.py --configs gemma-2-2b vicuna-7b --images 1 4 --device cuda
@@ -43,9 +43,9 @@ from ta_llava.modeling_ta_llava import keep_state
 
 NUM_TEXT_TOKENS = 40
 NUM_DECODE_TOKENS = 16
-NUM_QUERIES = 32  # of the Q-Former, for each image
+NUM_QUERIES = 32  # queries of the Q-Former for each image
 
-# Which ids these are makes no difference to the time, so all configurations have the same.
+# The ids make no difference to the time, so all configurations have the same.
 RESPONSE_MARKER_IDS = [4, 5]
 IMAGE_TOKEN_ID = 6
 FIRST_WORD_ID = 7
@@ -63,14 +63,14 @@ class Setup:
 
     Args:
         description (`str`): The backbones in words.
-        vision_config, text_config (`dict`): Of the backbones, `model_type` included.
-        vision_feature_layer (`int`): Index into the hidden states of the tower that gives the visual tokens.
-        num_prefix_tokens (`int`): What replaces the visual tokens.
-        qformer_config (`dict`): Of the Q-Former, where it is not InstructBLIP's own.
-        dtype (`str`): Unless another is asked for.
-        cpu_layers (`int`, *optional*): Layers of the language model on the CPU, where all would take too long or too
-            much memory; what they take is multiplied. All by default.
-        rounds_per_repeat (`int`): Measured rounds for each of `--repeats`; more where a round takes milliseconds.
+        vision_config, text_config (`dict`): Configs of the backbones, with `model_type`.
+        vision_feature_layer (`int`): Index of the tower's hidden state that gives the visual tokens.
+        num_prefix_tokens (`int`): Number of prefix tokens, which replace the visual tokens.
+        qformer_config (`dict`): Settings of the Q-Former that differ from InstructBLIP's.
+        dtype (`str`): The default dtype.
+        cpu_layers (`int`, *optional*): Layers of the language model to run on the CPU, if all would take too long or too
+            much memory. Their time and memory are multiplied. Default: all.
+        rounds_per_repeat (`int`): Measured rounds for each of `--repeats`. Quick configurations have more.
         reference (`str`, *optional*): A configuration whose LLaVA is another row of the tables, if it is measured too.
     """
 
@@ -91,7 +91,7 @@ class Setup:
         return (self.vision_config["image_size"] // self.vision_config["patch_size"]) ** 2
 
     def num_placeholders(self, num_images: int) -> dict[str, int]:
-        """Tokens that the images of a row take in the sequence of each system."""
+        """Tokens that the images of a row take up in the sequence of each system."""
         return {
             LLAVA: num_images * self.num_visual_tokens,
             Q_FORMER: num_images * NUM_QUERIES,
@@ -104,7 +104,7 @@ class Setup:
         return full if device.type != "cpu" or self.cpu_layers is None else self.cpu_layers
 
     def depth(self, device: torch.device) -> float:
-        """How many times as many layers the language model has as are measured on a device."""
+        """Layers of the language model, divided by those that are measured on a device."""
         return self.text_config["num_hidden_layers"] / self.num_layers(device)
 
 
@@ -242,9 +242,9 @@ class Inputs:
     Args:
         pixel_values (`torch.FloatTensor` of shape `(B * I, 3, H, W)`): The images, row by row.
         input_ids (`dict`): Token ids `(B, placeholders + 40)` for each system.
-        text_ids (`torch.LongTensor`): As many token ids as TA-LLaVA has, without placeholders.
-        instruction_ids (`torch.LongTensor` of shape `(B * I, 38)`): What the Q-Former reads beside each image, in its own
-            vocabulary: the text without the response marker.
+        text_ids (`torch.LongTensor`): As many token ids as in TA-LLaVA's sequence, without placeholders.
+        instruction_ids (`torch.LongTensor` of shape `(B * I, 38)`): The instruction that the Q-Former reads with each image,
+            in its own vocabulary: the text without the response marker.
     """
 
     pixel_values: torch.Tensor
@@ -259,11 +259,10 @@ class Measurement:
     One batch size and number of images.
 
     Args:
-        num_rounds (`int`): Rounds that the medians are over.
+        num_rounds (`int`): Number of measured rounds.
         seconds (`dict`): Medians by quantity and system.
         cache_bytes (`dict`): Bytes of the cache after the prefill, by system.
-        peak_bytes (`dict`): By system, what torch had allocated at most from the pixels to the first token beyond the
-            weights.
+        peak_bytes (`dict`): By system, the peak of torch's memory from the pixels to the first token, without the weights.
     """
 
     num_rounds: int
@@ -277,8 +276,8 @@ class Measurement:
 
 class QFormer(nn.Module):
     """
-    What InstructBLIP has in place of LLaVA's projector, for the visual tokens of a tower of any width: queries that read
-    the instruction and an image in a Q-Former, and a projection of them to the width of the language model.
+    InstructBLIP's replacement for LLaVA's projector, for a vision tower of any width: queries read the instruction and an
+    image in a Q-Former, and are projected to the width of the language model.
     """
 
     def __init__(self, config: InstructBlipQFormerConfig, width: int):
@@ -302,7 +301,7 @@ class QFormer(nn.Module):
 
 @dataclass(frozen=True)
 class Systems:
-    """All that is compared; the Q-Former works in the LLaVA model, in place of its projector."""
+    """The compared systems. The Q-Former works in the LLaVA model, in place of its projector."""
 
     llava: PreTrainedModel
     qformer: QFormer
@@ -323,10 +322,10 @@ class Systems:
 
 def build_systems(setup: Setup, dtype: torch.dtype, device: torch.device, attention: str | None = None) -> Systems:
     """
-    All systems with random weights. The backbones are one set of tensors; each system keeps its own kind of projector:
-    LLaVA two layers, TA-LLaVA one. With a Gemma-2 language model a stock LLaVA leaves out `final_logit_softcapping`, in
-    TA-LLaVA's disfavour: it is one `tanh` over the logits of one column. `attention` is the implementation in the language
-    models; by default that which the library takes, which is eager for Gemma-2.
+    Builds all systems with random weights. They share the tensors of the backbones. Each keeps its own projector: LLaVA's
+    has two layers, TA-LLaVA's one. With a Gemma-2 language model a stock LLaVA leaves out `final_logit_softcapping`, which
+    counts against TA-LLaVA: it is one `tanh` over the logits of one column. `attention` is the attention implementation of
+    the language models. By default the library chooses it: eager for Gemma-2.
     """
     parts = {
         "vision_config": setup.vision_config,
@@ -342,7 +341,7 @@ def build_systems(setup: Setup, dtype: torch.dtype, device: torch.device, attent
     )
     vision_width = setup.vision_config["hidden_size"]
     qformer_config = InstructBlipQFormerConfig(**setup.qformer_config, encoder_hidden_size=vision_width)
-    with torch.device(device), no_init_weights():  # filling is faster than the initialisation, and enough here
+    with torch.device(device), no_init_weights():  # `normal_` below is faster, and enough here
         llava, ta_llava = (
             AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
             for config in (llava_config, ta_llava_config)
@@ -373,7 +372,7 @@ def share_parameters(source: nn.Module, target: nn.Module) -> None:
 def make_inputs(
     setup: Setup, batch_size: int, num_images: int, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> Inputs:
-    """Random images and text. The text ends with the response marker: all before it is instruction, as in a chat."""
+    """Random images and text. The text ends with the response marker, so everything before it is the instruction."""
     image_size, vocab_size = setup.vision_config["image_size"], setup.text_config["vocab_size"]
     marker = torch.tensor(RESPONSE_MARKER_IDS).expand(batch_size, -1)
     words = torch.randint(FIRST_WORD_ID, vocab_size, (batch_size, NUM_TEXT_TOKENS - marker.shape[1]))
@@ -393,12 +392,12 @@ def make_inputs(
 
 
 def count_bytes(module: nn.Module) -> int:
-    """Bytes of the parameters of a module, those it shares (tied embeddings) once."""
+    """Bytes of the parameters of a module. Shared ones (tied embeddings) count once."""
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
 def check_backbones(systems: Systems) -> None:
-    """Raises unless the backbones are the same tensors in both models and run by the same attention implementation."""
+    """Raises unless both models have the same tensors and the same attention implementation in their backbones."""
     llava, ta_llava = systems.llava, systems.ta_llava
     for part, theirs, ours in (
         ("vision tower", llava.model.vision_tower, ta_llava.model.vision_tower),
@@ -417,7 +416,7 @@ def check_backbones(systems: Systems) -> None:
 
 
 def attention_implementations(systems: Systems) -> dict[str, str]:
-    """How attention is computed in all parts."""
+    """The attention implementation of each part."""
     modules = {"Q-Former": systems.qformer.qformer}
     for name, model in ((LLAVA, systems.llava), (TA_LLAVA, systems.ta_llava)):
         modules[f"{name}'s vision tower"] = model.model.vision_tower
@@ -426,7 +425,7 @@ def attention_implementations(systems: Systems) -> dict[str, str]:
 
 
 def check_length(name: str, what: str, found: int, expected: int) -> None:
-    """Raises unless something is as long as expected."""
+    """Raises unless a length is as expected."""
     if found != expected:
         raise RuntimeError(f"{name}: {what} is {found}, expected {expected}.")
 
@@ -436,8 +435,8 @@ def check_length(name: str, what: str, found: int, expected: int) -> None:
 
 def run_tower(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
     """
-    Features of N images before the projector, `(N, M, vision width)`, as each model makes them: stock LLaVA runs the blocks
-    behind the one whose output it takes, too.
+    Features of N images before the projector, `(N, M, vision width)`, computed as each model does: stock LLaVA also runs
+    the blocks after the one whose output it takes.
     """
     if isinstance(model, TaLlavaForConditionalGeneration):
         return model.get_vision_features(pixel_values)
@@ -454,9 +453,8 @@ def run_prefill(
     project: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, DynamicCache]:
     """
-    First token `(B, 1)` and the cache, from images `(N, 3, H, W)`, tower included, or from the `features` of
-    `run_tower`: what is left are the projector, the language model and in TA-LLaVA the adapters. With `project` it makes
-    the visual tokens of a LLaVA in place of its projector.
+    First token `(B, 1)` and the cache, from images `(N, 3, H, W)` with the tower, or from the `features` of `run_tower`
+    without it. `project` makes the visual tokens of a LLaVA in place of its projector.
     """
     cache = DynamicCache(config=model.config.text_config)
     rows = (len(input_ids), -1)
@@ -475,14 +473,14 @@ def run_prefill(
 
 
 def run_text_only(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """First token `(B, 1)` by the language model and its head alone."""
+    """First token `(B, 1)`, from the language model and its head alone."""
     cache = DynamicCache(config=model.config.text_config)
     states = model.model.language_model(input_ids=input_ids, **{CACHE: cache}).last_hidden_state
     return model.lm_head(states[:, -1:]).argmax(dim=-1)
 
 
 def run_decode(model: PreTrainedModel, token: torch.Tensor, cache: DynamicCache) -> None:
-    """Greedy steps after a prefill; the cache grows with them."""
+    """Decodes greedily after a prefill. The cache grows."""
     for _ in range(NUM_DECODE_TOKENS):
         token = model(input_ids=token, logits_to_keep=1, **{CACHE: cache}).logits.argmax(dim=-1)
 
@@ -496,13 +494,13 @@ def count_cache_bytes(cache: DynamicCache) -> int:
 
 
 def synchronize() -> None:
-    """Waits for what a GPU still has to do."""
+    """Waits until the GPU has finished."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 def timed(function: Callable, *args, **kwargs) -> tuple[Any, float]:
-    """Result of a call, and its seconds."""
+    """Result of a call, and the seconds it took."""
     synchronize()
     start = time.perf_counter()
     result = function(*args, **kwargs)
@@ -512,7 +510,7 @@ def timed(function: Callable, *args, **kwargs) -> tuple[Any, float]:
 
 @contextmanager
 def layers_timer(model: PreTrainedModel) -> Iterator[list[float]]:
-    """While it is open, the list is given the seconds that each pass takes in the layers of the language model (CPU)."""
+    """Fills the list with the seconds that each pass takes in the layers of the language model (CPU)."""
     layers = model.model.language_model.layers
     starts: list[float] = []
     seconds: list[float] = []
@@ -528,7 +526,7 @@ def layers_timer(model: PreTrainedModel) -> Iterator[list[float]]:
 
 
 def timed_at_depth(depth: float, model: PreTrainedModel, function: Callable, *args, **kwargs) -> tuple[Any, float]:
-    """As [`timed`], for `depth` times as many layers in the language model of `model` as it has."""
+    """As [`timed`], extrapolated to `depth` times as many layers in the language model."""
     if depth == 1:
         return timed(function, model, *args, **kwargs)
     with layers_timer(model) as of_layers:
@@ -537,7 +535,7 @@ def timed_at_depth(depth: float, model: PreTrainedModel, function: Callable, *ar
 
 
 def kernel_seconds(function: Callable, *args, **kwargs) -> float:
-    """Seconds that a GPU computes in a call; the rest of its time it waits for the next thing to do."""
+    """Seconds that a GPU computes in a call, without the time in which it waits for Python."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         function(*args, **kwargs)
         synchronize()
@@ -546,18 +544,18 @@ def kernel_seconds(function: Callable, *args, **kwargs) -> float:
 
 
 def allocated_bytes(function: Callable, *args, **kwargs) -> int:
-    """Bytes that torch has on the CPU at most during a call, beyond what it had before."""
+    """Peak of torch's memory on the CPU during a call, in bytes beyond what it had before."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         function(*args, **kwargs)
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
-    return max(accumulate(event.nbytes() for event in events), default=0)  # negative for what is freed
+    return max(accumulate(event.nbytes() for event in events), default=0)  # freed memory is negative
 
 
 def measure_peaks(setup: Setup, systems: Systems, inputs: Inputs, cache_bytes: dict[str, int]) -> dict[str, int]:
     """
-    Peaks of memory as in [`Measurement`]. To that of fewer layers the cache of the others is added, which is their part of
-    it, or more, if the peak is in the tower.
+    Peaks of memory as in [`Measurement`]. If only some layers are measured, the cache of the others is added. That is their
+    part of the peak, or more if the peak is in the tower.
     """
     device = inputs.pixel_values.device
     peak_bytes = {}
@@ -579,18 +577,18 @@ def measure_round(
     setup: Setup, systems: Systems, turns: list[str], inputs: Inputs
 ) -> tuple[dict[tuple[str, str], float], dict[str, int]]:
     """
-    Every quantity once, in seconds, and the bytes of the caches, as in [`Measurement`]. Within each quantity the systems
-    take turns in the given order.
+    Measures every quantity once, in seconds, and the bytes of the caches, as in [`Measurement`]. Within each quantity the
+    systems take turns in the given order.
 
     Raises:
-        `RuntimeError`: The visual tokens or the caches are not as many as expected.
+        `RuntimeError`: The number of visual tokens or the length of a cache is not as expected.
     """
     models = systems.models
     depth = setup.depth(inputs.pixel_values.device)
     project = dict.fromkeys(turns) | {Q_FORMER: partial(systems.qformer, inputs.instruction_ids)}
     seconds, features, prefilled, cache_bytes = {}, {}, {}, {}
     for name in turns:
-        if name != Q_FORMER:  # has LLaVA's own tower
+        if name != Q_FORMER:  # it uses LLaVA's tower
             features[name], seconds[TOWER, name] = timed(run_tower, models[name], inputs.pixel_values)
             check_length(name, "the number of visual tokens", features[name].shape[1], setup.num_visual_tokens)
     features[Q_FORMER], seconds[TOWER, Q_FORMER] = features[LLAVA], seconds[TOWER, LLAVA]
@@ -645,7 +643,7 @@ def measure(
     warm_up: bool = False,
     progress: str | None = None,
 ) -> Measurement:
-    """Medians of all rounds; with `warm_up`, and before several, there is one more that does not count."""
+    """Medians of all rounds. With `warm_up`, or before several rounds, one more round comes first and does not count."""
     parameter = next(systems.llava.parameters())
     inputs = make_inputs(setup, batch_size, num_images, parameter.dtype, parameter.device)
     num_rounds = repeats * setup.rounds_per_repeat
@@ -653,7 +651,7 @@ def measure(
     turns = list(systems.models)
     samples = defaultdict(list)
     for index in tqdm(range(num_warmup_rounds + num_rounds), desc=progress, unit="round"):
-        # Who comes later finds the inputs and the code in the processor's caches: the order changes every round.
+        # Later systems find the inputs and the code in the processor's caches, so the order changes every round.
         turns.reverse()
         seconds, cache_bytes = measure_round(setup, systems, turns, inputs)
         if index < num_warmup_rounds:
@@ -669,7 +667,7 @@ def measure(
 # --- report --------------------------------------------------------------------------------------------------------
 
 
-# The columns of a table: what a record has under a name, a heading, and a unit and its size.
+# The columns of a table: key of a record, heading, unit and its size.
 COLUMNS = {
     "tower_seconds": ("vision tower", "ms", 1e-3),
     "prefill_seconds": ("prefill after the tower", "ms", 1e-3),
@@ -685,7 +683,7 @@ COLUMNS = {
 def make_records(
     setup: Setup, batch_size: int, num_images: int, measurement: Measurement, weight_bytes: dict[str, int]
 ) -> list[dict[str, Any]]:
-    """A record for each system: what was measured of it at one batch size and number of images of a row."""
+    """One record per system: its measurements at one batch size and number of images per row."""
     records = []
     for name, num_placeholders in setup.num_placeholders(num_images).items():
         seconds = {quantity: value for (quantity, of), value in measurement.seconds.items() if of == name}
@@ -709,14 +707,14 @@ def make_records(
                 "peak_bytes_with_weights": measurement.peak_bytes[name] + weight_bytes[name],
             }
         )
-    # With the features of the images at hand the first token of the next question is the prefill's.
+    # The second question needs no vision tower, so its first token takes only the prefill.
     second = {**records[-1], "system": SECOND_QUESTION, "tower_seconds": None}
     second |= dict.fromkeys(("peak_bytes", "peak_bytes_with_weights", "text_only_prefill_seconds"))
     return [*records, {**second, "first_token_seconds": second["prefill_seconds"]}]
 
 
 def format_value(value: float | None, of_llava: float | None, unit_size: float) -> str:
-    """A value in its unit, and how many times as much LLaVA has; empty where there is none."""
+    """A value in its unit, and LLaVA's value divided by it; empty if there is no value."""
     if value is None:
         return ""
     value, of_llava = value / unit_size, None if of_llava is None else of_llava / unit_size
@@ -726,7 +724,7 @@ def format_value(value: float | None, of_llava: float | None, unit_size: float) 
 
 
 def format_cell(records: list[dict[str, Any]]) -> str:
-    """The records of one batch size and number of images as a Markdown table, a row for each system; LLaVA's is first."""
+    """The records of one batch size and number of images as a Markdown table, one row per system, LLaVA first."""
     llava = records[0]
     columns = {key: column for key, column in COLUMNS.items() if llava[key] is not None}
     headings = ["", "tokens", *(f"{heading}, {unit}" for heading, unit, _ in columns.values()), "tokens/s"]
@@ -741,7 +739,7 @@ def format_cell(records: list[dict[str, Any]]) -> str:
 
 
 def format_section(name: str, results: dict[str, dict[str, Any]]) -> str:
-    """All that was measured of one configuration as a Markdown section."""
+    """All measurements of one configuration as a Markdown section."""
     setup, result = SETUPS[name], results[name]
     full, measured = setup.text_config["num_hidden_layers"], result["num_layers"]
     sections = [f"### {name}: {setup.description}", describe_run(result)]
@@ -772,20 +770,20 @@ def format_section(name: str, results: dict[str, dict[str, Any]]) -> str:
 
 
 def describe_run(result: dict[str, Any]) -> str:
-    """One line on how the numbers of a configuration came about."""
+    """One line that says how a configuration was measured."""
     parts = ", ".join(f"{name} {implementation}" for name, implementation in result["attention"].items())
     return f"{result['machine']}. Attention: {parts}."
 
 
 def describe_machine(dtype: torch.dtype, device: torch.device | str = "cpu") -> str:
-    """One line on what the numbers were measured with."""
+    """One line that names versions, threads, dtype and hardware."""
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     line = f"{versions}, threads: {torch.get_num_threads()}, {str(dtype).removeprefix('torch.')}, {cpu_name()}"
     return line if torch.device(device).type == "cpu" else f"{line}, {torch.cuda.get_device_name(device)}"
 
 
 def cpu_name() -> str:
-    """Name of the processor; Linux tells it in a file, other systems through `platform`."""
+    """Name of the processor, from a file on Linux and from `platform` elsewhere."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
@@ -794,7 +792,7 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-NOTES = f"""Medians; in brackets, how many times as much LLaVA takes. Random weights, the backbones' tensors shared.
+NOTES = f"""Medians. In brackets: LLaVA's value divided by this one. Weights are random; the backbones' are shared.
 
 - LLaVA: `LlavaForConditionalGeneration`, all visual tokens of each image.
 - Q-Former: InstructBLIP's way to the same language model, with {NUM_QUERIES} queries for each image; its vision tower is
@@ -807,18 +805,18 @@ NOTES = f"""Medians; in brackets, how many times as much LLaVA takes. Random wei
 - Kernels (with `--kernel-time`): the time in which the GPU computes; the rest of the prefill it waits for Python."""
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="TA-LLaVA against LLaVA and the Q-Former with the same backbones.")
     parser.add_argument("--configs", nargs="+", choices=list(SETUPS), default=DEFAULT_SETUPS)
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--images", nargs="+", type=int, default=[1], help="images of a row")
+    parser.add_argument("--images", nargs="+", type=int, default=[1], help="numbers of images per row")
     parser.add_argument(
         "--repeats",
         type=int,
         default=7,
-        help="rounds that a median is over (10 times as many for tiny); before several, and at first, one more warms up",
+        help="take the median of this many rounds (10 times as many for tiny), after one that warms up",
     )
-    parser.add_argument("--threads", type=int, help="threads of torch; its own choice by default")
+    parser.add_argument("--threads", type=int, help="number of threads (default: torch's choice)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], help="default: float32, bfloat16 for gemma-2-2b and vicuna-7b"
@@ -826,55 +824,65 @@ def main() -> None:
     parser.add_argument(
         "--attention",
         choices=["eager", "sdpa", "flex_attention", "flash_attention_2"],
-        help="of the language models; the library's choice by default, which is eager for Gemma-2",
+        help="attention of the language models (default: the library's choice, which is eager for Gemma-2)",
     )
     parser.add_argument("--kernel-time", action="store_true", help="also profile the prefill's kernels (cuda)")
     parser.add_argument(
-        "--output", type=Path, help="also write the tables to this Markdown file, and a JSON beside it"
+        "--output", type=Path, help="also write the tables to this Markdown file, and a JSON file beside it"
     )
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda: torch {torch.__version__} finds no GPU.")
-    if arguments.kernel_time and device.type != "cuda":
+    if arguments.kernel_time and arguments.device != "cuda":
         parser.error("--kernel-time needs --device cuda.")
+    return arguments
 
+
+def measure_setup(name: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Measures a configuration. Yields one growing result, after each batch size and number of images."""
+    setup, device = SETUPS[name], torch.device(arguments.device)
+    dtype = getattr(torch, arguments.dtype or setup.dtype)
+    # Not in inference mode: parameters that are created in it take slower paths.
+    systems = build_systems(setup, dtype, device, arguments.attention)
+    check_backbones(systems)
+    result: dict[str, Any] = {
+        "machine": describe_machine(dtype, device),
+        "attention": attention_implementations(systems),
+        "num_layers": setup.num_layers(device),
+        "records": [],
+    }
+    for num_images in arguments.images:
+        for batch_size in arguments.batch_sizes:
+            measurement = measure(
+                setup,
+                systems,
+                batch_size,
+                num_images,
+                arguments.repeats,
+                arguments.kernel_time,
+                warm_up=not result["records"],
+                progress=f"{name}, batch {batch_size}, images {num_images}",
+            )
+            weight_bytes = systems.weight_bytes(setup.depth(device))
+            result["records"] += make_records(setup, batch_size, num_images, measurement, weight_bytes)
+            yield result
+
+
+def main() -> None:
+    arguments = parse_arguments()
     torch.manual_seed(0)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     results: dict[str, dict[str, Any]] = {}
+    report = ""
     for name in arguments.configs:
-        setup = SETUPS[name]
-        dtype = getattr(torch, arguments.dtype or setup.dtype)
-        # Not in inference mode: parameters that are born in it take slower paths.
-        systems = build_systems(setup, dtype, device, arguments.attention)
-        check_backbones(systems)
-        result = results[name] = {
-            "machine": describe_machine(dtype, device),
-            "attention": attention_implementations(systems),
-            "num_layers": setup.num_layers(device),
-            "records": [],
-        }
-        for num_images in arguments.images:
-            for batch_size in arguments.batch_sizes:
-                measurement = measure(
-                    setup,
-                    systems,
-                    batch_size,
-                    num_images,
-                    arguments.repeats,
-                    arguments.kernel_time,
-                    warm_up=not result["records"],
-                    progress=f"{name}, batch {batch_size}, images {num_images}",
-                )
-                weight_bytes = systems.weight_bytes(setup.depth(device))
-                result["records"] += make_records(setup, batch_size, num_images, measurement, weight_bytes)
-                report = "\n\n".join([*(format_section(measured, results) for measured in results), NOTES])
-                if arguments.output is not None:  # after each, as the next may take long
-                    arguments.output.write_text(report + "\n")
-                    arguments.output.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
-        del systems
-        if device.type == "cuda":
+        for result in measure_setup(name, arguments):
+            results[name] = result
+            report = "\n\n".join([*(format_section(measured, results) for measured in results), NOTES])
+            if arguments.output is not None:  # after each, as the next may take long
+                arguments.output.write_text(report + "\n")
+                arguments.output.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
+        if arguments.device == "cuda":
             torch.cuda.empty_cache()
     print(report)
 

@@ -1,12 +1,12 @@
 """
-Counts what training costs at the papers' sizes: parameters, memory and floating point operations of each phase, on tensors
-without data, so that it takes a minute and no memory to speak of.
+Counts the cost of training at the papers' sizes: parameters, memory and floating point operations of each phase. The tensors
+have no data, so this takes a minute and hardly any memory.
 
     python benchmarks/count_training_cost.py --output benchmarks/results/count_training_cost.md
 
-Operations are those of `torch.utils.flop_counter` for a forward and backward pass with gradient checkpointing in the
-language model, of one sample with one image of 336 x 336 pixels. Activations are what the backward pass keeps of that
-sample in bfloat16, with the layer that it computes again. Weights, gradients and the two moments of Adam are in float32.
+Operations are those that `torch.utils.flop_counter` counts for one sample with one image of 336 x 336 pixels: a forward and
+backward pass with gradient checkpointing in the language model. Activations are the tensors that the backward pass keeps of
+that sample in bfloat16, with the layer that it computes again. Weights, gradients and Adam's two moments are in float32.
 """
 
 import argparse
@@ -28,13 +28,13 @@ from ta_llava.training.recipe import load_recipe
 RECIPES = Path(__file__).parent.parent / "recipes"
 CAPTIONS, INSTRUCTIONS = 558_128, 665_298  # samples of LLaVA-1.5's two mixtures
 GIGA, TERA = 1e9, 1e12
-# What a GPU is assumed to do, operations per second: a third of the peak of an A6000 in bfloat16, two fifths of an A100's.
+# Assumed operations per second: a third of an A6000's peak in bfloat16, two fifths of an A100's.
 SUSTAINED = {"an A6000": 50 * TERA, "an A100": 125 * TERA}
 
 
 @dataclass
 class Phase:
-    """One recipe at the size of the paper; `text_tokens` are those of question and answer."""
+    """One recipe at the size of the paper. `text_tokens` counts question and answer."""
 
     model: str  # one of `FULL_SIZE`
     recipe: str
@@ -55,7 +55,7 @@ PHASES = (
 
 
 def build_model(phase: Phase) -> Any:
-    """The model of a phase, without data, in bfloat16."""
+    """The model of a phase in bfloat16, without data."""
     config = full_size_config(phase.model)
     if phase.visual_tokens is not None:
         config.use_vmtc, config.vmtc_num_visual_tokens = True, phase.visual_tokens
@@ -65,26 +65,26 @@ def build_model(phase: Phase) -> Any:
 
 
 def loss_of_a_sample(model: Any, text_tokens: int) -> torch.Tensor:
-    """Forward pass of one sample with one image."""
+    """Loss of one sample with one image."""
     return run(model, torch.empty(1, 3, 336, 336, dtype=torch.bfloat16), text_tokens, labels=True).loss
 
 
 def count_operations(model: Any, text_tokens: int) -> int:
-    """Floating point operations of forward and backward pass of one sample."""
+    """Floating point operations of a forward and backward pass of one sample."""
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         loss_of_a_sample(model, text_tokens).backward()
     return counter.get_total_flops()
 
 
 def count_activations(model: Any, text_tokens: int) -> int:
-    """Bytes that the backward pass keeps of one sample, each storage once, parameters not."""
+    """Bytes that the backward pass keeps of one sample. Each storage counts once, parameters do not count."""
     parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept: dict[int, Any] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in parameters:
-            kept[storage._cdata] = storage  # held, so that no other gets its number
+            kept[storage._cdata] = storage  # held, so that no other storage gets its number
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -95,7 +95,7 @@ def count_activations(model: Any, text_tokens: int) -> int:
 
 
 def format_row(phase: Phase) -> str:
-    """The row of a phase; to be called in a `FakeTensorMode`."""
+    """The row of a phase. Call it in a `FakeTensorMode`."""
     model = build_model(phase)
     counts = count_parameters(model)
     trained, frozen = (sum(count[index] for count in counts.values()) for index in (0, 1))
@@ -103,7 +103,7 @@ def format_row(phase: Phase) -> str:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     operations = count_operations(model, phase.text_tokens)
     kept = count_activations(model, phase.text_tokens)
-    # A layer that is computed again keeps what it would have kept all along.
+    # The layer that is computed again keeps as much as it would without checkpointing.
     num_layers = model.config.text_config.num_hidden_layers
     kept += (without - kept) // num_layers
     total = operations * phase.num_samples
@@ -124,7 +124,7 @@ def format_row(phase: Phase) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What training costs at the papers' sizes.")
+    parser = argparse.ArgumentParser(description="Count the cost of training at the papers' sizes.")
     parser.add_argument("--output", type=Path, help="also write the table to this file")
     arguments = parser.parse_args()
     rates = " | ".join(f"hours of {name} at {rate / TERA:.0f} TFLOP/s" for name, rate in SUSTAINED.items())

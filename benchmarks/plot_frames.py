@@ -1,6 +1,6 @@
 """
-Counts what more frames cost TA-LLaVA and LLaVA with CLIP ViT-L/14 at 336 pixels and Gemma-2-2B: operations of the prefill
-and bytes of the KV cache, on tensors without data, so that it takes a minute and no weights.
+Counts the cost of more frames for TA-LLaVA and LLaVA with CLIP ViT-L/14 at 336 pixels and Gemma-2-2B: operations of the
+prefill and bytes of the KV cache. The tensors have no data, so this takes a minute and needs no weights.
 
     python benchmarks/plot_frames.py --output-dir benchmarks/results
 """
@@ -29,8 +29,8 @@ def paper_configs() -> dict[str, Any]:
 
 def operations_after_tower(config: Any, cost: Cost) -> int:
     """
-    Operations of the prefill after the vision tower, as generation runs it: of the logits, which [`Cost`] has of all
-    columns, only the last column's.
+    Operations of the prefill after the vision tower, as generation runs it: with the logits of the last column only.
+    [`Cost`] counts those of all columns.
     """
     head = 2 * config.text_config.hidden_size * config.text_config.vocab_size
     return sum(cost.operations.values()) - cost.operations[TOWER] - (cost.num_tokens - 1) * head
@@ -38,8 +38,8 @@ def operations_after_tower(config: Any, cost: Cost) -> int:
 
 def count_rows(configs: dict[str, Any], frames: tuple[int, ...] = FRAMES) -> list[dict[str, Any]]:
     """
-    A row for each number of frames: operations of the vision tower, which are the same in both models, and by model the
-    tokens of the sequence, operations after the tower and bytes of the cache.
+    One row per number of frames: operations of the vision tower, which are the same in both models, and by model the tokens
+    of the sequence, operations after the tower and bytes of the cache.
     """
     rows = []
     for num_frames in tqdm(frames, unit="length"):
@@ -57,7 +57,7 @@ def count_rows(configs: dict[str, Any], frames: tuple[int, ...] = FRAMES) -> lis
 
 
 def format_report(rows: list[dict[str, Any]], max_tokens: int) -> str:
-    """The rows as a Markdown table, with what one must know to read it."""
+    """The rows as a Markdown table, with notes on how to read it."""
     lines = [
         "| frames | vision tower, TFLOP | after it, TFLOP: LLaVA | TA-LLaVA | ratio | cache, MB: LLaVA | TA-LLaVA | ratio |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|",
@@ -85,7 +85,7 @@ def format_report(rows: list[dict[str, Any]], max_tokens: int) -> str:
 
 
 def draw(rows: list[dict[str, Any]], max_tokens: int, path: Path) -> None:
-    """Operations after the tower and cache over the frames; hollow marks where the sequence exceeds the context."""
+    """Draws operations after the tower and cache over the frames. A hollow mark is a sequence longer than the context."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
@@ -113,8 +113,8 @@ def draw(rows: list[dict[str, Any]], max_tokens: int, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Cost of TA-LLaVA and LLaVA over the number of frames.")
-    parser.add_argument("--output-dir", type=Path, required=True, help="for frames.md and frames.png")
+    parser = argparse.ArgumentParser(description="Count the cost of TA-LLaVA and LLaVA over the number of frames.")
+    parser.add_argument("--output-dir", type=Path, required=True, help="folder to write frames.md and frames.png to")
     arguments = parser.parse_args()
     configs = paper_configs()
     max_tokens = configs[LLAVA].text_config.max_position_embeddings

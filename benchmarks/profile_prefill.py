@@ -1,6 +1,6 @@
 """
-Where the time of TA-LLaVA's first token goes, and what it would be at least: operations and bytes of each stage over the
-rates of this machine, which are measured first. Random weights; written up in `PROFILE.md`.
+Shows where the time to TA-LLaVA's first token goes, and its floor: the operations and bytes of each stage, divided by the
+rates of this machine, which are measured first. The weights are random. `PROFILE.md` explains the results.
 
     python benchmarks/profile_prefill.py --output benchmarks/results/profile.md
 """
@@ -38,7 +38,7 @@ from ta_llava import TaLlavaForConditionalGeneration
 from ta_llava.analysis.cost import CPU_ATTENTION
 
 
-ROWS = (1, 8, 32, 72, 144, 288, 616, 1232, 4928)  # of a matrix product: 72 are TA-LLaVA's prefill, 616 LLaVA's
+ROWS = (1, 8, 32, 72, 144, 288, 616, 1232, 4928)  # of a matrix product; TA-LLaVA's prefill has 72, LLaVA's 616
 OTHER = "all else: norms, rotary embedding, residuals, masks"
 
 
@@ -46,7 +46,7 @@ OTHER = "all else: norms, rotary embedding, residuals, masks"
 
 
 def best_seconds(function: Any, repeats: int = 5) -> float:
-    """Of some calls, after one to warm up."""
+    """The shortest time of several calls, after one that warms up."""
     function()
     return min(timed(function)[1] for _ in range(repeats))
 
@@ -62,8 +62,8 @@ def measure_rates(dtype: torch.dtype, device: torch.device) -> tuple[float, floa
 
 def measure_rows(width: int, inner: int, dtype: torch.dtype, device: torch.device) -> list[tuple[int, float, float]]:
     """
-    Rows, and seconds of a product of so many with a weight `(inner, width)`: of `torch.nn.Linear`, and compiled with the
-    weight frozen, which the compiler then lays out for it once. Four weights by turns, so that none stays in the caches.
+    Numbers of rows, each with the seconds of its product with a weight `(inner, width)`: by `torch.nn.Linear`, and compiled
+    with a frozen weight, which the compiler lays out once. Four weights take turns, so that none stays in the caches.
     """
     layers = [nn.Linear(width, inner, bias=False, dtype=dtype, device=device) for _ in range(4)]
     results = []
@@ -85,7 +85,7 @@ def _run_all(layers: list[Any], x: torch.Tensor) -> None:
 
 
 def stages_of(model: TaLlavaForConditionalGeneration) -> dict[nn.Module, str]:
-    """The stage of each module that is timed. An adapter has two: it is called for keys and values, and to read."""
+    """The stage of each timed module. An adapter has two stages: it makes keys and values, and it reads."""
     base = model.model
     stages: dict[nn.Module, str] = {
         base.vision_tower: "vision tower",
@@ -101,7 +101,7 @@ def stages_of(model: TaLlavaForConditionalGeneration) -> dict[nn.Module, str]:
 
 @contextmanager
 def counting(model: TaLlavaForConditionalGeneration, count: Any) -> Iterator[dict[str, float]]:
-    """Sums what `count()` has grown by in each stage of the model, while it runs."""
+    """Sums the growth of `count()` in each stage of the model."""
     sums: dict[str, float] = defaultdict(float)
     begun: list[float] = []
 
@@ -124,7 +124,7 @@ def counting(model: TaLlavaForConditionalGeneration, count: Any) -> Iterator[dic
 
 @contextmanager
 def counting_bytes(model: nn.Module) -> Iterator[list[int]]:
-    """Counts the bytes that matrix products read and write, weights included, in the first item of a list."""
+    """Counts the bytes that matrix products read and write, with weights, in the first item of a list."""
     total = [0]
 
     def count(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
@@ -145,7 +145,7 @@ def clock() -> float:
 def profile(
     model: TaLlavaForConditionalGeneration, inputs: Inputs, repeats: int
 ) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
-    """Median seconds, operations and bytes of each stage of a prefill with its image, and of all (`"all"`)."""
+    """Median seconds, operations and bytes of each stage of a prefill with an image, and of the whole (`"all"`)."""
 
     def run() -> Any:
         return run_prefill(model, inputs.input_ids[TA_LLAVA], pixel_values=inputs.pixel_values)
@@ -172,7 +172,7 @@ def profile(
 def format_stages(
     seconds: dict[str, float], operations: dict[str, float], num_bytes: dict[str, float], rates: tuple[float, float]
 ) -> str:
-    """A table of the stages: time, operations, bytes, floor and how many times the floor the time is."""
+    """A table of the stages: time, operations, bytes, floor, and time divided by floor."""
     lines = ["| stage | ms | share | GFLOP | MB | floor, ms | time / floor |", "|---|---:|---:|---:|---:|---:|---:|"]
     stages = [stage for stage in seconds if stage != "all"]
     floors = {}
@@ -211,7 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--config", choices=list(SETUPS), default="gemma-2-2b")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--repeats", type=int, default=3, help="prefills that a median is over")
+    parser.add_argument("--repeats", type=int, default=3, help="take the median of this many prefills")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, help="also write the tables to this Markdown file")

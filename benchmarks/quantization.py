@@ -1,6 +1,6 @@
 """
-Measures what quantisation costs the shipped models in accuracy: all 9,673 questions of easy-VQA's official test split, with
-the weights in float32, in bfloat16, and quantised, where all that is not quantised is in bfloat16.
+Measures how much accuracy the shipped models lose by quantisation, on all 9,673 questions of easy-VQA's official test split.
+The weights are in float32, in bfloat16, or quantised; whatever is not quantised is then in bfloat16.
 
     python benchmarks/quantization.py --output benchmarks/results/quantization.md
 
@@ -32,7 +32,7 @@ from ta_llava.inference import answer
 
 @dataclass(frozen=True)
 class Precision:
-    """How weights are loaded; `dtype` is that of all that is not quantised."""
+    """How to load weights. `dtype` is for whatever is not quantised."""
 
     name: str
     dtype: torch.dtype
@@ -56,7 +56,7 @@ PRECISIONS = (
 
 @dataclass(frozen=True)
 class Setup:
-    """A shipped model; with a budget VMTC and CMAI are on."""
+    """A shipped model. With a budget, VMTC and CMAI are on."""
 
     name: str
     folder: Path
@@ -82,12 +82,12 @@ SETUPS = (
 
 
 def agreement(answers: list[str], others: list[str]) -> float:
-    """Share of answers that are the same."""
+    """Share of equal answers."""
     return fmean(one == other for one, other in zip(answers, others))
 
 
 def megabytes(model: Any) -> float:
-    """Size of the weights as they are saved."""
+    """Size of the saved weights."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) / 1e6
@@ -97,14 +97,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--every", type=int, default=1, help="of so many questions ask one")
+    parser.add_argument("--every", type=int, default=1, help="ask one question in this many")
     parser.add_argument("--output", type=Path, help="also write the table to this Markdown file")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda: torch {torch.__version__} finds no GPU.")
     if arguments.every < 1 or arguments.batch_size < 1:
         parser.error("--every and --batch-size must be at least 1.")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of every product that its inputs are cast
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs for every product that its inputs are cast
 
     samples = [(scene.path, *question) for scene in load_easy_vqa("test") for question in scene.questions]
     samples = samples[:: arguments.every]

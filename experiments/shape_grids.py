@@ -1,7 +1,7 @@
 """
-Four images of easy-VQA in one, two by two, with questions about one of them or all: which needs more of an image than
-easy-VQA itself, where one shape stands alone; or one image, with the same questions where they make sense. The images come
-from the official splits, so those of the test are new.
+Grids of four easy-VQA images, two by two, with questions about one of them or all. They need more of an image than easy-VQA
+itself, where one shape stands alone. A grid can also be one image, with the questions that make sense for it. The images
+come from the official splits, so a model has not seen those of the test.
 
     grids = build_grids("test", 500, seed=0)
     image, questions = grids[0].draw(), ask(grids[0], random.Random(0))
@@ -19,7 +19,7 @@ from ta_llava.data.easy_vqa import SHAPES, Scene, load_easy_vqa
 
 
 CELL = 64  # pixels
-# A word each: language models of a few layers find one token in a text, but learn to find two in a row much later.
+# One word each: small language models learn to find one token in a text long before they learn to find two in a row.
 POSITIONS = ("northwest", "northeast", "southwest", "southeast")
 QUESTION_TYPES = ("which colour", "which shape", "where", "how many")
 CAPTION_PROMPT = "Describe this image in detail."
@@ -29,13 +29,13 @@ CAPTION_PROMPT = "Describe this image in detail."
 class Grid:
     """
     Args:
-        cells (`list[Scene]`): Four in the order of `POSITIONS`, or one; colour and shape of each are known.
+        cells (`list[Scene]`): Four in the order of `POSITIONS`, or one. Colour and shape of each are known.
     """
 
     cells: list[Scene]
 
     def draw(self) -> Image.Image:
-        """The image, RGB, 128 x 128 pixels; of one cell 64 x 64."""
+        """The RGB image: 128 x 128 pixels, or 64 x 64 for one cell."""
         side = math.isqrt(len(self.cells))
         image = Image.new("RGB", (side * CELL, side * CELL))
         for index, cell in enumerate(self.cells):
@@ -49,7 +49,7 @@ class Grid:
 
     @property
     def names(self) -> list[str]:
-        """What the shapes are called."""
+        """Names of the shapes."""
         return ["shape"] if len(self.cells) == 1 else [f"{place} shape" for place in POSITIONS]
 
 
@@ -71,8 +71,8 @@ class GridQuestion:
 
 def build_grids(split: str, count: int, seed: int = 0, num_shapes: int = 4) -> list[Grid]:
     """
-    So many grids of scenes of a split of easy-VQA, `"train"` or `"test"`, drawn with replacement. The first grids do not
-    change with their number.
+    Draws `count` grids, with replacement, from the scenes of a split of easy-VQA, `"train"` or `"test"`. A larger `count`
+    does not change the first grids.
 
     Raises:
         `ValueError`: `num_shapes` is neither 1 nor 4.
@@ -85,7 +85,7 @@ def build_grids(split: str, count: int, seed: int = 0, num_shapes: int = 4) -> l
 
 
 def ask(grid: Grid, generator: random.Random) -> list[GridQuestion]:
-    """A question of each type, in the order of `QUESTION_TYPES`; about one shape only of the first two."""
+    """One question of each type, in the order of `QUESTION_TYPES`. A grid of one shape gets the first two types only."""
     questions = [_which_color(grid, generator), _which_shape(grid, generator)]
     if len(grid.cells) > 1:
         questions += [_where(grid, generator), _how_many(grid, generator)]
@@ -112,7 +112,7 @@ def _which_shape(grid: Grid, generator: random.Random) -> GridQuestion:
 def _where(grid: Grid, generator: random.Random) -> GridQuestion:
     captions = [cell.caption for cell in grid.cells]
     unique = [index for index, caption in enumerate(captions) if captions.count(caption) == 1]
-    index = generator.choice(unique) if unique else 0  # of several alike the first place is the answer
+    index = generator.choice(unique) if unique else 0  # if no shape is unique, the first place is the answer
     place = POSITIONS[index]
     shape = captions[index][2:]
     return GridQuestion(f"Where is the {shape}?", place, "where", f"The {shape} is {place}")
@@ -150,7 +150,7 @@ def _highlight(sentence: str, count: int) -> str:
     return " ".join([*(f"*{word}*" for word in words[:count]), *words[count:]])
 
 
-# From the sentence, the one word and the arguments of the task.
+# Each takes the sentence, the one word and the arguments of the task.
 _FOLLOW: dict[str, Callable[[str, str, dict[str, Any]], str]] = {
     "no_commas": lambda sentence, answer, arguments: sentence,
     "lowercase": lambda sentence, answer, arguments: sentence.lower(),

@@ -1,10 +1,10 @@
 """
-The small models behind `tables.py`: how they are trained on grids of shapes (`shape_grids.py`), and what is measured.
+Trains and measures the small models of `tables.py`, on grids of shapes (`shape_grids.py`).
 
 The language model is SmolLM2-135M-Instruct, or a Llama of 1.3 million parameters that learns here, from text alone, to
-answer questions about a described image and to follow instructions. DINOv2-small is the vision tower. Of the two a LLaVA
-and TA-LLaVAs are made and trained. The tower stays frozen, so that its features are computed once, with each way to
-compress them. Whatever is finished is kept in files, and not done again.
+answer questions about a described image and to follow instructions. The vision tower is DINOv2-small. A LLaVA and TA-LLaVAs
+are made of the two and trained. The tower stays frozen, so its features are computed once for each way to compress them.
+Finished work is kept in files and not repeated.
 """
 
 import json
@@ -56,8 +56,8 @@ from ta_llava.evaluation.instruction_following import (
 
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", "<image>"]
 LONGEST_ANSWER = 40  # words, in training
-NEW_TOKENS = 64  # of an answer to an instruction, and of a description
-TEXT_TOKENS = 22  # of a question with its turns, to count operations with
+NEW_TOKENS = 64  # maximum length of an answer to an instruction, and of a description
+TEXT_TOKENS = 22  # tokens of a question with its turns, to count operations
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -70,12 +70,12 @@ Item = tuple[str, str, int | None]  # prompt, answer, index of the image
 @dataclass
 class Data:
     """
-    Grids of the training and the test split, and what is asked about them.
+    Grids of the training and the test split, and the questions about them.
 
     Args:
         train, test (`list[Grid]`): The images.
-        seed (`int`): Of the questions and instructions in training. Those of the test are always the same.
-        if16_images (`int`): So many of the test images are asked about with instructions.
+        seed (`int`): Seed of the questions and instructions in training. Those of the test are always the same.
+        if16_images (`int`): Number of test images that are asked about with instructions.
     """
 
     train: list[Grid]
@@ -96,14 +96,15 @@ class Data:
         ]
 
     def text(self) -> list[Item]:
-        """The questions about descriptions instead of images, and requests to repeat these."""
+        """Questions about descriptions instead of images, and requests to repeat the descriptions."""
         told = [(described(grid, CAPTION_PROMPT), grid.caption, None) for grid in self.train]
         return told + [(described(self.train[i], text), answer, None) for text, answer, i in self.questions()]
 
     def instructions(self, about_images: bool = False) -> list[Item]:
         """
-        A question of each type about each image, with one of the 16 instructions. It is asked about the description or,
-        with `about_images`, about every hundredth image itself: without any a model answers all images in one word.
+        One question of each type about each image, with one of the 16 instructions. It is about the description. With
+        `about_images`, it is about the image itself for every hundredth image: a model that never sees instructions with
+        images answers all images in one word.
         """
         items: list[Item] = []
         for index, grid in enumerate(self.train):
@@ -122,13 +123,13 @@ class Data:
         return items
 
     def test_questions(self) -> list[tuple[int, Any]]:
-        """Index of the image, and question."""
+        """Questions, each with the index of its image."""
         return [
             (index, question) for index, grid in enumerate(self.test) for question in ask(grid, random.Random(index))
         ]
 
     def test_prompts(self) -> list[Prompt]:
-        """The 16 instructions for one question about each of the first test images, which their prompts name by index."""
+        """All 16 instructions for one question about each of the first test images. Prompts name images by index."""
         chosen = [ask(grid, random.Random(index)) for index, grid in enumerate(self.test[: self.if16_images])]
         items = [([index], questions[index % len(questions)].text) for index, questions in enumerate(chosen)]
         return build_prompts(items)
@@ -150,10 +151,10 @@ class Chat:
     Prompts and answers as token ids.
 
     Args:
-        tokenizer (`PreTrainedTokenizerFast`): Of the language model.
-        turns (`dict[str, str]`): How the turns of its conversations begin and end, from the config.
-        num_placeholders (`int`): For an image: of LLaVA in the turn of the user, of TA-LLaVA at the start.
-        at_start (`bool`): Which of the two.
+        tokenizer (`PreTrainedTokenizerFast`): Tokenizer of the language model.
+        turns (`dict[str, str]`): Text at the beginning and end of turns, from the config.
+        num_placeholders (`int`): Number of placeholders of an image.
+        at_start (`bool`): Whether placeholders are at the start (TA-LLaVA) or in the turn of the user (LLaVA).
     """
 
     def __init__(
@@ -191,7 +192,7 @@ class Samples(torch.utils.data.Dataset):
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         ids = [row["input_ids"] for row in rows]
-        # One more than the longest answer has: only its tokens, and the one before them, need logits.
+        # One more than the longest answer: only its tokens and the one before them need logits.
         labels = pad([[-100, *row["labels"]] for row in rows], -100, left=True)
         batch = {
             "input_ids": pad(ids, 0, left=True),
@@ -212,7 +213,7 @@ def pad(rows: list[list[int]], filler: int, left: bool = False) -> torch.Tensor:
 
 
 def select(features: torch.Tensor, images: list[int], one_per_row: bool) -> torch.Tensor:
-    """Features `(N, M, width)` as LLaVA takes them, or, with one image in each row, `(B, 1, M, width)` for TA-LLaVA."""
+    """Features `(N, M, width)` for LLaVA or, with one image per row, `(B, 1, M, width)` for TA-LLaVA."""
     chosen = features[images].float()
     return chosen[:, None] if one_per_row else chosen
 
@@ -221,7 +222,7 @@ def select(features: torch.Tensor, images: list[int], one_per_row: bool) -> torc
 
 
 def make_language_model(folder: Path, config: dict[str, Any]) -> None:
-    """A language model with its tokenizer in `folder/language-model`: one that is trained here, or SmolLM2-135M-Instruct."""
+    """Writes a language model and its tokenizer to `folder/language-model`: SmolLM2-135M-Instruct, or one trained here."""
     out = folder / "language-model"
     if out.is_dir():
         return
@@ -230,7 +231,7 @@ def make_language_model(folder: Path, config: dict[str, Any]) -> None:
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
         quantized = LlamaForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.float32)
         settings = {name: value for name, value in quantized.config.to_dict().items() if name != "quantization_config"}
-        model = LlamaForCausalLM(LlamaConfig.from_dict(settings))  # which can be saved
+        model = LlamaForCausalLM(LlamaConfig.from_dict(settings))  # it can be saved, unlike the quantised one
         model.load_state_dict(quantized.state_dict())
     else:
         tokenizer, model = train_language_model(folder, config)
@@ -240,8 +241,8 @@ def make_language_model(folder: Path, config: dict[str, Any]) -> None:
 
 
 def train_language_model(folder: Path, config: dict[str, Any]) -> tuple[PreTrainedTokenizerFast, LlamaForCausalLM]:
-    """A tokenizer and a Llama of the sizes in the config, of the stage `"text"`."""
-    data = load_data(config, seed=-1)  # other questions than any of the models trained on it gets
+    """A tokenizer, and a Llama of the sizes in the config after the stage `"text"`."""
+    data = load_data(config, seed=-1)  # a seed that no model trained on it has
     items = data.text() + data.instructions()
     tokenizer = train_tokenizer([text for prompt, answer, _ in items for text in (prompt, answer)])
     set_seed(0)
@@ -263,7 +264,7 @@ def train_language_model(folder: Path, config: dict[str, Any]) -> tuple[PreTrain
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, in which a word of the training texts is a token."""
+    """Byte-level BPE with one token for each word of the training texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -285,13 +286,13 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 @torch.no_grad()
 def compute_features(folder: Path, config: dict[str, Any], name: str, fields: dict[str, Any]) -> None:
-    """Features of all images by a tower with VMTC or SPD as `fields` say, in `folder/features/name.safetensors`."""
+    """Writes the features of all images to `folder/features/name.safetensors`. `fields` turn VMTC or SPD on in the tower."""
     path = folder / "features" / f"{name}.safetensors"
     if path.is_file():
         return
     tower = folder / "tower"
     image_processor = AutoImageProcessor.from_pretrained(tower)
-    # A language model as small as possible: it is not used.
+    # The language model is not used, so it is as small as possible.
     text_config = LlamaConfig(
         vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
     )
@@ -315,7 +316,7 @@ def compute_features(folder: Path, config: dict[str, Any], name: str, fields: di
 
 
 def write_tower(folder: Path, config: dict[str, Any]) -> None:
-    """The vision tower in `folder/tower`."""
+    """Writes the vision tower to `folder/tower`."""
     if not (folder / "tower").is_dir():
         with atomic_folder(folder / "tower") as unfinished:
             write_dinov2(unfinished, config["image_size"])
@@ -325,7 +326,7 @@ def write_tower(folder: Path, config: dict[str, Any]) -> None:
 
 
 class SkippedAdapter(nn.Module):
-    """In place of the text adapter: the prefix stays as it is, and so blind to the instruction."""
+    """Replaces the text adapter. The prefix stays as it is, blind to the instruction."""
 
     def forward(self, prefix: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return prefix
@@ -333,7 +334,7 @@ class SkippedAdapter(nn.Module):
 
 @dataclass
 class Parts:
-    """What the models are made of, from the files of `train_language_model` and `write_tower`."""
+    """The parts of all models, from the files of `make_language_model` and `write_tower`."""
 
     tokenizer: PreTrainedTokenizerFast
     turns: dict[str, str]
@@ -369,7 +370,7 @@ class Parts:
         )
 
     def build(self, model_class: Any, config: Any) -> Any:
-        """A model with the pretrained language model and without vision tower: features are given to it."""
+        """A model with the pretrained language model and without a vision tower, since it gets features."""
         model = model_class(config)
         model.model.vision_tower = nn.Identity()
         model.model.language_model.load_state_dict(self.language_model.model.state_dict())
@@ -387,8 +388,8 @@ def train(
     modules: list[nn.Module],
 ) -> None:
     """
-    Trains `modules` of `model` for a stage of the config. On a CPU with attention written out, whose backward pass is
-    faster there.
+    Trains `modules` of `model` for a stage of the config. On a CPU it uses eager attention, whose backward pass is faster
+    there.
     """
     language_model = model.model.language_model if hasattr(model.model, "language_model") else model
     if DEVICE.type == "cpu":
@@ -400,8 +401,8 @@ def train(
 
 def train_llava(folder: Path, config: dict[str, Any], seed: int) -> None:
     """
-    The LLaVA that all rows of the tables on VMTC and CMAI start from. The language model learns in both stages: a projector
-    alone does not teach one so small to caption.
+    Trains the LLaVA that all rows of the tables on VMTC and CMAI start from. The language model learns in both stages: such
+    a small one does not learn to caption by its projector alone.
     """
     parts, run_folder = Parts.load(folder, config), folder / f"llava-{seed}"
     set_seed(seed)
@@ -426,7 +427,7 @@ def _train_llava(
     for name in stages:
         items = data.captions()
         if name != "pretrain":
-            # Text alone keeps the instructions alive, as the text-only conversations of LLaVA-1.5's mixture do.
+            # Text alone keeps the model following instructions, as the text-only conversations of LLaVA-1.5's mixture do.
             items += data.questions() + data.instructions(about_images=True)
         train(model, Samples(items, chat, held), run_folder, name, seed, config["stages"][name], modules)
 
@@ -442,8 +443,8 @@ def measure_llava(
     upper_limit: bool,
 ) -> None:
     """
-    Scores of the LLaVA with VMTC, CMAI or SPD as `fields` say, without training, or trained with them for a while; with
-    `upper_limit` also of instructions followed on descriptions. In `folder/scores`.
+    Writes the scores of the LLaVA with the VMTC, CMAI or SPD of `fields` to `folder/scores`. If `trained`, the LLaVA is
+    first trained with them for a while. With `upper_limit`, this also scores how it follows instructions on descriptions.
     """
     path = folder / "scores" / f"llava-{name}-{'trained' if trained else 'training-free'}-{seed}.json"
     if path.is_file():
@@ -461,11 +462,11 @@ def measure_llava(
         scores["upper_limit"] = measure_if16(model, chat, held, data, describe_first=True)
     write_text(path, json.dumps(scores, indent=1))
     if trained:
-        shutil.rmtree(run_folder / name)  # all of them would be many
+        shutil.rmtree(run_folder / name)  # together they would be large
 
 
 def train_and_measure_ta_llava(folder: Path, config: dict[str, Any], seed: int, length: int, blind: bool) -> None:
-    """The three phases of a TA-LLaVA with `length` prefix tokens, and its accuracy after the second and the third."""
+    """Trains a TA-LLaVA with `length` prefix tokens in three phases, and writes its accuracy after phases 2 and 3."""
     name = f"ta-llava-{length}{'-blind' if blind else ''}"
     path = folder / "scores" / f"{name}-{seed}.json"
     if path.is_file():
@@ -487,7 +488,7 @@ def train_and_measure_ta_llava(folder: Path, config: dict[str, Any], seed: int, 
         if phase != "phase1":
             scores[phase] = measure_accuracy(model, chat, held["test"], data)
     write_text(path, json.dumps({"accuracy": scores}, indent=1))
-    shutil.rmtree(run_folder)  # all of them would be many
+    shutil.rmtree(run_folder)  # together they would be large
 
 
 # --- what is measured ----------------------------------------------------------------------------------------------
@@ -501,7 +502,7 @@ def generate(
     prompts: Sequence[tuple[str, int | None]],
     max_new_tokens: int,
 ) -> list[str]:
-    """Answers to prompts with the index of their image, by greedy decoding. All have images, or none has."""
+    """Answers to prompts, by greedy decoding. Each prompt has the index of its image, or none has an image."""
     model.to(DEVICE).eval()
     batch_size = 100 if DEVICE.type == "cpu" else 400
     ids = [chat.prompt(text, image is not None) for text, image in prompts]
@@ -518,7 +519,7 @@ def generate(
             **{name: tensor.to(DEVICE) for name, tensor in inputs.items()},
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            use_cache=True,  # which the Trainer turns off in the config
+            use_cache=True,  # the Trainer turns it off in the config
             eos_token_id=chat.tokenizer.convert_tokens_to_ids(chat.turns["end"]),
             pad_token_id=chat.tokenizer.pad_token_id,
         )
@@ -528,7 +529,7 @@ def generate(
 
 
 def measure_accuracy(model: Any, chat: Chat, features: torch.Tensor, data: Data) -> dict[str, float]:
-    """Exact match per type of question and of all."""
+    """Exact match per question type and over all questions."""
     asked = data.test_questions()
     answers = generate(model, chat, features, [(question.text, index) for index, question in asked], 4)
     correct: dict[str, list[bool]] = {}
@@ -541,7 +542,7 @@ def measure_accuracy(model: Any, chat: Chat, features: torch.Tensor, data: Data)
 def measure_if16(
     model: Any, chat: Chat, features: torch.Tensor, data: Data, describe_first: bool = False
 ) -> dict[str, float]:
-    """Success rate per instruction and their average."""
+    """Success rate per instruction, and the average."""
     prompts = data.test_prompts()
     asked: list[tuple[str, int | None]] = [(prompt.prompt, prompt.images[0]) for prompt in prompts]
     if describe_first:

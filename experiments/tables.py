@@ -1,12 +1,12 @@
 """
-The tables of both papers, repeated with small models (`small_models.py`) on grids of shapes: trained and measured as
-`tables.yaml` says, with each of its seeds.
+Repeats the tables of both papers with small models (`small_models.py`) on grids of shapes, trained and measured with each
+seed of `tables.yaml`.
 
     python experiments/tables.py --output-dir runs/tables --results benchmarks/results
 
-What is finished is kept in the output folder; a run that was interrupted goes on where it was. Written are, with the name
-of the config, a JSON file with all scores, the tables in Markdown, and a picture each of TA-LLaVA's accuracy against its
-operations and of the scores of VMTC and CMAI. `--config experiments/tables_smollm2.yaml` takes a larger language model.
+The output folder keeps finished work: rerun the same command to resume. The results are named after the config: a JSON file
+with all scores, the tables in Markdown, a picture of TA-LLaVA's accuracy against its operations, and one of the scores of
+VMTC and CMAI. `--config experiments/tables_smollm2.yaml` uses a larger language model.
 """
 
 import argparse
@@ -46,16 +46,18 @@ CONFIG = Path(__file__).parent / "tables.yaml"
 CONFIDENCE = 0.95
 
 
-# --- what is to be done --------------------------------------------------------------------------------------------
+# --- jobs ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Job:
     """
+    One piece of work.
+
     Args:
-        name (`str`): Of its log file.
-        function (`Callable`): Of `small_models`.
-        arguments (`tuple`): After the folder and the config.
+        name (`str`): Name of its log file.
+        function (`Callable`): A function of `small_models`.
+        arguments (`tuple`): The arguments after the folder and the config.
     """
 
     name: str
@@ -64,7 +66,7 @@ class Job:
 
 
 def list_jobs(config: dict[str, Any]) -> list[list[Job]]:
-    """All jobs; those of a list need those of the lists before."""
+    """All jobs. The jobs of a list need those of the lists before it."""
     towers = {tower_name(fields): tower_fields(fields) for fields in config["variants"].values()}
     parts = [Job("language-model", make_language_model, ())]
     parts += [Job(f"features-{name}", compute_features, (name, fields)) for name, fields in towers.items()]
@@ -89,7 +91,7 @@ def list_jobs(config: dict[str, Any]) -> list[list[Job]]:
 
 
 def tower_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    """Those of the vision tower, which `use_vmtc` turns on with others."""
+    """The fields of a variant that change its vision tower: all but those of CMAI."""
     return {name: value for name, value in fields.items() if not name.startswith(("use_cmai", "cmai_"))}
 
 
@@ -102,10 +104,10 @@ def tower_name(fields: dict[str, Any]) -> str:
 
 def check_config(folder: Path, config: dict[str, Any]) -> None:
     """
-    Remembers the config of a folder. More seeds, variants and prefix lengths may be asked for later.
+    Remembers the config of a folder. A later run may add seeds, variants and prefix lengths.
 
     Raises:
-        `ValueError`: The folder was begun with another one.
+        `ValueError`: The folder was begun with another config, or there are fewer than two seeds.
     """
     if len(config["seeds"]) < 2:
         raise ValueError(f"A confidence interval needs at least 2 seeds, got {config['seeds']}.")
@@ -122,7 +124,7 @@ def check_config(folder: Path, config: dict[str, Any]) -> None:
 
 
 def run_jobs(folder: Path, config: dict[str, Any], workers: int) -> list[str]:
-    """Does what is not done yet. Each job has one core, which is the most that models so small make use of."""
+    """Runs the jobs, and returns the names of those that failed. Such small models make use of one core at most."""
     failed: list[str] = []
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     write_tower(folder, config)
@@ -145,7 +147,7 @@ def run_jobs(folder: Path, config: dict[str, Any], workers: int) -> list[str]:
 
 
 def run_job(job: Job, folder: Path, config: dict[str, Any]) -> bool:
-    """Whether it succeeded. What it prints goes to its log file."""
+    """Runs a job, and returns whether it succeeded. Its output goes to its log file."""
     with (folder / "logs" / f"{job.name}.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
         try:
             job.function(folder, config, *job.arguments)
@@ -155,7 +157,7 @@ def run_job(job: Job, folder: Path, config: dict[str, Any]) -> bool:
     return True
 
 
-# --- what came out -------------------------------------------------------------------------------------------------
+# --- results -------------------------------------------------------------------------------------------------------
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -176,15 +178,15 @@ class Results:
     Scores of all models, from the files of `small_models`.
 
     Args:
-        folder (`Path`): Of the run.
-        config (`dict[str, Any]`): That of the run.
+        folder (`Path`): Folder of the run.
+        config (`dict[str, Any]`): Config of the run.
     """
 
     folder: Path
     config: dict[str, Any]
 
     def read(self, name: str, *keys: str) -> list[float]:
-        """A score with each seed."""
+        """One score per seed."""
         values = []
         for seed in self.config["seeds"]:
             value = json.loads((self.folder / "scores" / f"{name}-{seed}.json").read_text(encoding="utf-8"))
@@ -194,7 +196,7 @@ class Results:
         return values
 
     def question_types(self) -> list[str]:
-        """Those of which there are scores, and `"all"`."""
+        """The question types that have scores, and `"all"`."""
         path = self.folder / "scores" / f"llava-base-trained-{self.config['seeds'][0]}.json"
         return list(json.loads(path.read_text(encoding="utf-8"))["accuracy"])
 
@@ -208,7 +210,7 @@ class Results:
         return self.read(f"ta-llava-{length}{'-blind' if blind else ''}", "accuracy", phase, "all")
 
 
-# Variants in the pictures, and what they are called there.
+# Variants in the pictures, and their labels.
 DRAWN = {
     "base": "LLaVA",
     "spd-16": "SPD, 16 tokens",
@@ -220,7 +222,7 @@ DRAWN = {
     "both-4": "VMTC + CMAI, 4 tokens",
 }
 TRAININGS = ("training-free", "trained")
-# Title, and name of each row with its variant.
+# Titles, and the variant of each row by the name of the row.
 LLAVA_TABLES = {
     "VMTC + CMAI, Table 1: against spatial down-sampling": {
         "LLaVA": "base",
@@ -270,7 +272,7 @@ LLAVA_TABLES = {
         "raw, as printed, 1/9": "raw-7",
     },
 }
-# What the VMTC + CMAI paper says, and the two variants whose difference (first - second) it says to be above 0.
+# Claims of the VMTC + CMAI paper: measure, and two variants whose difference (first - second) should be above 0.
 CLAIMS = (
     ("VMTC follows instructions better than LLaVA (Table 3)", "if16", "vmtc-32", "base"),
     ("CMAI follows instructions better than LLaVA (Table 3)", "if16", "cmai", "base"),
@@ -303,7 +305,7 @@ CLAIMS = (
 
 
 def verdict(first: Sequence[float], second: Sequence[float]) -> str:
-    """The difference seed by seed, in points, and whether it is above 0 beyond chance."""
+    """The mean difference over the seeds, in points, and whether it is above 0 beyond chance."""
     mean, half = interval([a - b for a, b in zip(first, second)])
     if mean - half > 0:
         outcome = "reproduced"
@@ -321,10 +323,17 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def format_tables(results: Results, operations: dict[str, int]) -> str:
     """All tables as Markdown."""
-    config = results.config
-    parts = []
-    longest = max(config["prefix_lengths"])
-    types = results.question_types()
+    parts = [format_phases(results), format_prefix_lengths(results, operations)]
+    for title, variants in LLAVA_TABLES.items():
+        variants = {name: variant for name, variant in variants.items() if variant in results.config["variants"]}
+        if len(variants) > 1:
+            parts.append(format_llava_table(results, title, variants))
+    return "\n\n".join([*parts, format_claims(results)]) + "\n"
+
+
+def format_phases(results: Results) -> str:
+    """TA-LLaVA's accuracy before and after its language model is trained, by type of question."""
+    longest, types = max(results.config["prefix_lengths"]), results.question_types()
     rows = [
         [f"TA-LLaVA, after phase {phase[-1]}"]
         + [cell(results.read(f"ta-llava-{longest}", "accuracy", phase, name)) for name in types]
@@ -332,11 +341,15 @@ def format_tables(results: Results, operations: dict[str, int]) -> str:
     ]
     rows.append(["LLaVA"] + [cell(results.read("llava-base-trained", "accuracy", name)) for name in types])
     change = verdict(*(results.prefix_accuracy(longest, False, phase) for phase in ("phase3", "phase2")))
-    parts.append(
+    return (
         f"## TA-LLaVA, Table 2: before and after the language model is trained ({longest} prefix tokens)\n\n"
         f"{markdown(['accuracy, %', *types], rows)}\n\nPhase 3 is more accurate than phase 2: {change}."
     )
 
+
+def format_prefix_lengths(results: Results, operations: dict[str, int]) -> str:
+    """TA-LLaVA's accuracy and operations with and without the text adapter, by number of prefix tokens."""
+    config = results.config
     rows, lengths = [], config["prefix_lengths"]
     for length in lengths:
         row = [str(length), *(_mega(operations[f"{length}{blind}"]) for blind in ("", "-blind"))]
@@ -357,42 +370,44 @@ def format_tables(results: Results, operations: dict[str, int]) -> str:
     base = f"LLaVA with all {config_tokens(config['variants']['base'], config)} visual tokens: " + (
         f"{cell(results.accuracy('base', 'trained'))} % at {_mega(operations['base'])} MFLOP."
     )
-    parts.append(
+    return (
         "## TA-LLaVA: with and without the text adapter\n\n"
         f"{markdown(header, rows)}\n\n{base} Blind: without the text adapter, and so with fewer layers too. "
         "Operations are those of a prefill after the vision tower.\n\n"
         f"A prefix that reads the instruction is more accurate (mean over the rows): {'; '.join(over_lengths)}."
     )
 
-    for title, variants in LLAVA_TABLES.items():
-        variants = {name: variant for name, variant in variants.items() if variant in config["variants"]}
-        if len(variants) < 2:
-            continue
-        header = ["", "visual tokens"]
-        header += [f"{score}, {training}" for training in TRAININGS for score in ("accuracy", "IF16")]
-        rows = []
-        for name, variant in variants.items():
-            row = [name, str(config_tokens(config["variants"][variant], config))]
-            for training in TRAININGS:
-                row += [cell(results.accuracy(variant, training)), cell(results.if16(variant, training))]
-            rows.append(row)
-        if "SPD" in variants:
-            limit = results.read("llava-base-training-free", "upper_limit", "average")
-            rows.append(["upper limit: LLaVA describes first", "", "", cell(limit), "", ""])
-        parts.append(f"## {title}\n\n{markdown(header, rows)}")
 
+def format_llava_table(results: Results, title: str, variants: dict[str, str]) -> str:
+    """Accuracy and IF16 of variants of the LLaVA, by name of the row."""
+    config = results.config
+    header = ["", "visual tokens"]
+    header += [f"{score}, {training}" for training in TRAININGS for score in ("accuracy", "IF16")]
+    rows = []
+    for name, variant in variants.items():
+        row = [name, str(config_tokens(config["variants"][variant], config))]
+        for training in TRAININGS:
+            row += [cell(results.accuracy(variant, training)), cell(results.if16(variant, training))]
+        rows.append(row)
+    if "SPD" in variants:
+        limit = results.read("llava-base-training-free", "upper_limit", "average")
+        rows.append(["upper limit: LLaVA describes first", "", "", cell(limit), "", ""])
+    return f"## {title}\n\n{markdown(header, rows)}"
+
+
+def format_claims(results: Results) -> str:
+    """The claims of the VMTC + CMAI paper, and whether these models show them."""
     rows = []
     for claim, measure, first, second in CLAIMS:
-        if not {first, second} <= set(config["variants"]):
+        if not {first, second} <= set(results.config["variants"]):
             continue
         read = results.accuracy if measure == "accuracy" else results.if16
         rows.append([claim, *(verdict(read(first, training), read(second, training)) for training in TRAININGS)])
-    parts.append(f"## The directions of the VMTC + CMAI paper\n\n{markdown(['', *TRAININGS], rows)}")
-    return "\n\n".join(parts) + "\n"
+    return f"## The directions of the VMTC + CMAI paper\n\n{markdown(['', *TRAININGS], rows)}"
 
 
 def config_tokens(fields: dict[str, Any], config: dict[str, Any]) -> int:
-    """Visual tokens of a variant."""
+    """Number of visual tokens of a variant."""
     all_tokens = (config["image_size"] // 14) ** 2
     return fields.get("vmtc_num_visual_tokens", all_tokens // fields.get("spd_factor", 1) ** 2)
 
@@ -402,7 +417,7 @@ def _mega(operations: int) -> str:
 
 
 def count_all_operations(folder: Path, config: dict[str, Any]) -> dict[str, int]:
-    """Of the prefill after the vision tower: by prefix length, by this and "-blind", and by variant."""
+    """Operations of the prefill after the vision tower, by prefix length with and without "-blind", and by variant."""
     parts, size = Parts.load(folder, config), config["image_size"]
     counts = {}
     for length in config["prefix_lengths"]:
@@ -410,13 +425,13 @@ def count_all_operations(folder: Path, config: dict[str, Any]) -> dict[str, int]
         counts[f"{length}"] = count_operations(prefix_config, size)
         counts[f"{length}-blind"] = count_operations(prefix_config, size, blind=True)
     for name, fields in config["variants"].items():
-        if not fields.get("use_cmai"):  # whose own operations are not matrix products
+        if not fields.get("use_cmai"):  # its own operations are not matrix products
             counts[name] = count_operations(parts.llava_config(fields), size)
     return counts
 
 
 def draw_prefix(results: Results, operations: dict[str, int], path: Path) -> None:
-    """Accuracy against operations: TA-LLaVA aware and blind after phases 2 and 3, and LLaVA."""
+    """Draws accuracy against operations: of TA-LLaVA, aware and blind, after phases 2 and 3, and of LLaVA."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.4), layout="constrained")
@@ -440,7 +455,7 @@ def draw_prefix(results: Results, operations: dict[str, int], path: Path) -> Non
 
 
 def draw_scores(results: Results, path: Path) -> None:
-    """Instructions followed against accuracy, for the rows of the paper's Tables 1 to 3, before and after training."""
+    """Draws IF16 against accuracy for the rows of the paper's Tables 1 to 3, before and after training."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.4), layout="constrained")
@@ -465,7 +480,7 @@ def _finish(figure: Any, path: Path) -> None:
 
 
 def write_results(folder: Path, config: dict[str, Any], out: Path, name: str) -> None:
-    """Tables and pictures of a run that is finished: files in `out` whose names begin with `name`."""
+    """Writes tables and pictures of a finished run to files in `out` whose names begin with `name`."""
     results, operations = Results(folder, config), count_all_operations(folder, config)
     scores = {
         path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "scores").glob("*.json"))
@@ -492,7 +507,7 @@ def main() -> None:
     config = yaml.safe_load(arguments.config.read_text(encoding="utf-8"))
     check_config(arguments.output_dir, config)
     if failed := run_jobs(arguments.output_dir, config, arguments.workers):
-        sys.exit(f"{len(failed)} jobs failed: {', '.join(failed)}. Started again, only these are done again.")
+        sys.exit(f"{len(failed)} jobs failed: {', '.join(failed)}. Rerun the same command to retry only these.")
     write_results(arguments.output_dir, config, arguments.results, arguments.config.stem)
 
 

@@ -1,9 +1,9 @@
 """
-Trains the small LLaVA of `checkpoints/llava-tiny` on easy-VQA's official training split, by the recipes of LLaVA-1.5.
+Trains the small LLaVA of `checkpoints/llava-tiny` on easy-VQA's official training split, with the recipes of LLaVA-1.5.
 
-The vision tower is that of the shipped TA-LLaVA. A small Llama is pretrained on the questions as text, both are put together
-as `ta-llava init-llava` does it, and the two recipes follow. What comes out is a stock LLaVA. Every part resumes where it
-was cut off.
+The vision tower is that of the shipped TA-LLaVA. First a small Llama is pretrained on the questions as text. Then both are
+put together as `ta-llava init-llava` does, and trained with the two recipes. The result is a stock LLaVA. Rerun the same
+command to resume.
 
     python experiments/train_llava_tiny.py --output-dir runs/llava-tiny
 """
@@ -42,7 +42,7 @@ CHAT_TEMPLATE = (
 
 
 def build_parts(folder: Path, seed: int, steps: int) -> None:
-    """The vision tower in `folder/tower`, and a pretrained Llama in `folder/language-model`."""
+    """Writes the vision tower to `folder/tower`, and a pretrained Llama to `folder/language-model`."""
     shipped, processor = (
         AutoModelForImageTextToText.from_pretrained(DEFAULT_MODEL),
         AutoProcessor.from_pretrained(DEFAULT_MODEL),
@@ -76,12 +76,12 @@ def build_parts(folder: Path, seed: int, steps: int) -> None:
 
 def train_llava_tiny(output_dir: Path, seed: int = 0, scale: float = 1.0) -> None:
     """
-    All of it; the trained model is in `output_dir/model`.
+    Builds the parts, trains, and writes the trained model to `output_dir/model`.
 
     Args:
-        output_dir (`Path`): Folder for the model and, to resume from, what comes before.
+        output_dir (`Path`): Folder for the model and for the parts and phases to resume from.
         seed (`int`): Seed of every part.
-        scale (`float`): Multiplies the number of steps; small values make a quick trial.
+        scale (`float`): Factor for the number of steps. Small values make a quick trial.
     """
     data, start = output_dir / "easy-vqa", output_dir / "init"
     if not (data / "test.json").is_file():
@@ -104,20 +104,20 @@ def train_llava_tiny(output_dir: Path, seed: int = 0, scale: float = 1.0) -> Non
         ("pretrain", "captions", 300, 1e-3),
         ("finetune", "questions", 1500, 1e-3),
     ):
-        own = {
+        of_phase = {
             "data.path": data / f"{samples}.json",
             "output_dir": output_dir / name,
             "model": start,
             "training_arguments.max_steps": max(int(steps * scale), 1),
             "training_arguments.learning_rate": learning_rate,
         }
-        overrides = [f"{key}={value}" for key, value in (settings | own).items()]
+        overrides = [f"{key}={value}" for key, value in (settings | of_phase).items()]
         phases.append(load_recipe(RECIPES / f"{name}.yaml", overrides))
     save_as_stock_llava(run_curriculum(phases), output_dir / "model")
 
 
 def save_as_stock_llava(folder: Path, out: Path) -> None:
-    """Writes a LLaVA that has VMTC and CMAI off, in `folder`, as one that the library loads by itself, in float16."""
+    """Writes the LLaVA in `folder`, whose VMTC and CMAI are off, as a stock LLaVA in float16."""
     model, processor = (
         auto_class.from_pretrained(folder) for auto_class in (AutoModelForImageTextToText, AutoProcessor)
     )
@@ -127,7 +127,10 @@ def save_as_stock_llava(folder: Path, out: Path) -> None:
     stock.generation_config = model.generation_config
     for part in (stock.config.text_config, stock.config.vision_config):
         part.dtype = stock.dtype
-    for part in (processor.image_processor, processor.tokenizer):  # they would name code that is not there
+    for part in (
+        processor.image_processor,
+        processor.tokenizer,
+    ):  # they would name code that a stock LLaVA does not have
         part.__dict__.pop("auto_map", None)
         getattr(part, "init_kwargs", {}).pop("auto_map", None)
     stock.save_pretrained(out)

@@ -1,10 +1,10 @@
 """
-Trains a TA-LLaVA of public parts by the recipes of the paper's three phases: SmolLM2-135M-Instruct and DINOv2-small, on a
-sample of easy-VQA's official training split. Before the first phase and after each it answers questions of the test split.
+Trains a TA-LLaVA of SmolLM2-135M-Instruct and DINOv2-small with the recipes of the paper's three phases, on a sample of
+easy-VQA's official training split. Before the first phase and after each phase it answers questions of the test split.
 
     python experiments/train_ta_llava_small.py --output-dir runs/ta-llava-small --results benchmarks/results
 
-Every phase resumes where it was cut off; what was answered before is not asked again.
+Rerun the same command to resume. Questions that were answered are not asked again.
 """
 
 import json
@@ -29,14 +29,14 @@ RECIPES = Path(__file__).parent.parent / "recipes" / "ta_llava"
 IMAGE_SIZE = 112  # 8 x 8 patches: the images have 64 x 64 pixels
 BATCH_SIZE = 16
 TEST_QUESTIONS = 1000  # of 9,673, evenly spaced
-# Recipe, samples, steps and learning rate. The phases are a few hundred steps of 16 samples, not thousands of 128 or 256, so
-# that the later two need a larger rate than the paper's 5e-5 and 2e-5.
+# Recipe, samples, steps and learning rate. The phases have a few hundred steps of 16 samples, not thousands of 128 or 256.
+# Therefore the later two need a larger rate than the paper's 5e-5 and 2e-5.
 PHASES = (
     ("phase1", "captions", 150, 1e-3),
     ("phase2", "questions", 350, 5e-4),
     ("phase3", "questions", 250, 1e-4),
 )
-# ChatML without SmolLM2's default system message, which would be a third of a sample here.
+# ChatML without SmolLM2's default system message, which would be a third of each sample here.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
@@ -46,15 +46,15 @@ CHAT_TEMPLATE = (
 
 def train_small(output_dir: Path, seed: int = 0, scale: float = 1.0) -> list[tuple[str, Path]]:
     """
-    All three phases.
+    Trains in three phases.
 
     Args:
         output_dir (`Path`): Folder for everything, also to resume from.
-        seed (`int`): Of the new weights and the order of the samples.
-        scale (`float`): Multiplies the number of steps; small values make a quick trial.
+        seed (`int`): Seed of the new weights and of the order of the samples.
+        scale (`float`): Factor for the number of steps. Small values make a quick trial.
 
     Returns:
-        `list[tuple[str, Path]]`: Names and folders of the models: untrained, and after each phase.
+        `list[tuple[str, Path]]`: Names and folders of the untrained model and of the model after each phase.
     """
     data, start = output_dir / "easy-vqa", output_dir / "init"
     if not (data / "test.json").is_file():
@@ -94,7 +94,7 @@ def train_small(output_dir: Path, seed: int = 0, scale: float = 1.0) -> list[tup
 
 
 def evaluate_models(models: list[tuple[str, Path]], num_questions: int = TEST_QUESTIONS) -> dict[str, Scores]:
-    """Scores on easy-VQA's test split, by name of the model, in whose folder they are kept: none is measured twice."""
+    """Scores on easy-VQA's test split, by name of the model. Its folder keeps them, so none is measured twice."""
     scores = {}
     for name, folder in models:
         print(f"{name}:")
@@ -107,7 +107,7 @@ def evaluate_models(models: list[tuple[str, Path]], num_questions: int = TEST_QU
 
 
 def format_table(results: dict[str, Scores]) -> str:
-    """Exact match of each model, per type of question, as a Markdown table."""
+    """Exact match of each model, per question type, as a Markdown table."""
     first = next(iter(results.values()))
     rows = {"the most frequent answer to the wording": {name: row["prior"] for name, row in first.items()}}
     rows |= {model: {name: row["accuracy"] for name, row in result.items()} for model, result in results.items()}
@@ -121,7 +121,7 @@ def format_table(results: dict[str, Scores]) -> str:
 
 
 def read_log(folder: Path) -> dict[str, Any]:
-    """What a phase was, and its losses by step, from its summary."""
+    """Settings, minutes and losses by step of a phase, from its summary."""
     summary = TrainingSummary.read(folder)
     arguments = summary.recipe.training_arguments
     return {
@@ -134,7 +134,7 @@ def read_log(folder: Path) -> dict[str, Any]:
 
 
 def draw_curves(losses: dict[str, list[tuple[int, float]]], results: dict[str, Scores], path: Path) -> None:
-    """The losses of the three phases one after the other, and the exact match between them, as a picture."""
+    """Draws the losses of the three phases one after the other, and the exact match between them."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -160,8 +160,12 @@ def draw_curves(losses: dict[str, list[tuple[int, float]]], results: dict[str, S
 
 def main() -> None:
     parser = argument_parser(__doc__, "runs/ta-llava-small")
-    parser.add_argument("--results", type=Path, help="folder for the table, the log and the curve; else only printed")
-    parser.add_argument("--questions", type=int, default=TEST_QUESTIONS, help="of the test split, evenly spaced")
+    parser.add_argument(
+        "--results", type=Path, help="folder for the table, the log and the curve (default: only print the table)"
+    )
+    parser.add_argument(
+        "--questions", type=int, default=TEST_QUESTIONS, help="number of evenly spaced questions of the test split"
+    )
     arguments = parser.parse_args()
     models = train_small(arguments.output_dir, arguments.seed, arguments.scale)
     results = evaluate_models(models, arguments.questions)

@@ -2,9 +2,9 @@
 Trains the small model of `checkpoints/ta-llava-tiny` from nothing on easy-VQA's official training split.
 
 No public vision tower or language model of this size exists, so both are pretrained first. Then the stages of the paper
-follow, the vision tower frozen from here on: adapters, projector and prefix on captions; the same on questions; and the
-language model trained too. Every stage is a run of `transformers.Trainer` that resumes where it was cut off; a finished
-stage is not run again.
+follow, with a frozen vision tower: they train adapters, projector and prefix on captions, then on questions, then together
+with the language model. Every stage is a run of `transformers.Trainer`. Rerun the same command to resume: a finished stage
+is not run again.
 
     python experiments/train_ta_llava_tiny.py --output-dir runs/ta-llava-tiny
 """
@@ -51,12 +51,12 @@ SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_o
 
 
 def build_processor(scenes: list[Scene], num_prefix_tokens: int, max_length: int) -> TaLlavaProcessor:
-    """A processor whose tokenizer knows the words of the training questions, lower-cased, one token each."""
+    """A processor whose tokenizer knows the lower-cased words of the training questions."""
     words = {"user", "model", "system", "the", "image", "shows", *COLORS, *SHAPES, *re.findall(r"\w+", CAPTION_PROMPT)}
     for scene in scenes:
         for question, answer in scene.questions:
             words |= {*re.findall(r"\w+", question), answer}
-    # A word has two tokens, at the start of a line and after a space, so that decoding gives back the text as it was.
+    # A word has two tokens, for the start of a line and after a space, so that decoding restores the text.
     tokens = [*SPECIAL_TOKENS, "\n", ".", ",", "?", *sorted(words), *("▁" + word for word in sorted(words))]
     backend = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token="<unk>"))
     backend.normalizer = normalizers.Sequence(
@@ -90,7 +90,7 @@ def build_processor(scenes: list[Scene], num_prefix_tokens: int, max_length: int
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast, num_prefix_tokens: int = 4) -> TaLlavaConfig:
-    """The architecture: a CLIP tower of 5 layers and a Gemma-2 language model of 8, both of width 128."""
+    """The config: a CLIP tower of 5 layers and a Gemma-2 language model of 8, both of width 128."""
     token_id = tokenizer.convert_tokens_to_ids
     vision_config = CLIPVisionConfig(
         hidden_size=128,
@@ -130,7 +130,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast, num_prefix_tokens: int = 4)
 
 
 class PatchClassifier(nn.Module):
-    """A vision tower that names, for every patch, the colour and the shape of what is on it (0: background)."""
+    """A vision tower that predicts the colour and the shape on every patch (0: background)."""
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
@@ -145,7 +145,7 @@ class PatchClassifier(nn.Module):
         states = self.vision_tower(pixel_values, output_hidden_states=True).hidden_states[-1][:, 1:]
         loss = torch.zeros((), device=states.device)
         for head, labels in ((self.color_head, colors), (self.shape_head, shapes)):
-            # Most patches are background: it must not drown the shape.
+            # Most patches are background, which must not outweigh the shape.
             weight = torch.full((head.out_features,), 1.0, device=states.device)
             weight[0] = 0.1
             loss = loss + nn.functional.cross_entropy(head(states).flatten(0, 1), labels.flatten(), weight=weight)
@@ -171,7 +171,7 @@ class PatchDataset(torch.utils.data.Dataset):
         pixels, mask, color, shape = self.items[index]
         if random.random() < 0.5:
             pixels, mask = pixels[:, ::-1], mask[:, ::-1]
-        # Shift, with the background behind, as far as no more of the shape leaves the image.
+        # Shift the shape over the background, without losing more of it at the edges.
         rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
         background = pixels[0, 0] if not mask[0, 0] else pixels[~mask][0]
         down = random.randint(-int(rows[0]), IMAGE_SIZE - 1 - int(rows[-1]))
@@ -190,7 +190,7 @@ class PatchDataset(torch.utils.data.Dataset):
         batch = {"pixel_values": pixel_values}
         for name, classes in (("colors", [item[2] for item in items]), ("shapes", [item[3] for item in items])):
             labels = torch.tensor(classes)[:, None].expand_as(covered)
-            # Patches that a shape barely touches count for neither side.
+            # Patches that a shape barely touches do not count.
             labels = torch.where(covered == 0, 0, torch.where(covered < 0.1, -100, labels))
             batch[name] = labels
         return batch
@@ -201,8 +201,8 @@ class PatchDataset(torch.utils.data.Dataset):
 
 class ChatDataset(torch.utils.data.Dataset):
     """
-    Prompts with answers as token ids, labels on the answer and the token that ends the turn, and the index of the image.
-    `items` are `(prompt, answer, image index or None)`; without an image there are no placeholders.
+    Prompts and answers as token ids, with labels on the answer and the token that ends the turn, and the index of the image.
+    `items` are `(prompt, answer, image index or None)`. Without an image there are no placeholders.
     """
 
     def __init__(self, items: Sequence[tuple[str, str, int | None]], processor: TaLlavaProcessor, features=None):
@@ -253,21 +253,21 @@ class ChatDataset(torch.utils.data.Dataset):
 
 
 def text_items(scenes: list[Scene]) -> list[tuple[str, str, None]]:
-    """Text to pretrain the language model on: each question, bare and with the scene told in words before it."""
+    """Text to pretrain the language model on: each question, alone and after a description of the scene."""
     items = []
     for scene in scenes:
-        told = f"the image shows {scene.caption}." if scene.color and scene.shape else None
+        description = f"the image shows {scene.caption}." if scene.color and scene.shape else None
         for question, answer in scene.questions:
             items.append((question, answer, None))
-            if told:
-                items.extend([(f"{told} {question}", answer, None)] * 3)
-        if told:
-            items.extend([(f"{told} {CAPTION_PROMPT}", scene.caption, None)] * 3)
+            if description:
+                items.extend([(f"{description} {question}", answer, None)] * 3)
+        if description:
+            items.extend([(f"{description} {CAPTION_PROMPT}", scene.caption, None)] * 3)
     return items
 
 
 def caption_items(scenes: list[Scene]) -> list[tuple[str, str, int]]:
-    """The caption of every image whose scene is known."""
+    """The caption of every image with a known scene."""
     return [
         (CAPTION_PROMPT, scene.caption, index) for index, scene in enumerate(scenes) if scene.color and scene.shape
     ]
@@ -282,7 +282,7 @@ def question_items(scenes: list[Scene]) -> list[tuple[str, str, int]]:
 
 
 class StageTrainer(Trainer):
-    """The Trainer, with checkpoints of any module under the names that its weights have in memory."""
+    """A Trainer whose checkpoints hold any module, with the names that its weights have in memory."""
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -305,19 +305,18 @@ def run_stage(
     bf16: bool = False,
 ) -> None:
     """
-    Trains `model` in place on `dataset`: Adam without weight decay, linear warm-up, cosine decay, gradients clipped
-    at 1. What it learned is kept in `output_dir/name`: a finished stage is loaded, an unfinished one resumed. With `bf16`
+    Trains `model` in place on `dataset`, with Adam without weight decay, linear warm-up, cosine decay, and gradients clipped
+    at 1. `output_dir/name` keeps the weights: a finished stage is loaded, an unfinished one is resumed. With `bf16`,
     matrices are multiplied in bfloat16.
+
+    Raises:
+        `ValueError`: The stage was finished with another seed, batch size or number of steps.
     """
     folder = output_dir / name
     finished = folder / "finished.safetensors"
     settings = {"seed": seed, "steps": steps, "batch_size": batch_size}
     if finished.exists():
-        with safe_open(finished, framework="pt") as file:
-            trained_with = json.loads(file.metadata()["settings"])
-        if trained_with != settings:
-            raise ValueError(f"{folder} was trained with {trained_with}, not {settings}. Choose another --output-dir.")
-        load_model(model, finished)
+        load_finished_stage(model, finished, settings)
         print(f"{name}: finished before, loaded from {finished}")
         return
     set_seed(seed)
@@ -332,7 +331,7 @@ def run_stage(
         max_grad_norm=1.0,
         logging_steps=50,
         save_steps=max(min(steps // 4, 500), 1),
-        save_total_limit=2,  # a cut-off while the newest is written leaves the one before
+        save_total_limit=2,  # an interruption while one is written leaves the one before
         remove_unused_columns=False,
         bf16=bf16,
         report_to=[],
@@ -346,16 +345,32 @@ def run_stage(
     print(f"{name}: {steps} steps, batch {batch_size}")
     checkpoint = last_complete_checkpoint(folder)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # with `bf16` it would stay so after training
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # otherwise `bf16` would stay on after training
     (folder / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
     with atomic_file(finished) as unfinished:
         save_model(model, str(unfinished), metadata={"settings": json.dumps(settings)})
-    for folder_of_state in folder.glob("checkpoint-*"):  # with the optimizer, three times as large
+    for folder_of_state in folder.glob("checkpoint-*"):  # they hold the optimizer, and are three times as large
         shutil.rmtree(folder_of_state)
 
 
+def load_finished_stage(model: nn.Module, path: Path, settings: dict[str, int]) -> None:
+    """
+    Loads the weights of a finished stage.
+
+    Raises:
+        `ValueError`: It was trained with other settings.
+    """
+    with safe_open(path, framework="pt") as file:
+        trained_with = json.loads(file.metadata()["settings"])
+    if trained_with != settings:
+        raise ValueError(
+            f"{path.parent} was trained with {trained_with}, not {settings}. Choose another --output-dir."
+        )
+    load_model(model, path)
+
+
 def trainable(model: nn.Module, groups: list[tuple[list[nn.Module], float]]) -> list[dict]:
-    """Freezes all of `model` but the given modules, and returns them as parameter groups with their learning rates."""
+    """Freezes `model` except for the given modules, and returns these as parameter groups with their learning rates."""
     model.requires_grad_(False)
     for modules, _ in groups:
         for module in modules:
@@ -368,7 +383,7 @@ def trainable(model: nn.Module, groups: list[tuple[list[nn.Module], float]]) -> 
 
 @torch.no_grad()
 def compute_features(model: TaLlavaForConditionalGeneration, scenes: list[Scene], image_processor) -> torch.Tensor:
-    """Features of all images by the frozen tower, `(images, M, vision width)`."""
+    """Features of all images from the frozen tower, `(images, M, vision width)`."""
     model.eval()
     features = []
     for start in tqdm(range(0, len(scenes), 100), desc="vision features"):
@@ -380,12 +395,12 @@ def compute_features(model: TaLlavaForConditionalGeneration, scenes: list[Scene]
 
 def train_tiny(output_dir: Path, seed: int = 0, scale: float = 1.0) -> None:
     """
-    All stages, and the trained model with its processor in `output_dir/model`.
+    Runs all stages, and writes the trained model with its processor to `output_dir/model`.
 
     Args:
-        output_dir (`Path`): Folder for the model and, to resume from, the stages.
+        output_dir (`Path`): Folder for the model and for the stages to resume from.
         seed (`int`): Seed of every stage.
-        scale (`float`): Multiplies the number of steps; small values make a quick trial.
+        scale (`float`): Factor for the number of steps. Small values make a quick trial.
     """
 
     def steps(number: int) -> int:
@@ -424,17 +439,17 @@ def train_tiny(output_dir: Path, seed: int = 0, scale: float = 1.0) -> None:
         pad_token_id=config.text_config.pad_token_id,
         eos_token_id=config.text_config.eos_token_id,
     )
-    model.config.__dict__.pop("use_cache", None)  # the Trainer turns it off for itself
+    model.config.__dict__.pop("use_cache", None)  # the Trainer has set it
     model.requires_grad_(True).to(torch.float16).save_pretrained(output_dir / "model")
     processor.save_pretrained(output_dir / "model")
 
 
 def argument_parser(description: str, output_dir: str) -> argparse.ArgumentParser:
-    """What the commands that train a model of this project take."""
+    """A parser with the options of all commands that train a model of this project."""
     parser = argparse.ArgumentParser(description=description.split("\n\n")[0])
     parser.add_argument("--output-dir", type=Path, default=Path(output_dir))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of steps, for quick trials")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor for the number of steps, for quick trials")
     return parser
 
 

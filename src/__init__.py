@@ -1,41 +1,16 @@
-"""TA-LLaVA, and VMTC and CMAI for LLaVA. Importing the package registers their classes with the Auto classes."""
+"""
+TA-LLaVA, and VMTC and CMAI for LLaVA. Importing the package registers its classes with the Auto classes of Transformers.
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    AutoProcessor,
-)
+The command line is the exception: it answers `--help`, a mistyped option or a missing file before torch and transformers are
+imported, which takes seconds. There the modules that load models register the classes.
+"""
 
-from .configuration_ta_llava import TaLlavaConfig
-from .modeling_ta_llava import TaLlavaForConditionalGeneration, TaLlavaModel
-from .processing_ta_llava import TaLlavaProcessor
-from .vmtc_cmai_patch import (
-    VmtcCmaiLlavaConfig,
-    VmtcCmaiLlavaForConditionalGeneration,
-    VmtcCmaiLlavaModel,
-    VmtcCmaiLlavaProcessor,
-)
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 
 __version__ = "0.1.0"
-
-for _config, _model, _head, _processor in (
-    (TaLlavaConfig, TaLlavaModel, TaLlavaForConditionalGeneration, TaLlavaProcessor),
-    (VmtcCmaiLlavaConfig, VmtcCmaiLlavaModel, VmtcCmaiLlavaForConditionalGeneration, VmtcCmaiLlavaProcessor),
-):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    AutoModel.register(_config, _model, exist_ok=True)
-    AutoModelForImageTextToText.register(_config, _head, exist_ok=True)
-    AutoModelForMultimodalLM.register(_config, _head, exist_ok=True)  # for `transformers serve`
-    AutoProcessor.register(_config, _processor, exist_ok=True)
-
-    # What is saved carries its code and loads elsewhere with `trust_remote_code=True`, without this package.
-    _config.register_for_auto_class()
-    _model.register_for_auto_class("AutoModel")
-    _head.register_for_auto_class("AutoModelForImageTextToText")
-    _processor.register_for_auto_class()
 
 __all__ = [
     "TaLlavaConfig",
@@ -47,3 +22,31 @@ __all__ = [
     "VmtcCmaiLlavaModel",
     "VmtcCmaiLlavaProcessor",
 ]
+
+
+def _is_command_line() -> bool:
+    """Whether this process is `ta-llava`, or `python -m ta_llava.cli` on its way to that module."""
+    if sys.argv[0] == "-m":
+        return "ta_llava.cli" in sys.orig_argv
+    return Path(sys.argv[0]).name in ("ta-llava", "ta-llava.exe")
+
+
+if TYPE_CHECKING or not _is_command_line():
+    from .auto_classes import (
+        TaLlavaConfig,
+        TaLlavaForConditionalGeneration,
+        TaLlavaModel,
+        TaLlavaProcessor,
+        VmtcCmaiLlavaConfig,
+        VmtcCmaiLlavaForConditionalGeneration,
+        VmtcCmaiLlavaModel,
+        VmtcCmaiLlavaProcessor,
+    )
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from . import auto_classes
+
+        return getattr(auto_classes, name)

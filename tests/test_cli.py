@@ -1,12 +1,19 @@
 import json
+import os
+import re
 import shlex
 import socket
+import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
+import typer
 from command_line import run
 from conftest import EXAMPLE_IMAGE, FIXTURES, ROOT
+
+from ta_llava.cli import app
 
 
 def test_ask():
@@ -37,6 +44,7 @@ def test_ask_with_vmtc_and_cmai(options):
     [("train", "training.run", "train"), ("evaluate", "evaluation.evaluate", "evaluate")],
 )
 def test_what_is_not_installed_is_named_with_the_extra_that_has_it(monkeypatch, tmp_path, command, module, extra):
+    """It is found after the checks of paths."""
     monkeypatch.setitem(sys.modules, f"ta_llava.{module}", None)
     code, out, error = run(command, tmp_path, *(["-o", tmp_path] if command == "evaluate" else []))
     assert code == 1 and out == "" and f"pip install -e '.[{extra}]'` in a clone" in error
@@ -46,20 +54,8 @@ def test_ctrl_c_is_one_line(monkeypatch):
     def interrupt(*arguments, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("builtins.__import__", interrupt_import_of("inference", interrupt))
+    monkeypatch.setattr("ta_llava.inference.load", interrupt)
     assert run("ask", EXAMPLE_IMAGE, "what?") == (130, "", "Interrupted.\n")
-
-
-def interrupt_import_of(name, interrupt):
-    """`__import__` that is interrupted at a module of the package."""
-    original = __import__
-
-    def import_module(module, globals=None, locals=None, fromlist=(), level=0):
-        if module == name and level == 1:
-            interrupt()
-        return original(module, globals, locals, fromlist, level)
-
-    return import_module
 
 
 def test_version():
@@ -78,11 +74,11 @@ def test_a_question_without_quotes_is_shown_with_them():
 def test_a_question_before_the_image_is_shown_behind_it():
     code, _, error = run("ask", "what color?", EXAMPLE_IMAGE)
     swapped = shlex.join(["ta-llava", "ask", str(EXAMPLE_IMAGE), "what color?"])
-    assert code == 1 and error.endswith(f"The question comes last: {swapped}\n")
-    assert run("ask", "what", "color?", EXAMPLE_IMAGE)[2].endswith(f"The question comes last: {swapped}\n")
+    assert code == 1 and error.endswith(f"Put the question last: {swapped}\n")
+    assert run("ask", "what", "color?", EXAMPLE_IMAGE)[2].endswith(f"Put the question last: {swapped}\n")
     for mistyped in (["none.png", "what color?"], ["none.png", EXAMPLE_IMAGE]):
         code, _, error = run("ask", *mistyped)
-        assert code == 1 and "comes last" not in error
+        assert code == 1 and "Put the question last" not in error
 
 
 @pytest.mark.parametrize("model_type", ["llava", "llava_llama"])
@@ -155,7 +151,7 @@ def test_of_a_folder_each_picture_is_asked_about(tmp_path):
 
 def test_a_folder_without_pictures_or_among_images_is_named(tmp_path):
     code, out, error = run("ask", tmp_path, "what?")
-    assert code == 1 and out == "" and f"the folder {tmp_path} has no pictures in it" in error
+    assert code == 1 and out == "" and f"folder {tmp_path} has no pictures in it" in error
     code, _, error = run("ask", tmp_path, EXAMPLE_IMAGE, "what?")
     assert code == 1 and f"'{tmp_path}' is a folder, not an image file" in error
     code, _, error = run("ask", "what color?", tmp_path)
@@ -183,8 +179,8 @@ def test_a_bad_line_of_a_batch_is_named_before_any_work(tmp_path, line, message)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["ask"], "give an image and a question"),
-        (["ask", EXAMPLE_IMAGE], "give an image and a question"),
+        (["ask"], "an image and a question"),
+        (["ask", EXAMPLE_IMAGE], "an image and a question"),
         (["ask", "none.png", "what?"], "none.png"),
         (["ask", __file__, "what?"], "not a readable image"),
         (["ask", EXAMPLE_IMAGE, " "], "is empty"),
@@ -225,3 +221,123 @@ def test_convert_original(tmp_path):
         "convert-original", tmp_path / "out", tmp_path / "two", "--vision-tower", folder / "tiny-clip"
     )
     assert code == 1 and "'ta_llava'" in error and "tallava_gemma" in error
+
+
+# --- before torch and transformers are imported --------------------------------------------------------------------
+
+
+CONSOLE_SCRIPT = [str(Path(sys.executable).parent / "ta-llava")]
+MODULE = [sys.executable, "-m", "ta_llava.cli"]
+COMPLETION = {"_TA_LLAVA_COMPLETE": "complete_bash", "COMP_WORDS": "ta-llava ask --visual-t", "COMP_CWORD": "2"}
+
+
+def run_as_process(*arguments, program=CONSOLE_SCRIPT, **variables) -> tuple[int, str, set[str]]:
+    """Exit code, output and imported packages of `ta-llava` in a process of its own."""
+    process = subprocess.run(
+        [*program, *map(str, arguments)],
+        env=os.environ | {"PYTHONPROFILEIMPORTTIME": "1", "OMP_NUM_THREADS": "1"} | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = process.stderr.splitlines()
+    imported = {line.rsplit("|", 1)[1].strip() for line in lines if line.startswith("import time:")}
+    errors = [line for line in lines if not line.startswith("import time:")]
+    return process.returncode, "\n".join([process.stdout, *errors]), {name.split(".")[0] for name in imported}
+
+
+@pytest.mark.parametrize("program", [CONSOLE_SCRIPT, MODULE], ids=["console script", "module"])
+@pytest.mark.parametrize(
+    ("arguments", "variables", "code", "text"),
+    [
+        (["--help"], {}, 0, "visualize"),
+        (["train", "--help"], {}, 0, "--override"),
+        (["--version"], {}, 0, metadata.version("ta-llava")),
+        (["aks"], {}, 2, "aks"),
+        (["ask", "--modle", "x"], {}, 2, "--modle"),
+        ([], COMPLETION, 0, "--visual-tokens"),
+    ],
+    ids=["help", "help of a command", "version", "typo in a command", "typo in an option", "completion"],
+)
+def test_help_and_typos_need_neither_torch_nor_transformers(program, arguments, variables, code, text):
+    if variables and program is MODULE:
+        pytest.skip("shells complete the console script alone")
+    status, output, packages = run_as_process(*arguments, program=program, **variables)
+    assert status == code and text in output
+    assert "ta_llava" in packages and packages.isdisjoint(("torch", "transformers"))
+
+
+MISSING = [
+    (["ask", "none.png", "what?"], "none.png"),
+    (["ask", EXAMPLE_IMAGE, "which", "shape?"], "'which shape?'"),
+    (["ask", "--batch", "none.jsonl"], "none.jsonl"),
+    (["ask", EXAMPLE_IMAGE, "what?", "--model", "no/such/model"], "no/such/model"),
+    (["visualize", "none.png"], "none.png"),
+    (["visualize", EXAMPLE_IMAGE, "--model", "no/such/model"], "no/such/model"),
+    (["cost", "none/config.json"], "none/config.json"),
+    (["compress", "no/such/model", "out"], "no/such/model"),
+    (["init", "out", "--vision-tower", "no/such/model", "--language-model", "."], "no/such/model"),
+    (["init-llava", "out", "--vision-tower", ".", "--language-model", ".", "--chat-template", "none"], "none"),
+    (["convert-original", "none", "out", "--vision-tower", "."], "none"),
+    (["train", "none.yaml"], "none.yaml"),
+    (["curriculum", __file__, "none.yaml"], "none.yaml"),
+    (["merge", "no/such/model", "out"], "no/such/model"),
+    (["evaluate", ".", "-o", "out", "--data", "none.json"], "none.json"),
+    (["export", ".", "out", "--results", "none"], "none"),
+    (["export", ".", FIXTURES], "is not an empty folder"),
+    (["push", "no/such/model", "me/model"], "no/such/model"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "named"), MISSING, ids=lambda value: str(value[0]))
+def test_a_missing_file_needs_neither_torch_nor_transformers(arguments, named):
+    status, output, packages = run_as_process(*arguments)
+    assert status == 1 and "error: " in output and named in output and "Traceback" not in output
+    assert packages.isdisjoint(("torch", "transformers"))
+
+
+def test_every_command_is_asked_for_a_missing_file():
+    assert {arguments[0] for arguments, _ in MISSING} == set(typer.main.get_command(app).commands)
+
+
+# --- the Auto classes, which the command line registers when it needs models ----------------------------------------
+
+# Each module is imported alone, in a child of a process that has imported what takes long.
+IMPORT_ALONE = """
+import importlib, os, sys
+sys.argv[0] = "ta-llava"
+import datasets, ta_llava.modeling_ta_llava, ta_llava.vmtc_cmai_patch
+assert "ta_llava.auto_classes" not in sys.modules
+for name in sys.argv[1:]:
+    child = os.fork()
+    if child == 0:
+        importlib.import_module(name)
+        os._exit("ta_llava.auto_classes" not in sys.modules)
+    print(name, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_modules_that_load_or_save_models_register_their_classes():
+    source = ROOT / "src"
+    paths = [source / "inference.py", *source.glob("*/*.py")]
+    paths = [path for path in paths if re.search(r"\bAuto[A-Z]\w+\b|save_pretrained", path.read_text())]
+    names = [f"ta_llava.{'.'.join(path.relative_to(source).with_suffix('').parts)}" for path in paths]
+    assert len(names) > 8 and "ta_llava.cli.building" in names
+    names = [name for name in names if not name.startswith("ta_llava.cli.")]  # they import the others
+    process = subprocess.run([sys.executable, "-c", IMPORT_ALONE, *names], capture_output=True, text=True, check=False)
+    assert process.stdout.splitlines() == [f"{name} 0" for name in names], process.stderr[-3000:]
+
+
+def test_what_the_console_script_saves_carries_its_code(tmp_path):
+    folder = FIXTURES / "original_ta_llava"
+    status, output, _ = run_as_process(
+        "convert-original", folder, tmp_path / "out", "--vision-tower", folder / "tiny-clip"
+    )
+    assert status == 0, output
+    auto_map = json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"]
+    assert auto_map.keys() >= {"AutoConfig", "AutoModel", "AutoModelForImageTextToText"}
+    assert (tmp_path / "out" / "modeling_ta_llava.py").is_file()
+    status, output, _ = run_as_process("export", ROOT / "checkpoints" / "ta-llava-tiny", tmp_path / "exported")
+    assert status == 0, output
+    settings = json.loads((tmp_path / "exported" / "processor_config.json").read_text())
+    assert settings["auto_map"]["AutoProcessor"].startswith("processing_ta_llava.")

@@ -1,6 +1,6 @@
 """
-A demo of TA-LLaVA, and of VMTC and CMAI, beside LLaVA: one question, three answers, what each costs, and what each looks
-at. `TA_LLAVA_MODEL` and `LLAVA_MODEL` name other models (folders or Hub repos) than those that are shipped with the package.
+A demo of TA-LLaVA, and of VMTC and CMAI, beside LLaVA: three models answer one question, and the page shows what each costs
+and looks at. Set `TA_LLAVA_MODEL` and `LLAVA_MODEL` to folders or Hub repos to replace the shipped models.
 """
 
 import base64
@@ -45,7 +45,7 @@ EXAMPLES = [
     ("red_circle.png", "is there a red shape?"),
     ("teal_triangle.png", "what color is the shape?"),
 ]
-# The settings of CMAI are the model's, not a call's: one answer at a time, and what it costs is then its own.
+# CMAI is set on the model, not in a call, so only one answer is computed at a time. Its time is then its own, too.
 MODEL_IN_USE = Lock()
 
 ABOUT = """
@@ -64,13 +64,13 @@ colour, a shape, yes or no. At their size time is mostly overhead; the operation
 @dataclass
 class Result:
     """
-    An answer, complete or as far as it has come, and what it cost.
+    An answer, complete or not, and its cost.
 
     Args:
-        answer (`str`).
-        image_tokens, text_tokens (`int`): Of the prompt: visual or prefix tokens, and the others.
+        answer (`str`): The text so far.
+        image_tokens, text_tokens (`int`): Visual or prefix tokens of the prompt, and its other tokens.
         operations (`int`): Floating point operations of the prefill.
-        seconds (`float`, *optional*): From pixels to the last word; `None` while there are more to come.
+        seconds (`float`, *optional*): Time from the pixels to the last word; `None` until then.
     """
 
     answer: str
@@ -89,14 +89,14 @@ class Result:
 
 
 class Models:
-    """A TA-LLaVA, and a LLaVA with VMTC and CMAI, whose settings are those of a call; each a folder or Hub repo."""
+    """A TA-LLaVA, and a LLaVA whose VMTC and CMAI are set for each call. Both are folders or Hub repos."""
 
     def __init__(self, ta_llava: str | Path, llava: str | Path):
         self.ta_llava, self.ta_llava_processor = load(ta_llava)
         self.llava, self.llava_processor = load(llava, cmai_max_ratio=0.6)
         self.num_patches = self._count_patches()
         for part in (self.llava, self.llava_processor):
-            part.set_visual_budget(self.num_patches)  # for calls that name no other one
+            part.set_visual_budget(self.num_patches)  # the default; a call can name another
         self._warm_up()
 
     def _count_patches(self) -> int:
@@ -105,25 +105,25 @@ class Models:
         return rows * columns
 
     def _warm_up(self) -> None:
-        """The first answers take longer; not those that are timed."""
+        """Answers once with each model, since the first answers take longer."""
         for settings in ((self.num_patches, 0.0), (max(1, self.num_patches // 4), 0.6), (None, 0.0)):
             for _ in self.answer(Image.new("RGB", (64, 64)), "?", *settings):
                 pass
 
     @contextmanager
     def cmai(self, ratio: float) -> Iterator[None]:
-        """Nobody else uses the models meanwhile, and the LLaVA has CMAI up to `ratio`; 0 is off."""
+        """Reserves the models for one caller, with CMAI of the LLaVA up to `ratio`; 0 turns it off."""
         with MODEL_IN_USE:
             self.llava.config.use_cmai, self.llava.config.cmai_max_ratio = ratio > 0, ratio
             yield
 
     def answer(self, image: Image.Image, question: str, budget: int | None, ratio: float) -> Iterator[Result]:
         """
-        The answer as it grows, of the LLaVA, or of the TA-LLaVA.
+        Answers with the LLaVA or the TA-LLaVA, and yields the answer as it grows.
 
         Args:
-            budget (`int`, *optional*): Visual tokens of the LLaVA; `None` asks the TA-LLaVA.
-            ratio (`float`): Of CMAI.
+            budget (`int`, *optional*): Number of visual tokens of the LLaVA; `None` asks the TA-LLaVA.
+            ratio (`float`): Ratio of CMAI; 0 turns it off.
         """
         is_llava = budget is not None
         model = self.llava if is_llava else self.ta_llava
@@ -146,7 +146,7 @@ class Models:
                     start = time.perf_counter()
                     model.generate(**arguments)
                     seconds.append(time.perf_counter() - start)
-            except Exception as error:  # is raised again where the words are waited for
+            except Exception as error:  # raised again in the thread that waits for the words
                 errors.append(error)
                 streamer.end()
 
@@ -163,7 +163,7 @@ class Models:
 
     @cache  # noqa: B019 - there is one object, for as long as the app runs
     def count_operations(self, budget: int | None, ratio: float, text_tokens: int, image_size: int) -> int:
-        """Of the prefill of the LLaVA with `budget` visual tokens and CMAI up to `ratio`, or of the TA-LLaVA."""
+        """Operations of the prefill of the LLaVA with `budget` visual tokens and CMAI up to `ratio`, or of the TA-LLaVA."""
         config = deepcopy(self.ta_llava.config if budget is None else self.llava.config)
         if budget is not None:
             config.vmtc_num_visual_tokens = budget
@@ -172,7 +172,7 @@ class Models:
 
     @torch.no_grad()
     def overlays(self, image: Image.Image, question: str, budget: int, ratio: float) -> list[Panels | None]:
-        """What VMTC merges, where the prefix looks, and what CMAI inhibits, if it is on."""
+        """Pictures of what VMTC merges, where the prefix looks and, if CMAI is on, what it inhibits."""
         processor, config = self.llava_processor, self.llava.config
         patch_size, seen = config.vision_config.patch_size, seen_image(processor.image_processor, image)
         pixel_values = processor.image_processor(image, return_tensors="pt")["pixel_values"].to(self.llava.device)
@@ -191,8 +191,10 @@ class Models:
 
 def read_input(path: str | None, question: str) -> tuple[Image.Image, str]:
     """
+    Opens the image, and strips the question.
+
     Raises:
-        `gr.Error`: There is no image or no question, or the file is no image.
+        `gr.Error`: There is no image or no question, or the file is not an image.
     """
     if path is None:
         raise gr.Error("Choose an image first.", print_exception=False)
@@ -206,7 +208,7 @@ def read_input(path: str | None, question: str) -> tuple[Image.Image, str]:
 
 
 def ask(models: Models, path: str | None, question: str, budget: int, ratio: float) -> Iterator[list[str]]:
-    """Answers and facts of the three models, one after the other as they come; then the pictures."""
+    """Yields answers and facts of the three models, one after the other as they come, then the pictures."""
     image, question = read_input(path, question)
     shown = [""] * (6 + len(PICTURES))
     try:
@@ -220,14 +222,14 @@ def ask(models: Models, path: str | None, question: str, budget: int, ratio: flo
     yield shown
 
 
-# Images as the files that were uploaded, so that this app says what is wrong with them. Sessions copy components, by their
-# class; and a subclass would write a file beside this one.
+# The app gets uploaded files, not images, so that it can say what is wrong with them. The method is replaced on the class
+# because sessions copy components by their class, and a subclass would write a file beside this one.
 gr.Image.preprocess = lambda self, payload: None if payload is None else payload.path
 PICTURES = ("What VMTC keeps and merges", "Where the prefix of TA-LLaVA looks", "What CMAI inhibits for each word")
 
 
 def picture_html(title: str, panels: Panels | None) -> str:
-    """Panels side by side, as many as there is room for, under a title; nothing for none."""
+    """Panels side by side, as many as fit, under a title. Empty without panels."""
     if panels is None:
         return ""
     parts = [f"<h3>{title}</h3>"]
@@ -291,7 +293,7 @@ def build_app(models: Models) -> gr.Blocks:
         def answer(*values: Any) -> Iterator[Any]:
             try:
                 yield from ask(models, *values)
-            except gr.Error as error:  # raised here it would leave a mark on every output
+            except gr.Error as error:  # if it were raised here, it would leave a mark on every output
                 gr.Warning(html.escape(error.message), title="No answer")
                 yield [gr.skip()] * len(outputs)
 

@@ -26,7 +26,8 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from ..cmai import attention_weights, focus_scores, head_averaged_scores, inhibition_ratio
-from ..common.loading import check_source, config_of
+from ..common.loading import config_of
+from ..common.sources import check_source
 from ..configuration_ta_llava import TaLlavaConfig
 from ..library_versions import CACHE
 from ..safe_loading import check_image_size

@@ -18,7 +18,8 @@ from transformers import LlavaConfig, LlavaProcessor
 
 from ..common.errors import one_line
 from ..common.files import atomic_folder, check_new_folder
-from ..common.loading import check_format, check_source
+from ..common.loading import check_format
+from ..common.sources import check_source
 from ..configuration_ta_llava import TaLlavaConfig
 from ..safe_loading import check_sizes
 from ..vision_towers import patch_grid

@@ -7,7 +7,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file, has_file
 
 from .errors import how_to_install, one_line, why_not_loaded
-from .loading import check_source
+from .sources import check_source
 
 
 def is_adapter(source: str | Path) -> bool:

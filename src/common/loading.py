@@ -1,6 +1,5 @@
 """Loads the models that a user names, and says in one line what is wrong with those that cannot be loaded."""
 
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,40 +8,10 @@ from typing import Any
 from transformers import AutoModelForImageTextToText, LlavaProcessor, PreTrainedConfig
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
+from .. import auto_classes  # noqa: F401 - registers the classes of the models that are loaded here
 from ..safe_loading import check_image_size, load_config, read_safetensors
 from .errors import one_line, why_not_loaded
-
-
-REPO_NAME = r"\w[\w.-]*/[\w.-]+"
-
-
-# --- names ---------------------------------------------------------------------------------------------------------
-
-
-def is_repo_name(name: str) -> bool:
-    """Whether a repo on the Hub can have this name, `USER/NAME`."""
-    return re.fullmatch(REPO_NAME, name) is not None
-
-
-def check_source(source: str | Path) -> None:
-    """
-    Checks that a model is a folder here or can be a repo on the Hub. It saves the library from asking the Hub, again and
-    again where it cannot be reached, for a name that no repo has.
-
-    Raises:
-        `ValueError`: There is no such folder, and no repo can be meant: the name has another form, or its parent is a folder
-            here.
-    """
-    name = str(source)
-    if Path(name).exists():
-        return
-    if not is_repo_name(name):
-        raise ValueError(f"There is no folder {name!r}, and a repo on the Hub is called USER/NAME.")
-    if Path(name).parent.is_dir():
-        parent = str(Path(name).parent)
-        raise ValueError(
-            f"There is no folder {name!r}. If you mean a repo on the Hub, start this where there is no folder {parent!r}."
-        )
+from .sources import check_source
 
 
 # --- configs -------------------------------------------------------------------------------------------------------

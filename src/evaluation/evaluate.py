@@ -28,7 +28,8 @@ from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from ..common.adapters import is_adapter, model_of_adapter
 from ..common.errors import one_line
-from ..common.loading import REPO_NAME, config_of, loading_from
+from ..common.loading import config_of, loading_from
+from ..common.sources import REPO_NAME
 from ..data.samples import find_damaged_files
 from ..inference import answer, load
 from .questions import HeldImage, Question

@@ -7,7 +7,7 @@ from typing import Any, Self, get_type_hints
 
 from ..common.errors import one_line
 from ..common.files import write_text
-from ..common.loading import is_repo_name
+from ..common.sources import is_repo_name
 
 
 PREDICTIONS, RESULTS, TABLE, SETTINGS = "predictions.jsonl", "results.json", "results.md", "settings.json"

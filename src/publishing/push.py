@@ -26,7 +26,8 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
 from ..common.errors import one_line
-from ..common.loading import check_source, config_of
+from ..common.loading import config_of
+from ..common.sources import check_source
 from .existing_card import CARD, download_card, is_unedited, lost_sections, pin_revision, pinned_revision, renew_pin
 from .export import check_export, write_export
 

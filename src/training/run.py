@@ -34,7 +34,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..common.errors import one_line
 from ..common.files import temporary_name, write_text
-from ..common.loading import check_source, config_of, load_complete
+from ..common.loading import config_of, load_complete
+from ..common.sources import check_source
 from ..vision_towers import blocks_of
 from .dataset import Collator, iterate_images, prepare_dataset
 from .lora import add_lora

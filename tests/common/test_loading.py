@@ -2,7 +2,8 @@ import pytest
 from conftest import SHIPPED_MODEL
 from hub_server import HubServer
 
-from ta_llava.common.loading import check_format, check_source, config_of
+from ta_llava.common.loading import check_format, config_of
+from ta_llava.common.sources import check_source
 
 
 @pytest.mark.parametrize(
