@@ -328,8 +328,9 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
             remedy = (
                 f"That would be {found / len(features):g} for an image. Processor and model must have the same budget: pass "
                 "the same `num_visual_tokens` to both calls, or call `set_visual_budget` on both. Without VMTC both have "
-                "`use_vmtc=False`. A stock `LlavaProcessor` has no budget: load a `VmtcCmaiLlavaProcessor`, as `AutoProcessor` "
-                "does from a folder of `ta-llava compress`. If the text was truncated (`max_length`), allow more tokens."
+                "`use_vmtc=False`. A stock `LlavaProcessor` has no budget: load a `VmtcCmaiLlavaProcessor`, as "
+                "`AutoProcessor` does from a folder of `ta-llava compress`. If the text was truncated (`max_length`), allow "
+                "more tokens."
             )
         raise ValueError(
             f"The text has {found} image placeholders (id {self.config.image_token_id}), but there are {each}. {remedy}"
