@@ -68,7 +68,8 @@ def load_rgb_image(image: Any) -> Image.Image:
     elif not isinstance(image, Image.Image):
         return _image_from_array(image)
     try:
-        image = ImageOps.exif_transpose(image)  # a copy, of what is read to its end
+        _load(image)
+        image = ImageOps.exif_transpose(image)  # a copy
     except Exception as error:  # Pillow's readers raise nearly anything
         name = repr(image.filename) if getattr(image, "filename", "") else f"of size {image.width}x{image.height}"
         raise ValueError(f"The image {name} cannot be read to its end; is it truncated? ({error})") from error
@@ -161,11 +162,16 @@ def _open_image(source: str) -> Image.Image:
     """The image of a path, URL or base64 string, read to its end, in the mode that it has."""
     name = repr(source if len(source) <= 200 else source[:200] + "...")
     if source.startswith(("http://", "https://")):
-        return _decode(BytesIO(_download(source, name)), f"What was downloaded from {name}")
+        return _decode(_download(source, name), f"What was downloaded from {name}")
     if os.path.isfile(source):
         if os.path.getsize(source) == 0:
             raise ValueError(f"The image file {name} is empty (0 bytes).")
-        return _decode(source, f"The file {name}")
+        try:
+            with open(source, "rb") as file:
+                content = file.read()
+        except OSError as error:
+            raise ValueError(f"The image file {name} cannot be read: {error.strerror}.") from error
+        return _decode(content, f"The file {name}")
     if os.path.isdir(source):
         raise ValueError(f"{name} is a folder, not an image file.")
     encoded = source.split(",", 1)[-1] if source.startswith("data:image/") else source
@@ -174,7 +180,7 @@ def _open_image(source: str) -> Image.Image:
     except ValueError:
         content = b""
     try:
-        return _decode(BytesIO(content), f"The base64-encoded image {name}")
+        return _decode(content, f"The base64-encoded image {name}")
     except ValueError as error:
         if not isinstance(error.__cause__, UnidentifiedImageError):
             raise
@@ -194,9 +200,25 @@ def _download(url: str, name: str) -> bytes:
     return response.content
 
 
-def _decode(file: str | BytesIO, what: str) -> Image.Image:
+def _load(image: Image.Image) -> None:
+    """
+    Reads a PIL image to its end. Pillow maps the file of an uncompressed TIFF into memory; its pixels are then not turned,
+    but it does not say any more that they should be. A TIFF without a file name is read.
+    """
+    filename = getattr(image, "filename", "")
+    if image.format != "TIFF" or not filename:
+        image.load()
+        return
+    image.filename = ""  # type: ignore[attr-defined]
     try:
-        image = Image.open(file)
+        image.load()
+    finally:
+        image.filename = filename  # type: ignore[attr-defined]
+
+
+def _decode(content: bytes, what: str) -> Image.Image:
+    try:
+        image = Image.open(BytesIO(content))
         image.load()
     except Image.DecompressionBombError as error:
         raise ValueError(f"{what} is too large: {error} Make it smaller.") from error
