@@ -13,7 +13,6 @@
 # limitations under the License.
 """Images from whatever a user has: paths, URLs, base64 strings, PIL images, arrays and tensors."""
 
-import base64
 import os
 from io import BytesIO
 from typing import Any
@@ -26,6 +25,8 @@ from transformers.image_utils import SizeDict
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.utils import is_av_available, is_torchcodec_available
 from transformers.video_utils import VideoMetadata, default_sample_indices_fn, load_video
+
+from .encoded_images import encoded_bytes, shorten
 
 
 # Wider or taller than this, the middle of an image is cut out before it is resized by its shortest edge: what a centre
@@ -68,7 +69,7 @@ def load_rgb_image(image: Any) -> Image.Image:
     elif not isinstance(image, Image.Image):
         return _image_from_array(image)
     try:
-        _load(image)
+        read_to_end(image)
         image = ImageOps.exif_transpose(image)  # a copy
     except Exception as error:  # Pillow's readers raise nearly anything
         name = repr(image.filename) if getattr(image, "filename", "") else f"of size {image.width}x{image.height}"
@@ -160,7 +161,7 @@ def sample_frames(video: Any, num_frames: int | None = None) -> list:
 
 def _open_image(source: str) -> Image.Image:
     """The image of a path, URL or base64 string, read to its end, in the mode that it has."""
-    name = repr(source if len(source) <= 200 else source[:200] + "...")
+    name = repr(shorten(source))
     if source.startswith(("http://", "https://")):
         return _decode(_download(source, name), f"What was downloaded from {name}")
     if os.path.isfile(source):
@@ -174,19 +175,10 @@ def _open_image(source: str) -> Image.Image:
         return _decode(content, f"The file {name}")
     if os.path.isdir(source):
         raise ValueError(f"{name} is a folder, not an image file.")
-    encoded = source.split(",", 1)[-1] if source.startswith("data:image/") else source
-    try:
-        content = base64.decodebytes(encoded.encode())
-    except ValueError:
-        content = b""
-    try:
-        return _decode(content, f"The base64-encoded image {name}")
-    except ValueError as error:
-        if not isinstance(error.__cause__, UnidentifiedImageError):
-            raise
-        raise ValueError(
-            f"There is no image file {name}, and it is no http(s) URL or base64-encoded image."
-        ) from error
+    content = encoded_bytes(source)
+    if content is None:
+        raise ValueError(f"There is no image file {name}, and it is no http(s) URL or base64-encoded image.")
+    return _decode(content, f"The base64-encoded image {name}")
 
 
 def _download(url: str, name: str) -> bytes:
@@ -200,7 +192,7 @@ def _download(url: str, name: str) -> bytes:
     return response.content
 
 
-def _load(image: Image.Image) -> None:
+def read_to_end(image: Image.Image) -> None:
     """
     Reads a PIL image to its end. Pillow maps the file of an uncompressed TIFF into memory; its pixels are then not turned,
     but it does not say any more that they should be. A TIFF without a file name is read.
@@ -277,4 +269,4 @@ def cut_to_aspect_ratio(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + min(width, limit), top + min(height, limit)))
 
 
-__all__ = ["cut_to_aspect_ratio", "load_rgb_image", "open_images", "resize_first"]
+__all__ = ["cut_to_aspect_ratio", "load_rgb_image", "open_images", "read_to_end", "resize_first"]

@@ -10,12 +10,12 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from ..common.errors import one_line
+from ..encoded_images import encoded_bytes, shorten
 from ..image_loading import load_rgb_image
-from .encoded_images import encoded_bytes
 
 
 IMAGE = "<image>"  # in the text of the data, whatever the processor writes
@@ -125,7 +125,7 @@ def locate_image(image: str | os.PathLike, image_folder: str | Path) -> str:
     """
     if image_folder and os.path.normpath(image).split(os.sep)[0] == os.pardir:
         raise ValueError(
-            f"Its image {os.fspath(image)!r} is outside of {image_folder}. Name a folder that holds all images."
+            f"Its image {shorten(os.fspath(image))!r} is outside of {image_folder}. Name a folder that holds all images."
         )
     return os.path.join(image_folder, image)
 
@@ -244,7 +244,10 @@ def open_image(image: Any) -> Image.Image:
     try:
         content = encoded_bytes(image)
         if content is not None:
-            image = Image.open(BytesIO(content))
+            try:
+                image = Image.open(BytesIO(content))
+            except UnidentifiedImageError as error:
+                raise ValueError(f"An image of {len(content)} bytes has an unknown format. {HOW_TO_CAST}") from error
         elif isinstance(image, Mapping):
             if not isinstance(image.get("path"), (str, os.PathLike)):
                 raise ValueError(
@@ -259,7 +262,7 @@ def open_image(image: Any) -> Image.Image:
 def find_damage(image: Any) -> str:
     """What keeps an image from being read to its end; empty if nothing does."""
     if is_path(image) and not os.path.isfile(image):
-        return f"There is no image file {str(image)[:1000]!r}."
+        return f"There is no image file {shorten(str(image))!r}."
     try:
         open_image(image)
     except ValueError as error:

@@ -11,8 +11,8 @@ import datasets
 
 from ..common.errors import one_line
 from ..data.easy_vqa import QUESTION_TYPES, load_easy_vqa, question_type, wording_prior
-from ..data.encoded_images import encoded_bytes
 from ..data.samples import IMAGE, SampleError, locate_image, open_image, read_sample
+from ..encoded_images import encoded_bytes
 from . import pope
 from .results import DESCRIPTIONS, Scores
 
