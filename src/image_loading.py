@@ -11,9 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Images from whatever a user has: paths, URLs, base64 strings, PIL images, arrays and tensors."""
+"""Images from whatever a user has: paths, URLs, base64 strings, bytes, open files, PIL images, arrays and tensors."""
 
 import os
+from collections.abc import Mapping
 from io import BytesIO
 from typing import Any
 
@@ -41,21 +42,23 @@ _VIDEO_DECODERS = {"pyav": is_av_available, "torchcodec": is_torchcodec_availabl
 
 def open_images(images: Any) -> Any:
     """
-    The same, lists in lists included, with what [`load_rgb_image`] makes of every path, URL, base64 string and PIL image.
-    Arrays and tensors stay as they are: the image processor of the library takes them.
+    The same, lists in lists included, with what [`load_rgb_image`] makes of every image. Arrays and tensors stay as they
+    are: the image processor of the library takes them.
 
     Raises:
         `ValueError`: One of them is not a readable image; the message names it.
     """
     if isinstance(images, (list, tuple)):
         return [open_images(image) for image in images]
-    return load_rgb_image(images) if isinstance(images, (str, os.PathLike, Image.Image)) else images
+    is_picture = isinstance(images, (str, os.PathLike, Image.Image)) or _holds_file(images)
+    return load_rgb_image(images) if is_picture else images
 
 
 def load_rgb_image(image: Any) -> Image.Image:
     """
-    An RGB image from whatever a user has: path, URL, base64 string, PIL image, or an array or tensor of shape
-    `(H, W)`, `(H, W, C)` or `(C, H, W)` with 1 to 4 channels.
+    An RGB image from whatever a user has: path, URL, base64 string, the bytes of a file, a file that is open for reading
+    bytes, a dict with `bytes` or `path` as `datasets` has it, PIL image, or an array or tensor of shape `(H, W)`,
+    `(H, W, C)` or `(C, H, W)` with 1 to 4 channels.
 
     Transparent images are laid on white, 16-bit ones scaled to 8 bits, and the EXIF orientation is applied. A PIL image is
     taken as it is: of an animated one the frame that it shows, which is the first of a file. Arrays hold integers of 8 or
@@ -64,8 +67,13 @@ def load_rgb_image(image: Any) -> Image.Image:
     Raises:
         `ValueError`: What was given is not a readable image; the message names it.
     """
+    if isinstance(image, Mapping) and encoded_bytes(image) is None:
+        image = _path_of(image)
     if isinstance(image, (str, os.PathLike)):
         image = _open_image(os.fspath(image))
+    elif _holds_file(image):
+        content = _bytes_of(image)
+        image = _decode(content, f"An image of {len(content)} bytes")
     elif not isinstance(image, Image.Image):
         return _image_from_array(image)
     try:
@@ -179,6 +187,38 @@ def _open_image(source: str) -> Image.Image:
     if content is None:
         raise ValueError(f"There is no image file {name}, and it is no http(s) URL or base64-encoded image.")
     return _decode(content, f"The base64-encoded image {name}")
+
+
+def _holds_file(image: Any) -> bool:
+    """Whether an image is the bytes of a file, an open file, or a dict."""
+    return isinstance(image, (bytes, bytearray, memoryview, Mapping)) or callable(getattr(image, "read", None))
+
+
+def _path_of(image: Mapping) -> str | os.PathLike:
+    path = image.get("path")
+    if not isinstance(path, (str, os.PathLike)):
+        fields = ", ".join(map(repr, image)) or "nothing"
+        raise ValueError(f"An image that is a dict has its file in `bytes` or `path`, but this one has {fields:.100}.")
+    return path
+
+
+def _bytes_of(image: Any) -> bytes:
+    """The bytes of an image that holds a file; an open file is read from its beginning."""
+    content = encoded_bytes(image)
+    if content is not None:
+        return content
+    try:
+        if image.seekable():
+            image.seek(0)
+        content = image.read()
+    except Exception as error:  # closed, opened as text, or of whatever kind
+        raise ValueError(f"An image cannot be read from an open {type(image).__name__}: {error}") from error
+    if not isinstance(content, bytes):
+        raise ValueError(
+            f"An image file must be open for reading bytes, but {type(image).__name__} gives "
+            f"{type(content).__name__}. Open it with `open(path, 'rb')`."
+        )
+    return content
 
 
 def _download(url: str, name: str) -> bytes:

@@ -106,7 +106,8 @@ def answer(
 
     Args:
         questions (`list[tuple[list, str]]`):
-            Images as the processor takes them (path, URL, PIL image, array), any number, and the question about them.
+            Images as the processor takes them (path, URL, base64, bytes, PIL image, array), any number, and the question
+            about them.
         batch_size (`int`): Questions answered at a time; does not change an answer.
         max_new_tokens (`int`): Longest answer in tokens.
         progress (`bool`): Show a progress bar.

@@ -101,8 +101,8 @@ class TaLlavaProcessor(TypedPlaceholdersMixin, ProcessorMixin):  # trf-ignore: T
         """
         Args:
             images (image, list of images, or list of lists of images, *optional*):
-                Path, URL, base64 string, PIL image, array or tensor each. A flat list is dealt out to the rows by the
-                `<image>`s in their text; a nested one has one list per row, which may be empty.
+                Path, URL, base64 string, bytes or open file of an image, PIL image, array or tensor each. A flat list is
+                dealt out to the rows by the `<image>`s in their text; a nested one has one list per row, which may be empty.
             text (`str` or `list[str]`, *optional*):
                 The prompts, with one `<image>` per image and one `<video>` per video.
             videos (video, or lists of videos, *optional*):

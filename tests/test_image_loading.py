@@ -151,13 +151,21 @@ def test_a_picture_is_the_same_however_it_is_given(system, server, name):
         "data URL": f"data:image/{path.suffix[1:]};base64,{text}",
         "lazy": Image.open(path),
         "of bytes": Image.open(io.BytesIO(content)),
+        "bytes": content,
+        "bytearray": bytearray(content),
+        "memoryview": memoryview(content),
+        "BytesIO": io.BytesIO(content),
+        "open file": path.open("rb"),
+        "dict with bytes": {"bytes": content, "path": None},
+        "dict with a path": {"bytes": None, "path": str(path)},
         "loaded": loaded,
         "copy": loaded.copy(),
     }
     expected = pixels_of(system, load_rgb_image(path))
     assert expected.shape == (1, 3, 64, 64)
     for kind, source in sources.items():
-        assert torch.equal(pixels_of(system, source), expected), kind
+        for _ in range(2):  # an open file is read from its beginning each time
+            assert torch.equal(pixels_of(system, source), expected), kind
     nested = pixels_of(system, [[path, text], [Image.open(path), path]])
     assert torch.equal(nested, expected.expand(4, -1, -1, -1))
 
@@ -173,10 +181,10 @@ def test_a_picture_is_the_same_however_it_is_given(system, server, name):
         return input_ids
 
     model = SimpleNamespace(device="cpu", generate=generate)
-    for image in (path, Image.open(path)):
+    for image in (path, Image.open(path), content, io.BytesIO(content)):
         list(answer(model, system, [([image], "what?")]))
         seen.append(prompt_inputs(system, image, "what?")["pixel_values"])
-    assert len(seen) == 4 and all(torch.equal(pixels.flatten(0, -4), expected) for pixels in seen)
+    assert len(seen) == 8 and all(torch.equal(pixels.flatten(0, -4), expected) for pixels in seen)
 
 
 @pytest.mark.parametrize("name", [name for name, (_, picture) in KINDS.items() if picture is not None])
@@ -351,6 +359,26 @@ def test_an_image_whose_file_was_closed_is_named(system, server):
         pass
     with pytest.raises(ValueError, match=r"rgb\.png' cannot be read"):
         pixels_of(system, image)
+
+
+def test_bytes_and_open_files_that_are_no_image_are_refused_in_one_short_line(system, tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    closed = io.BytesIO(KINDS["rgb.png"][0])
+    closed.close()
+    for image, message in [
+        (b"\x00" * 5000, "An image of 5000 bytes is not a readable image"),
+        (io.BytesIO(b"\x00" * 5000), "An image of 5000 bytes is not a readable image"),
+        (KINDS["rgb.png"][0][:3000], "An image of 3000 bytes is not a readable image, or truncated"),
+        (b"", "An image of 0 bytes"),
+        ((tmp_path / "text.png").open(), r"open\(path, 'rb'\)"),
+        (closed, "open BytesIO: .*closed file"),
+        ({"bytes": None, "path": None}, "has its file in `bytes` or `path`, but this one has 'bytes', 'path'"),
+        ({"data": b"x" * 5000}, "but this one has 'data'"),
+    ]:
+        for images in (image, [image], [[image]]):
+            with pytest.raises(ValueError, match=message) as error:
+                system(images=images)
+            assert len(str(error.value)) < 250 and "\n" not in str(error.value)
 
 
 def test_open_images_keeps_lists_and_arrays():

@@ -5,7 +5,6 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from io import BytesIO
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -110,6 +109,17 @@ def _read_images(record: Mapping[str, Any], image_folder: str | Path | None) -> 
     except Exception as error:  # `datasets` decodes them here, and Pillow's readers raise nearly anything
         raise ValueError(f"An image cannot be read: {one_line(error)}") from error
     return [locate_image(image, image_folder or "") if is_path(image) else image for image in images]
+
+
+def path_or_image(image: Any) -> Any:
+    """The path that a dict has which holds no bytes; any other image as it is."""
+    if (
+        isinstance(image, Mapping)
+        and encoded_bytes(image) is None
+        and isinstance(image.get("path"), (str, os.PathLike))
+    ):
+        return image["path"]
+    return image
 
 
 def is_path(image: Any) -> bool:
@@ -235,28 +245,19 @@ def _check_messages(messages: list[dict], num_images: int) -> None:
 
 def open_image(image: Any) -> Image.Image:
     """
-    The RGB image of a path, a PIL image, the bytes of a file (see [`encoded_bytes`]), or a dict with `bytes` and `path` as
-    `datasets` has it.
+    The RGB image of whatever [`load_rgb_image`] reads. The message of an error is one line; of what a column holds that is
+    no image, it says how to cast the column.
 
     Raises:
         `ValueError`: It cannot be read.
     """
     try:
-        content = encoded_bytes(image)
-        if content is not None:
-            try:
-                image = Image.open(BytesIO(content))
-            except UnidentifiedImageError as error:
-                raise ValueError(f"An image of {len(content)} bytes has an unknown format. {HOW_TO_CAST}") from error
-        elif isinstance(image, Mapping):
-            if not isinstance(image.get("path"), (str, os.PathLike)):
-                raise ValueError(
-                    f"An image has the fields {', '.join(map(str, image))}, but no file in `bytes` or `path`. {HOW_TO_CAST}"
-                )
-            image = image["path"]
         return load_rgb_image(image)
     except Exception as error:  # Pillow's readers raise nearly anything
-        raise ValueError(one_line(error)) from error
+        image = path_or_image(image)
+        is_no_file = error.__cause__ is None or isinstance(error.__cause__, UnidentifiedImageError)
+        hint = "" if isinstance(image, (str, os.PathLike, Image.Image)) or not is_no_file else f" {HOW_TO_CAST}"
+        raise ValueError(one_line(error) + hint) from error
 
 
 def find_damage(image: Any) -> str:
