@@ -11,10 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Reads images and videos from paths, URLs, base64 strings, PIL images, arrays and tensors."""
+"""Reads images and videos from paths, URLs, base64 strings, bytes, open files, PIL images, arrays and tensors."""
 
-import base64
 import os
+from collections.abc import Mapping
 from io import BytesIO
 from typing import Any
 
@@ -26,6 +26,8 @@ from transformers.image_utils import SizeDict
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.utils import is_av_available, is_torchcodec_available
 from transformers.video_utils import VideoMetadata, default_sample_indices_fn, load_video
+
+from .encoded_images import encoded_bytes, shorten
 
 
 # If one side of an image is more than this many times as long as the other, its middle is cut out before its shortest edge
@@ -40,21 +42,23 @@ _VIDEO_DECODERS = {"pyav": is_av_available, "torchcodec": is_torchcodec_availabl
 
 def open_images(images: Any) -> Any:
     """
-    Opens every path, URL, base64 string and PIL image by [`load_rgb_image`], also in nested lists. Arrays and tensors stay
-    as they are, since the image processor of the library takes them.
+    Opens every image by [`load_rgb_image`], also in nested lists. Arrays and tensors stay as they are, since the image
+    processor of the library takes them.
 
     Raises:
         `ValueError`: One of them is not a readable image. The message names it.
     """
     if isinstance(images, (list, tuple)):
         return [open_images(image) for image in images]
-    return load_rgb_image(images) if isinstance(images, (str, os.PathLike, Image.Image)) else images
+    is_picture = isinstance(images, (str, os.PathLike, Image.Image)) or _holds_file(images)
+    return load_rgb_image(images) if is_picture else images
 
 
 def load_rgb_image(image: Any) -> Image.Image:
     """
-    An RGB image from a path, URL, base64 string or PIL image, or from an array or tensor of shape `(H, W)`, `(H, W, C)` or
-    `(C, H, W)` with 1 to 4 channels.
+    An RGB image from a path, URL, base64 string, the bytes of a file, a file that is open for reading bytes, a dict with
+    `bytes` or `path` as `datasets` has it, a PIL image, or an array or tensor of shape `(H, W)`, `(H, W, C)` or `(C, H, W)`
+    with 1 to 4 channels.
 
     It lays transparent images on white, scales 16 bits to 8, and applies the EXIF orientation. From an animated image it
     takes the frame that is shown, which in a file is the first. Arrays hold integers of 8 or 16 bits, or floats in [0, 1] or
@@ -63,12 +67,18 @@ def load_rgb_image(image: Any) -> Image.Image:
     Raises:
         `ValueError`: `image` is not a readable image. The message names it.
     """
+    if isinstance(image, Mapping) and encoded_bytes(image) is None:
+        image = _path_of(image)
     if isinstance(image, (str, os.PathLike)):
         image = _open_image(os.fspath(image))
+    elif _holds_file(image):
+        content = _bytes_of(image)
+        image = _decode(content, f"An image of {len(content)} bytes")
     elif not isinstance(image, Image.Image):
         return _image_from_array(image)
     try:
-        image = ImageOps.exif_transpose(image)  # reads the file to its end
+        read_to_end(image)
+        image = ImageOps.exif_transpose(image)  # a copy
     except Exception as error:  # Pillow's readers raise nearly anything
         name = repr(image.filename) if getattr(image, "filename", "") else f"of size {image.width}x{image.height}"
         raise ValueError(f"The image {name} cannot be read to its end; is it truncated? ({error})") from error
@@ -159,28 +169,56 @@ def sample_frames(video: Any, num_frames: int | None = None) -> list:
 
 def _open_image(source: str) -> Image.Image:
     """The image of a path, URL or base64 string, in its own mode."""
-    name = repr(source if len(source) <= 200 else source[:200] + "...")
+    name = repr(shorten(source))
     if source.startswith(("http://", "https://")):
-        return _decode(BytesIO(_download(source, name)), f"What was downloaded from {name}")
+        return _decode(_download(source, name), f"What was downloaded from {name}")
     if os.path.isfile(source):
         if os.path.getsize(source) == 0:
             raise ValueError(f"The image file {name} is empty (0 bytes).")
-        return _decode(source, f"The file {name}")
+        try:
+            with open(source, "rb") as file:
+                content = file.read()
+        except OSError as error:
+            raise ValueError(f"The image file {name} cannot be read: {error.strerror}.") from error
+        return _decode(content, f"The file {name}")
     if os.path.isdir(source):
         raise ValueError(f"{name} is a folder, not an image file.")
-    encoded = source.split(",", 1)[-1] if source.startswith("data:image/") else source
+    content = encoded_bytes(source)
+    if content is None:
+        raise ValueError(f"There is no image file {name}, and it is no http(s) URL or base64-encoded image.")
+    return _decode(content, f"The base64-encoded image {name}")
+
+
+def _holds_file(image: Any) -> bool:
+    """Whether an image is the bytes of a file, an open file, or a dict."""
+    return isinstance(image, (bytes, bytearray, memoryview, Mapping)) or callable(getattr(image, "read", None))
+
+
+def _path_of(image: Mapping) -> str | os.PathLike:
+    path = image.get("path")
+    if not isinstance(path, (str, os.PathLike)):
+        fields = ", ".join(map(repr, image)) or "nothing"
+        raise ValueError(f"An image that is a dict has its file in `bytes` or `path`, but this one has {fields:.100}.")
+    return path
+
+
+def _bytes_of(image: Any) -> bytes:
+    """The bytes of an image that holds a file; an open file is read from its beginning."""
+    content = encoded_bytes(image)
+    if content is not None:
+        return content
     try:
-        content = base64.decodebytes(encoded.encode())
-    except ValueError:
-        content = b""
-    try:
-        return _decode(BytesIO(content), f"The base64-encoded image {name}")
-    except ValueError as error:
-        if not isinstance(error.__cause__, UnidentifiedImageError):
-            raise
+        if image.seekable():
+            image.seek(0)
+        content = image.read()
+    except Exception as error:  # closed, opened as text, or of whatever kind
+        raise ValueError(f"An image cannot be read from an open {type(image).__name__}: {error}") from error
+    if not isinstance(content, bytes):
         raise ValueError(
-            f"There is no image file {name}, and it is neither an http(s) URL nor a base64-encoded image."
-        ) from error
+            f"An image file must be open for reading bytes, but {type(image).__name__} gives "
+            f"{type(content).__name__}. Open it with `open(path, 'rb')`."
+        )
+    return content
 
 
 def _download(url: str, name: str) -> bytes:
@@ -194,9 +232,25 @@ def _download(url: str, name: str) -> bytes:
     return response.content
 
 
-def _decode(file: str | BytesIO, what: str) -> Image.Image:
+def read_to_end(image: Image.Image) -> None:
+    """
+    Reads a PIL image to its end. Pillow maps the file of an uncompressed TIFF into memory; its pixels are then not turned,
+    but it does not say any more that they should be. A TIFF without a file name is read.
+    """
+    filename = getattr(image, "filename", "")
+    if image.format != "TIFF" or not filename:
+        image.load()
+        return
+    image.filename = ""  # type: ignore[attr-defined]
     try:
-        image = Image.open(file)
+        image.load()
+    finally:
+        image.filename = filename  # type: ignore[attr-defined]
+
+
+def _decode(content: bytes, what: str) -> Image.Image:
+    try:
+        image = Image.open(BytesIO(content))
         image.load()
     except Image.DecompressionBombError as error:
         raise ValueError(f"{what} is too large: {error} Make it smaller.") from error
@@ -255,4 +309,4 @@ def cut_to_aspect_ratio(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + min(width, limit), top + min(height, limit)))
 
 
-__all__ = ["cut_to_aspect_ratio", "load_rgb_image", "open_images", "resize_first"]
+__all__ = ["cut_to_aspect_ratio", "load_rgb_image", "open_images", "read_to_end", "resize_first"]

@@ -107,7 +107,7 @@ def answer(
 
     Args:
         questions (`list[tuple[list, str]]`):
-            Any number of images (path, URL, PIL image or array), and the question about them.
+            Any number of images (path, URL, base64, bytes, PIL image or array), and the question about them.
         batch_size (`int`): Questions answered at a time; does not change an answer.
         max_new_tokens (`int`): Longest answer in tokens.
         progress (`bool`): Show a progress bar.

@@ -102,8 +102,9 @@ class TaLlavaProcessor(TypedPlaceholdersMixin, ProcessorMixin):
         """
         Args:
             images (image, list of images, or list of lists of images, *optional*):
-                Each is a path, URL, base64 string, PIL image, array or tensor. The `<image>`s in the texts say which row
-                an image of a flat list belongs to. A nested list has one list per row, which may be empty.
+                Each is a path, URL, base64 string, the bytes or open file of an image, a PIL image, array or tensor. The
+                `<image>`s in the texts say which row an image of a flat list belongs to. A nested list has one list per row,
+                which may be empty.
             text (`str` or `list[str]`, *optional*):
                 The prompts, with one `<image>` per image and one `<video>` per video.
             videos (video, or lists of videos, *optional*):

@@ -764,9 +764,10 @@ class VmtcCmaiLlavaProcessor(TypedPlaceholdersMixin, VisualBudgetMixin, LlavaPro
 
         Args:
             images (image, list of images, or list of lists of images, *optional*):
-                Path, URL, base64 string, PIL image, array or tensor each. All but arrays and tensors, which stock LLaVA
-                takes as they are, are made RGB in one way: transparency is laid on white, 16 bits are scaled to 8, the
-                EXIF orientation is applied. A nested list has one list per prompt, which may be empty.
+                Path, URL, base64 string, bytes or open file of an image, PIL image, array or tensor each. All but arrays
+                and tensors, which stock LLaVA takes as they are, are made RGB in one way: transparency is laid on white, 16
+                bits are scaled to 8, the EXIF orientation is applied. A nested list has one list per prompt, which may be
+                empty.
             num_visual_tokens (`int`, *optional*):
                 Visual tokens per image in this call; give the same to the model or `generate()`.
 

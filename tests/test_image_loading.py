@@ -6,6 +6,7 @@ import http.server
 import io
 import pickle
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -67,6 +68,11 @@ def grey_16_bit() -> Image.Image:
     return Image.fromarray(grey * 257)
 
 
+def turned_tiff(image: Image.Image) -> tuple[bytes, Image.Image]:
+    """Uncompressed, in a mode in which Pillow maps such a file into memory."""
+    return encoded(image, "TIFF", exif=turned_exif()), load_rgb_image(image.transpose(Image.Transpose.ROTATE_270))
+
+
 ANIMATED = {"save_all": True, "append_images": [photograph(seed=1)]}
 # What a file holds, and the picture that it is.
 KINDS = {
@@ -84,6 +90,11 @@ KINDS = {
     "turned.jpg": (encoded(photograph(), "JPEG", exif=turned_exif()), None),
     "turned.png": (encoded(photograph(), "PNG", exif=turned_exif()), photograph().transpose(Image.ROTATE_270)),
     "turned.tiff": (encoded(photograph(), "TIFF", exif=turned_exif()), photograph().transpose(Image.ROTATE_270)),
+    "turned_grey.tiff": turned_tiff(photograph().convert("L")),
+    "turned_rgba.tiff": turned_tiff(see_through()),
+    "turned_cmyk.tiff": turned_tiff(photograph().convert("CMYK")),
+    "turned_palette.tiff": turned_tiff(photograph().quantize(16)),
+    "turned_16_bit.tiff": turned_tiff(grey_16_bit()),
     "animated.gif": (encoded(photograph(), "GIF", **ANIMATED), None),
     "animated.webp": (encoded(photograph(), "WEBP", lossless=True, **ANIMATED), photograph()),
     "animated.png": (encoded(photograph(), "PNG", **ANIMATED), photograph()),
@@ -113,6 +124,11 @@ def server(tmp_path_factory):
     server.shutdown()
 
 
+def before_pillow_reads(path: Path) -> Path | io.BytesIO:
+    """What a user opens who reads a picture before we do: some TIFFs that Pillow opens by path are broken by then."""
+    return io.BytesIO(path.read_bytes()) if path.name.startswith("turned_") else path
+
+
 def pixels_of(processor, images, **kwargs) -> torch.Tensor:
     return torch.as_tensor(processor(images=images, return_tensors="pt", **kwargs)["pixel_values"]).flatten(0, -4)
 
@@ -125,7 +141,7 @@ def test_a_picture_is_the_same_however_it_is_given(system, server, name):
     address, folder = server
     path, content = folder / name, KINDS[name][0]
     text = base64.b64encode(content).decode()
-    loaded = Image.open(path)
+    loaded = Image.open(before_pillow_reads(path))
     loaded.load()
     sources = {
         "path": str(path),
@@ -135,13 +151,21 @@ def test_a_picture_is_the_same_however_it_is_given(system, server, name):
         "data URL": f"data:image/{path.suffix[1:]};base64,{text}",
         "lazy": Image.open(path),
         "of bytes": Image.open(io.BytesIO(content)),
+        "bytes": content,
+        "bytearray": bytearray(content),
+        "memoryview": memoryview(content),
+        "BytesIO": io.BytesIO(content),
+        "open file": path.open("rb"),
+        "dict with bytes": {"bytes": content, "path": None},
+        "dict with a path": {"bytes": None, "path": str(path)},
         "loaded": loaded,
         "copy": loaded.copy(),
     }
     expected = pixels_of(system, load_rgb_image(path))
     assert expected.shape == (1, 3, 64, 64)
     for kind, source in sources.items():
-        assert torch.equal(pixels_of(system, source), expected), kind
+        for _ in range(2):  # an open file is read from its beginning each time
+            assert torch.equal(pixels_of(system, source), expected), kind
     nested = pixels_of(system, [[path, text], [Image.open(path), path]])
     assert torch.equal(nested, expected.expand(4, -1, -1, -1))
 
@@ -157,10 +181,10 @@ def test_a_picture_is_the_same_however_it_is_given(system, server, name):
         return input_ids
 
     model = SimpleNamespace(device="cpu", generate=generate)
-    for image in (path, Image.open(path)):
+    for image in (path, Image.open(path), content, io.BytesIO(content)):
         list(answer(model, system, [([image], "what?")]))
         seen.append(prompt_inputs(system, image, "what?")["pixel_values"])
-    assert len(seen) == 4 and all(torch.equal(pixels.flatten(0, -4), expected) for pixels in seen)
+    assert len(seen) == 8 and all(torch.equal(pixels.flatten(0, -4), expected) for pixels in seen)
 
 
 @pytest.mark.parametrize("name", [name for name, (_, picture) in KINDS.items() if picture is not None])
@@ -204,9 +228,9 @@ def test_images_that_are_not_rescaled_are_read_in_the_same_way(system, server):
 @pytest.mark.parametrize("name", [name for name in KINDS if name != "large.jpg"])
 def test_copies_and_pickles_of_images_are_read(system, server, name, duplicate):
     path = server[1] / name
-    loaded = Image.open(path)
+    loaded = Image.open(before_pillow_reads(path))
     loaded.load()
-    for image in (Image.open(path), loaded):
+    for image in (Image.open(before_pillow_reads(path)), loaded):
         image = duplicate(image)
         assert torch.equal(pixels_of(system, image), pixels_of(system, path))
         text = system.apply_chat_template(
@@ -335,6 +359,26 @@ def test_an_image_whose_file_was_closed_is_named(system, server):
         pass
     with pytest.raises(ValueError, match=r"rgb\.png' cannot be read"):
         pixels_of(system, image)
+
+
+def test_bytes_and_open_files_that_are_no_image_are_refused_in_one_short_line(system, tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    closed = io.BytesIO(KINDS["rgb.png"][0])
+    closed.close()
+    for image, message in [
+        (b"\x00" * 5000, "An image of 5000 bytes is not a readable image"),
+        (io.BytesIO(b"\x00" * 5000), "An image of 5000 bytes is not a readable image"),
+        (KINDS["rgb.png"][0][:3000], "An image of 3000 bytes is not a readable image, or truncated"),
+        (b"", "An image of 0 bytes"),
+        ((tmp_path / "text.png").open(), r"open\(path, 'rb'\)"),
+        (closed, "open BytesIO: .*closed file"),
+        ({"bytes": None, "path": None}, "has its file in `bytes` or `path`, but this one has 'bytes', 'path'"),
+        ({"data": b"x" * 5000}, "but this one has 'data'"),
+    ]:
+        for images in (image, [image], [[image]]):
+            with pytest.raises(ValueError, match=message) as error:
+                system(images=images)
+            assert len(str(error.value)) < 250 and "\n" not in str(error.value)
 
 
 def test_open_images_keeps_lists_and_arrays():

@@ -1,17 +1,15 @@
 """What commands share: options, errors as messages, and checks that come before torch and transformers are imported."""
 
-import base64
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import BytesIO
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from PIL import Image
 
 from ..common.sources import check_source
+from ..encoded_images import encoded_bytes, shorten
 
 
 # --- options -------------------------------------------------------------------------------------------------------
@@ -93,14 +91,9 @@ def check_sources(*sources: str | None) -> None:
 
 def check_image(image: str) -> None:
     """Raises `ValueError` for what is no URL, no path and no image in base64. It need not be a readable image."""
-    if "://" in image or image.startswith("data:image/") or os.path.exists(image):
+    if "://" in image or os.path.exists(image) or encoded_bytes(image) is not None:
         return
-    try:
-        Image.open(BytesIO(base64.decodebytes(image.encode())))
-    except Exception as error:  # Pillow's readers raise nearly anything
-        raise ValueError(
-            f"There is no image file {image[:200]!r}, and it is no URL or base64-encoded image."
-        ) from error
+    raise ValueError(f"There is no image file {shorten(image)!r}, and it is no URL or base64-encoded image.")
 
 
 def read_text(path: Path) -> str:

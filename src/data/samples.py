@@ -5,17 +5,16 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from io import BytesIO
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from ..common.errors import one_line
+from ..encoded_images import encoded_bytes, shorten
 from ..image_loading import load_rgb_image
-from .encoded_images import encoded_bytes
 
 
 IMAGE = "<image>"  # stands for an image in the text of the data; processors may write another token
@@ -112,6 +111,17 @@ def _read_images(record: Mapping[str, Any], image_folder: str | Path | None) -> 
     return [locate_image(image, image_folder or "") if is_path(image) else image for image in images]
 
 
+def path_or_image(image: Any) -> Any:
+    """The path that a dict has which holds no bytes; any other image as it is."""
+    if (
+        isinstance(image, Mapping)
+        and encoded_bytes(image) is None
+        and isinstance(image.get("path"), (str, os.PathLike))
+    ):
+        return image["path"]
+    return image
+
+
 def is_path(image: Any) -> bool:
     return isinstance(image, (str, os.PathLike)) and encoded_bytes(image) is None
 
@@ -125,7 +135,7 @@ def locate_image(image: str | os.PathLike, image_folder: str | Path) -> str:
     """
     if image_folder and os.path.normpath(image).split(os.sep)[0] == os.pardir:
         raise ValueError(
-            f"Its image {os.fspath(image)!r} is outside of {image_folder}. Name a folder that holds all images."
+            f"Its image {shorten(os.fspath(image))!r} is outside of {image_folder}. Name a folder that holds all images."
         )
     return os.path.join(image_folder, image)
 
@@ -238,31 +248,25 @@ def _check_messages(messages: list[dict], num_images: int) -> None:
 
 def open_image(image: Any) -> Image.Image:
     """
-    Opens an image as RGB. It may be a path, a PIL image, the bytes of a file (see [`encoded_bytes`]), or a dict of
-    `datasets` with `bytes` and `path`.
+    Opens as RGB whatever [`load_rgb_image`] reads. The message of an error is one line. If a column holds no image, it says
+    how to cast the column.
 
     Raises:
         `ValueError`: The image cannot be read.
     """
     try:
-        content = encoded_bytes(image)
-        if content is not None:
-            image = Image.open(BytesIO(content))
-        elif isinstance(image, Mapping):
-            if not isinstance(image.get("path"), (str, os.PathLike)):
-                raise ValueError(
-                    f"An image has the fields {', '.join(map(str, image))}, but no file in `bytes` or `path`. {HOW_TO_CAST}"
-                )
-            image = image["path"]
         return load_rgb_image(image)
     except Exception as error:  # Pillow's readers raise nearly anything
-        raise ValueError(one_line(error)) from error
+        image = path_or_image(image)
+        is_no_file = error.__cause__ is None or isinstance(error.__cause__, UnidentifiedImageError)
+        hint = "" if isinstance(image, (str, os.PathLike, Image.Image)) or not is_no_file else f" {HOW_TO_CAST}"
+        raise ValueError(one_line(error) + hint) from error
 
 
 def find_damage(image: Any) -> str:
     """Says why an image cannot be read to its end; empty if it can."""
     if is_path(image) and not os.path.isfile(image):
-        return f"There is no image file {str(image)[:1000]!r}."
+        return f"There is no image file {shorten(str(image))!r}."
     try:
         open_image(image)
     except ValueError as error:

@@ -11,8 +11,8 @@ import datasets
 from PIL import Image
 
 from ..common.errors import one_line
-from ..data.encoded_images import encoded_bytes
 from ..data.samples import IMAGE, SampleError, open_image, read_sample
+from ..encoded_images import encoded_bytes
 
 
 @dataclass(frozen=True)

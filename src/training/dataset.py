@@ -27,8 +27,9 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
+from .. import encoded_images
 from ..common.errors import one_line
-from ..data import encoded_images, samples
+from ..data import samples
 from ..data.image_columns import IMAGE_COLUMNS, holds_images, leave_encoded
 from ..data.report import DataReport
 from ..data.samples import (

@@ -29,7 +29,8 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..common.files import atomic_file
-from ..data.encoded_images import encoded_bytes
+from ..encoded_images import encoded_bytes, shorten
+from ..image_loading import read_to_end
 
 
 _MANIFEST = "manifest.json"
@@ -361,7 +362,7 @@ def _name_of(image: Any) -> str:
     if content is not None:
         return f"an image of {len(content)} bytes"
     if isinstance(image, (str, os.PathLike)):
-        return repr(os.fspath(image))
+        return repr(shorten(os.fspath(image)))
     if isinstance(image, Image.Image):
         filename = getattr(image, "filename", "")
         return repr(str(filename)) if filename else f"a PIL image of size {image.width}x{image.height}"
@@ -384,7 +385,7 @@ def _content_of(image: Any) -> bytes | Image.Image:
     try:
         return Path(image).read_bytes()
     except OSError as error:
-        raise ValueError(f"The image file {os.fspath(image)!r} cannot be read: {error.strerror}.") from error
+        raise ValueError(f"The image file {shorten(os.fspath(image))!r} cannot be read: {error.strerror}.") from error
 
 
 def _hash_of(image: Any, content: bytes | Image.Image | None = None) -> str:
@@ -393,6 +394,7 @@ def _hash_of(image: Any, content: bytes | Image.Image | None = None) -> str:
     if isinstance(content, bytes):
         return hashlib.sha256(content).hexdigest()
     try:
+        read_to_end(content)
         pixels = content.tobytes()
         orientation = content.getexif().get(ExifTags.Base.Orientation)
     except (OSError, SyntaxError, EOFError) as error:

@@ -157,6 +157,7 @@ def test_the_folder_has_all_that_the_hub_needs(stock, tmp_path):
         "library_versions.py",
         "library_layers.py",
         "chat_messages.py",
+        "encoded_images.py",
         "image_loading.py",
         "safe_loading.py",
     }

@@ -1,0 +1,1 @@
+../../src/encoded_images.py
