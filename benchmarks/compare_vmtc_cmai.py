@@ -318,13 +318,13 @@ def run_tower(model: PreTrainedModel, pixel_values: torch.Tensor) -> tuple[torch
     Features of one image per row before the projector, `(B, n, vision width)`, computed as `get_image_features` does, and
     the seconds of VMTC's own work in it. Measuring costs only two looks at the clock per stage.
     """
-    layer, kwargs, vmtc = model.config.vision_feature_layer, {}, None
+    layer, kwargs, compression = model.config.vision_feature_layer, {}, None
     if isinstance(model, VmtcCmaiLlavaForConditionalGeneration):
-        vmtc = compression_of_call(model.config, model.model.vision_tower, pixel_values, layer)
-    if vmtc is not None:
-        vmtc = kwargs["vmtc"] = TimedCompression(**vars(vmtc))
+        compression = compression_of_call(model.config, model.model.vision_tower, pixel_values, layer)
+    if compression is not None:
+        compression = kwargs["compression"] = TimedCompression(**vars(compression))
     outputs = model.model.vision_tower(pixel_values, output_hidden_states=True, return_dict=True, **kwargs)
-    return outputs.hidden_states[layer][:, 1:], 0.0 if vmtc is None else vmtc.seconds
+    return outputs.hidden_states[layer][:, 1:], 0.0 if compression is None else compression.seconds
 
 
 def count_bytes(cache: DynamicCache) -> int:

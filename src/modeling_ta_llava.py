@@ -414,9 +414,9 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         kwargs["output_hidden_states"] = one_hidden_state(layer) if features_only else True
         if features_only and blocks_of(self.vision_tower):
             kwargs["num_blocks"] = layer
-        vmtc = compression_of_call(self.config, self.vision_tower, pixel_values, layer)
-        if vmtc is not None:
-            kwargs["vmtc"] = vmtc
+        compression = compression_of_call(self.config, self.vision_tower, pixel_values, layer)
+        if compression is not None:
+            kwargs["compression"] = compression
         outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
         features = outputs.hidden_states[layer]
         # CODEPATH: a tower with a class token, such as CLIP, drops it here; SigLIP has none.

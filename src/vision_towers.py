@@ -42,13 +42,13 @@ from .vmtc import (
 @dataclass
 class TowerCompression:
     """
-    What the blocks of a tower do in one call; handed to them as the keyword argument `vmtc`.
+    What the blocks of a tower do in one call. They get it as the keyword argument `compression`.
 
     Args:
         stages (`dict[int, VmtcStage]`): By index of the block.
         merge_weights (`str`): See [`VmtcConfig`].
-        has_class_token (`bool`): Whether the first token is one; else importance is the attention received.
-        trace (`list`, *optional*): Of each stage, which output token each patch token has become (`compress_tokens`).
+        has_class_token (`bool`): Whether the first token is a class token. Without one, importance is attention received.
+        trace (`list`, *optional*): For each stage, which output token each patch token has become (`compress_tokens`).
     """
 
     stages: dict[int, VmtcStage]
@@ -57,14 +57,15 @@ class TowerCompression:
     trace: list[torch.Tensor] = field(default_factory=list)
 
     def attention_row(self, query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
-        """What is needed of the attention weights, `(B, heads, 1, tokens)`."""
+        """The row of attention weights that the importance needs, `(B, heads, 1, tokens)`."""
         with maybe_autocast(query.device.type, enabled=False):
             return (class_token_attention if self.has_class_token else mean_received_attention)(query, key, scaling)
 
     def complete_row(self, row: torch.Tensor | None, attention: Any, normed: torch.Tensor) -> torch.Tensor:
         """
-        `row`, if it is one; else the `attention_row` from the projections of an `attention` and its input `(B, tokens, d)`.
-        The weights of eager attention are not it: dropout and half precision have changed them.
+        Returns `row` if the attention has made an `attention_row`. If not, computes it from the projections of `attention`
+        and its input `normed` `(B, tokens, d)`. The weights of eager attention are no such row: dropout and half precision
+        have changed them.
         """
         if row is not None and row.shape[-2] == 1:
             return row
@@ -94,16 +95,16 @@ def stage_attention_forward(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float,
-    vmtc: TowerCompression | None = None,
+    compression: TowerCompression | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    SDPA; in a block that compresses, also the `attention_row`, from the queries and keys at hand. Registered as
-    `vmtc_sdpa`; other implementations stay as they are, and the block projects queries and keys once more.
+    SDPA, registered as `vmtc_sdpa`. In a block that compresses it also makes the `attention_row`, from the queries and keys
+    that it has. Other implementations stay as they are; with them the block projects queries and keys once more.
     """
     attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
     output, weights = attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    return output, weights if vmtc is None else vmtc.attention_row(query, key, scaling)
+    return output, weights if compression is None else compression.attention_row(query, key, scaling)
 
 
 AttentionInterface.register("vmtc_sdpa", stage_attention_forward)
@@ -112,8 +113,9 @@ AttentionInterface.register("vmtc_sdpa", stage_attention_forward)
 @cache
 def compressing_block_class(block_class: Any) -> type[nn.Module]:
     """
-    Subclass of the block class of a tower (CLIP, SigLIP, DINOv2) that compresses between attention and MLP where `vmtc`
-    says so, and else is its parent. With `num_blocks` the blocks after so many hand on what they are given.
+    Subclass of the block class of a tower (CLIP, SigLIP, DINOv2). A block compresses between attention and MLP if
+    `compression` has a stage for it; if not, it is its parent. With `num_blocks`, the blocks after the first so many return
+    what they are given.
     """
 
     class CompressingBlock(block_class):
@@ -123,34 +125,34 @@ def compressing_block_class(block_class: Any) -> type[nn.Module]:
             self,
             hidden_states,
             attention_mask=None,
-            vmtc: TowerCompression | None = None,
+            compression: TowerCompression | None = None,
             num_blocks: int | None = None,
             **kwargs,
         ):
             if num_blocks is not None and self.block_index >= num_blocks:
                 return hidden_states
-            if vmtc is None:
+            if compression is None:
                 return super().forward(hidden_states, attention_mask, **kwargs)
-            stage = vmtc.stages.get(self.block_index)
-            if stage is None:  # images have no padding, and a mask would be too long after a stage
+            stage = compression.stages.get(self.block_index)
+            if stage is None:  # without the mask: images have no padding, and after a stage it would be too long
                 return super().forward(hidden_states, None, **kwargs)
             if hasattr(self, "layer_norm1"):  # CLIP and SigLIP
                 normed = self.layer_norm1(hidden_states)
-                attended, row = self.self_attn(normed, None, vmtc=vmtc, **kwargs)
-                row = vmtc.complete_row(row, self.self_attn, normed)
-                hidden_states = vmtc(hidden_states + attended, row, stage)
+                attended, row = self.self_attn(normed, None, compression=compression, **kwargs)
+                row = compression.complete_row(row, self.self_attn, normed)
+                hidden_states = compression(hidden_states + attended, row, stage)
                 return hidden_states + self.mlp(self.layer_norm2(hidden_states))
             normed = self.norm1(hidden_states)
-            attended, row = self.attention(normed, None, vmtc=vmtc, **kwargs)
-            row = vmtc.complete_row(row, self.attention, normed)
-            hidden_states = vmtc(self.drop_path(self.layer_scale1(attended)) + hidden_states, row, stage)
+            attended, row = self.attention(normed, None, compression=compression, **kwargs)
+            row = compression.complete_row(row, self.attention, normed)
+            hidden_states = compression(self.drop_path(self.layer_scale1(attended)) + hidden_states, row, stage)
             return self.drop_path(self.layer_scale2(self.mlp(self.norm2(hidden_states)))) + hidden_states
 
     return pass_as_parent(CompressingBlock, compressing_block_class)
 
 
 def make_compressible(tower: Any) -> None:
-    """Lets the blocks of a vision tower compress when asked to; a tower of unknown build stays as it is."""
+    """Lets the blocks of a vision tower compress when asked to. A tower of an unknown kind stays as it is."""
     for index, block in enumerate(blocks_of(tower)):
         block_class: Any = type(block)
         block.__class__ = compressing_block_class(block_class)
@@ -159,7 +161,7 @@ def make_compressible(tower: Any) -> None:
 
 
 def blocks_of(tower: Any) -> Any:
-    """The blocks of a tower that is built like CLIP or DINOv2 (without registers), or none."""
+    """The blocks of a tower that is built like CLIP or DINOv2 (without registers); empty for any other tower."""
     encoder = getattr(tower, "encoder", None)
     blocks: Any = getattr(encoder, "layers", getattr(encoder, "layer", ()))
     layouts = (
@@ -175,12 +177,18 @@ def compression_of_call(
     config: Any, tower: Any, pixel_values: torch.Tensor, feature_layer: Any, num_visual_tokens: int | None = None
 ) -> TowerCompression | None:
     """
-    What `vmtc` is to be in a call of `tower(pixel_values, vmtc=...)` whose hidden state `feature_layer` is used, an index or
-    a list of one; `None` where nothing is compressed.
+    The argument of a call `tower(pixel_values, compression=...)`.
+
+    Args:
+        feature_layer (`int` or `list[int]`): Index of the hidden state that is used; a list may have only one.
+        num_visual_tokens (`int`, *optional*): A budget for this call; it replaces that of the config.
+
+    Returns:
+        [`TowerCompression`], or `None` if nothing is compressed.
 
     Raises:
-        `ValueError`: A budget that the images do not allow, a list of several layers, or a tower that is not built
-            like CLIP, SigLIP or DINOv2.
+        `ValueError`: The images do not allow the budget, the list has several layers, or the tower is not built like CLIP,
+            SigLIP or DINOv2.
     """
     if not config.use_vmtc and num_visual_tokens is None:
         return None
@@ -211,10 +219,10 @@ def compression_of_call(
 
 def blank_image(config: Any, tower: Any) -> torch.Tensor:
     """
-    Pixels `(1, 3, H, W)`, all zero, for a batch of training without an image: the tower, the projector and what reads them
-    run on it, and their result is thrown away. So every trained parameter gets a gradient, of zero, for which data parallel
-    processes wait; and every process gathers the same shards of weights in the same order (FSDP, ZeRO-3), which adding
-    zero times the parameters would not do.
+    Pixels `(1, 3, H, W)`, all zero, for a training batch without an image. The tower, the projector and what reads them run
+    on it, and their result is thrown away. So every trained parameter gets a gradient of zero, for which data parallel
+    processes wait. And every process gathers the same shards of weights in the same order (FSDP, ZeRO-3); it would not if
+    zero times the parameters were added instead.
     """
     size = config.vision_config.image_size
     height, width = (size, size) if isinstance(size, int) else size

@@ -13,11 +13,22 @@
 # limitations under the License.
 """
 Visual-Modality Token Compression (VMTC), of "Enhancing Instruction-Following Capability of Visual-Language Models by
-Reducing Image Redundancy": inside some blocks of a vision tower, between attention and MLP, the patches that matter
-most are kept and the others clustered and merged. Later blocks work on the short sequence.
+Reducing Image Redundancy". Some blocks of a vision tower keep their primary patch tokens, and cluster and merge the
+redundant ones. Later blocks work on the shorter sequence.
 
-Conventions of this file. B: images, n: patch tokens before a stage, k: kept, c: clusters, d: width of the tower. What
-decides (importance, similarity) is computed in float32, ties are broken by index, and nothing is shared between images.
+A block that compresses (a stage, `plan_stages`) works on z' = MSA(z) + z, between attention and MLP:
+
+1. The importance score IPS of a patch token is the attention weight that the class token pays it, averaged over heads
+   (`class_token_attention`, `importance_scores`). Towers without a class token: `mean_received_attention`.
+2. Equation 5: the k patch tokens with the highest IPS are the primary tokens, and stay (`split_by_importance`).
+3. Equation 6: all others are the redundant tokens (`split_by_importance`).
+4. K-means clusters the redundant tokens into C_1 to C_c, by cosine similarity (`cosine_kmeans`).
+5. Equation 7: each cluster is merged into the sum of its tokens, weighted by their IPS (`merge_clusters`).
+6. Equation 8: z' becomes the class token, the primary tokens and the merged ones (`compress_tokens`; the class token joins
+   them in `TowerCompression`, `vision_towers.py`).
+
+Conventions of this file. B: images, n: patch tokens before a stage, k: primary tokens, c: clusters, d: width of the tower.
+Importance and similarity are computed in float32, ties are broken by index, and nothing is shared between images.
 """
 
 from dataclasses import dataclass
@@ -35,7 +46,7 @@ from .library_versions import OUTPUTS_TO_IGNORE
 
 
 def at_least_1(value: int | None) -> None:
-    """Checks a field, as the two functions below; also when it is set later."""
+    """Checks a field of a config. It does so also when the field is set later, as do the two functions below."""
     if value is not None and value < 1:
         raise ValueError(f"must be at least 1, got {value}.")
 
@@ -52,7 +63,7 @@ def rising_indices(value: list[int] | tuple[int, ...] | None) -> None:
 
 
 def one_layer(layers: Any) -> int | None:
-    """The index that `vision_feature_layer` is, or that is all of its list; `None` if there are several."""
+    """`vision_feature_layer` as an index, also if it is a list of one; `None` if it has several."""
     if isinstance(layers, (list, tuple)) and len(layers) == 1:
         return layers[0]
     return layers if isinstance(layers, int) else None
@@ -61,29 +72,29 @@ def one_layer(layers: Any) -> int | None:
 @strict
 class VmtcConfig(PreTrainedConfig):
     r"""
-    The fields of a model whose vision tower may be compressed; [`VmtcCmaiLlavaConfig`] and [`TaLlavaConfig`] have them.
+    The fields of VMTC, which [`VmtcCmaiLlavaConfig`] and [`TaLlavaConfig`] have.
 
     Args:
         use_vmtc (`bool`, *optional*, defaults to `False`):
             Compress the visual tokens inside the vision tower.
         vmtc_num_visual_tokens (`int`, *optional*):
-            Visual tokens that an image has in the end, class token not counted. The paper's: 288 (of 576), 64 and 36.
+            Visual tokens that an image has in the end, class token not counted. The paper uses 288 (of 576), 64 and 36.
         vmtc_keep_ratio (`float`, *optional*, defaults to 0.5):
-            The same as a share of the patches, in (0, 1]; used when `vmtc_num_visual_tokens` is `None`.
+            The same as a share of the patches, in (0, 1]. It counts if `vmtc_num_visual_tokens` is `None`.
         vmtc_num_stages (`int`, *optional*, defaults to 3):
-            Number of blocks that compress, equally spaced among those up to `vision_feature_layer`. Each removes the
-            same number of tokens.
+            Number of blocks that compress. They are equally spaced among the blocks up to `vision_feature_layer`, and each
+            removes the same number of tokens.
         vmtc_layers (`list[int]`, *optional*):
-            Indices, from 0, of the blocks that compress, instead of equally spaced ones.
+            Indices, from 0, of the blocks that compress. They replace the equally spaced ones.
         vmtc_cluster_ratio (`float`, *optional*, defaults to 10/64):
-            Share of a stage's output tokens that are merged clusters, in (0, 1]; there is at least one.
+            Share of a stage's output tokens that are merged clusters, in (0, 1]. There is at least one.
         vmtc_method (`str`, *optional*, defaults to `"cluster"`):
-            What becomes of the redundant tokens (Table 4 of the paper): `"cluster"` merges each cluster into one token
-            (the method), `"merge"` merges all of them into one (MG), `"layerwise_prune"` drops them (LWP),
-            `"last_layer_prune"` drops them too, but in the last block only (LLP).
+            What happens to the redundant tokens (Table 4 of the paper). `"cluster"`, the method, merges each cluster into
+            one token. `"merge"` merges all of them into one (MG). `"layerwise_prune"` drops them (LWP).
+            `"last_layer_prune"` drops them too, but only in the last block (LLP).
         vmtc_merge_weights (`str`, *optional*, defaults to `"raw"`):
             `"raw"`: a merged token is the sum of its members, weighted by importance (equation 7). `"normalized"`: the
-            weights sum to 1 in a cluster, which a model needs that was not trained with VMTC.
+            weights sum to 1 in a cluster. A model that was not trained with VMTC needs this.
     """
 
     keys_to_ignore_at_inference = OUTPUTS_TO_IGNORE
@@ -98,24 +109,25 @@ class VmtcConfig(PreTrainedConfig):
     vmtc_merge_weights: Literal["raw", "normalized"] = "raw"
 
     def validate_vmtc(self):
-        """Part of `@strict` validation."""
+        """`@strict` calls it, as one of its validators."""
         if self.use_vmtc and one_layer(getattr(self, "vision_feature_layer", -1)) is None:
             raise ValueError(
-                f"VMTC works with one `vision_feature_layer`, but the config has {self.vision_feature_layer}: the hidden "
-                "states of several layers have different lengths then. Set one layer, or `use_vmtc=False`."
+                f"VMTC works with one `vision_feature_layer`, but the config has {self.vision_feature_layer}: with VMTC the "
+                "hidden states of several layers have different lengths. Set one layer, or `use_vmtc=False`."
             )
 
 
 def count_visual_tokens(settings: Any, num_patches: int, num_visual_tokens: int | None = None) -> int:
     """
-    Visual tokens that an image of `num_patches` patches has in the end, class token not counted. The model and the
-    processor both ask here, each with its own `settings` (fields of [`VmtcConfig`], optionally `spd_factor`).
+    Visual tokens that an image has in the end, class token not counted. Model and processor both ask here.
 
     Args:
-        num_visual_tokens (`int`, *optional*): A budget for this call, instead of that of the settings.
+        settings: The model's config or the processor; it has fields of [`VmtcConfig`], and may have `spd_factor`.
+        num_patches (`int`): Patches of the image.
+        num_visual_tokens (`int`, *optional*): A budget for this call; it replaces that of the settings.
 
     Raises:
-        `ValueError`: A budget that is not in 1..`num_patches`, or one for a call without VMTC.
+        `ValueError`: The budget is not in 1..`num_patches`, or the call has a budget but VMTC is off.
     """
     if not settings.use_vmtc:
         if num_visual_tokens is not None:
@@ -124,20 +136,20 @@ def count_visual_tokens(settings: Any, num_patches: int, num_visual_tokens: int 
     if num_visual_tokens is None:
         num_visual_tokens = settings.vmtc_num_visual_tokens
     if num_visual_tokens is None:
-        if not 0 < settings.vmtc_keep_ratio <= 1:  # of a processor; a config has found it before
+        if not 0 < settings.vmtc_keep_ratio <= 1:  # in a processor; a config has checked it before
             raise ValueError(f"`vmtc_keep_ratio` must be above 0 and at most 1, got {settings.vmtc_keep_ratio}.")
         return max(1, round(settings.vmtc_keep_ratio * num_patches))
     if not 1 <= num_visual_tokens <= num_patches:
         raise ValueError(
-            f"The budget is {num_visual_tokens} visual tokens, but an image has {num_patches} patches here and at least "
-            f"one token must be left. Choose a number from 1 to {num_patches}."
+            f"The budget is {num_visual_tokens} visual tokens, but an image has {num_patches} patches. Choose a number from "
+            f"1 to {num_patches}."
         )
     return num_visual_tokens
 
 
 @dataclass(frozen=True)
 class VmtcStage:
-    """What one block does: of its patch tokens `num_kept` (k) stay, the others become `num_clusters` (c) tokens."""
+    """What one block does: `num_kept` (k) of its patch tokens stay, the others become `num_clusters` (c) tokens."""
 
     num_kept: int
     num_clusters: int
@@ -147,34 +159,22 @@ def plan_stages(
     config: Any, num_patches: int, num_blocks: int, num_visual_tokens: int | None = None
 ) -> dict[int, VmtcStage]:
     """
-    Which blocks compress, and how far: 36 -> 24 -> 12, the same number of tokens is removed at each.
+    Which blocks compress, and how far. Each removes the same number of tokens: 36 -> 24 -> 12.
 
     Args:
         config ([`VmtcConfig`]): The fields that start with `vmtc_`.
         num_patches (`int`): Patch tokens of an image.
         num_blocks (`int`): Blocks up to the one whose output is used.
-        num_visual_tokens (`int`, *optional*): A budget for this call, instead of that of the config.
+        num_visual_tokens (`int`, *optional*): A budget for this call; it replaces that of the config.
 
     Returns:
         `dict[int, VmtcStage]`: By index of the block; empty if nothing is to be removed.
+
+    Raises:
+        `ValueError`: The budget or the blocks of the config are not possible.
     """
     budget = count_visual_tokens(config, num_patches, num_visual_tokens)
-    if config.vmtc_method == "last_layer_prune":
-        layers = [num_blocks - 1]
-    elif config.vmtc_layers is not None:
-        layers = list(config.vmtc_layers)
-        if layers and layers[-1] >= num_blocks:
-            raise ValueError(
-                f"`vmtc_layers` names block {layers[-1]}, but only blocks 0 to {num_blocks - 1} come before the output of "
-                "the vision tower that is used (`vision_feature_layer`)."
-            )
-    else:
-        if config.vmtc_num_stages > num_blocks:
-            raise ValueError(
-                f"`vmtc_num_stages` is {config.vmtc_num_stages}, but only {num_blocks} blocks come before the output of the "
-                "vision tower that is used (`vision_feature_layer`). Ask for fewer stages."
-            )
-        layers = [num_blocks * (s + 1) // (config.vmtc_num_stages + 1) for s in range(config.vmtc_num_stages)]
+    layers = _stage_layers(config, num_blocks)
     stages, num_tokens = {}, num_patches
     for s, layer in enumerate(layers):
         output = num_patches - round((num_patches - budget) * (s + 1) / len(layers))
@@ -191,15 +191,35 @@ def plan_stages(
     return stages
 
 
+def _stage_layers(config: Any, num_blocks: int) -> list[int]:
+    """Indices of the blocks that compress, among the first `num_blocks`."""
+    if config.vmtc_method == "last_layer_prune":
+        return [num_blocks - 1]
+    if config.vmtc_layers is not None:
+        layers = list(config.vmtc_layers)
+        if layers and layers[-1] >= num_blocks:
+            raise ValueError(
+                f"`vmtc_layers` names block {layers[-1]}, but the output of the vision tower that is used "
+                f"(`vision_feature_layer`) comes from blocks 0 to {num_blocks - 1}. Name only these."
+            )
+        return layers
+    if config.vmtc_num_stages > num_blocks:
+        raise ValueError(
+            f"`vmtc_num_stages` is {config.vmtc_num_stages}, but the output of the vision tower that is used "
+            f"(`vision_feature_layer`) comes from only {num_blocks} blocks. Ask for fewer stages."
+        )
+    return [num_blocks * (s + 1) // (config.vmtc_num_stages + 1) for s in range(config.vmtc_num_stages)]
+
+
 # --- the maths -----------------------------------------------------------------------------------------------------
 
 
 def class_token_attention(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
     """
-    The row of the class token, which is the first, of the attention weights: the only row that VMTC needs.
+    The row of the class token, which is the first token, in the attention weights. VMTC needs no other row.
 
     Args:
-        query, key (`torch.FloatTensor` of shape `(B, heads, 1 + n, head_dim)`): As in the attention.
+        query, key (`torch.FloatTensor` of shape `(B, heads, 1 + n, head_dim)`): Those of the attention.
 
     Returns:
         `torch.FloatTensor` of shape `(B, heads, 1, 1 + n)`, float32.
@@ -210,8 +230,8 @@ def class_token_attention(query: torch.Tensor, key: torch.Tensor, scaling: float
 
 def mean_received_attention(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
     """
-    For towers without a class token: the attention that each patch receives, averaged over the patches that pay it.
-    Shapes as in `class_token_attention`, with n for 1 + n; one head at a time, to keep the memory at B * n * n.
+    The attention that each patch receives, averaged over the patches that pay it; for towers without a class token. Shapes
+    are those of `class_token_attention`, with n in place of 1 + n. One head at a time keeps the memory at B * n * n.
     """
     rows = [
         (query[:, head].float() @ key[:, head].float().mT * scaling).softmax(dim=-1).mean(dim=-2, keepdim=True)
@@ -221,14 +241,14 @@ def mean_received_attention(query: torch.Tensor, key: torch.Tensor, scaling: flo
 
 
 def importance_scores(attention_row: torch.Tensor, num_patches: int) -> torch.Tensor:
-    """IPS `(B, n)` of the patches, which stand last: the mean over heads of an attention row `(B, heads, 1, 1 + n)`."""
+    """IPS `(B, n)` of the patches, which are the last tokens: the mean over heads of a row `(B, heads, 1, 1 + n)`."""
     return attention_row[:, :, 0, -num_patches:].float().mean(dim=1)
 
 
 def split_by_importance(importance: torch.Tensor, num_kept: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Equations 5 and 6: indices of the k most important tokens `(B, k)` and of the redundant ones `(B, n - k)`, each in
-    their original order. Of equally important tokens the first is kept.
+    Equations 5 and 6: the indices of the primary tokens `(B, k)`, which have the highest IPS, and of the redundant tokens
+    `(B, n - k)`, both in their original order. Among equally important tokens the first is kept.
     """
     order = importance.sort(dim=-1, descending=True, stable=True).indices
     return order[:, :num_kept].sort(dim=-1).values, order[:, num_kept:].sort(dim=-1).values
@@ -237,23 +257,23 @@ def split_by_importance(importance: torch.Tensor, num_kept: int) -> tuple[torch.
 @torch.no_grad()
 def cosine_kmeans(tokens: torch.Tensor, num_clusters: int, max_iterations: int = 10) -> torch.Tensor:
     """
-    K-means by cosine similarity: Lloyd's algorithm on tokens of length 1, whose squared distance is twice one minus
-    their cosine. Deterministic: it starts from the tokens that, chosen one by one, reduce the inertia most. Every
-    cluster has a member: an empty one is given the token that is farthest from its centre.
+    K-means by cosine similarity: Lloyd's algorithm on tokens scaled to length 1, whose squared distance is twice one minus
+    their cosine. It is deterministic: it starts from tokens that are chosen one by one, each to reduce the inertia most.
+    Every cluster has a member: an empty one gets the token that is farthest from its centre.
 
     All distances come from the Gram matrix of the tokens, since there are far fewer tokens than dimensions.
 
     Args:
         tokens (`torch.FloatTensor` of shape `(B, n, d)`).
         num_clusters (`int`): Number of clusters c, at most n.
-        max_iterations (`int`): Lloyd steps. A few are enough from that start; where the host can see that nothing
-            changes any more without waiting for a device, it stops before.
+        max_iterations (`int`): Lloyd steps; a few are enough from that start. They end earlier if nothing changes any more
+            and the host can see so without waiting for a device.
 
     Returns:
-        `torch.LongTensor` of shape `(B, n)`: cluster of each token, from 0 to c - 1.
+        `torch.LongTensor` of shape `(B, n)`: The cluster of each token, from 0 to c - 1.
 
     Raises:
-        `ValueError`: More clusters than tokens.
+        `ValueError`: There are more clusters than tokens.
     """
     num_tokens = tokens.shape[1]
     if not 1 <= num_clusters <= num_tokens:
@@ -271,8 +291,8 @@ def cosine_kmeans(tokens: torch.Tensor, num_clusters: int, max_iterations: int =
         # Half the squared distance to the centre, up to a constant of the token.
         distance = (centres * similarity).sum(dim=1, keepdim=True) / 2 - similarity
         best, nearest = distance.min(dim=-1)
-        own = distance.gather(2, labels[..., None]).squeeze(2)
-        stays = own <= best + 1e-6  # on ties, so that equal tokens do not change clusters for ever
+        to_own_centre = distance.gather(2, labels[..., None]).squeeze(2)
+        stays = to_own_centre <= best + 1e-6  # on ties, so that equal tokens do not change clusters for ever
         nearest = torch.where(stays, labels, nearest)
         if _host_can_see(labels) and torch.equal(nearest, labels):
             break
@@ -281,8 +301,8 @@ def cosine_kmeans(tokens: torch.Tensor, num_clusters: int, max_iterations: int =
 
 
 def _most_reducing_seeds(gram: torch.Tensor, num_clusters: int) -> torch.Tensor:
-    """Indices `(B, c)` of tokens; each makes the sum of squared distances to the nearest seed as small as it can."""
-    # Of each token, its similarity to the candidate or to a seed, whichever is nearer: (B, candidate, token).
+    """Indices `(B, c)` of tokens. Each next one makes the sum of squared distances to the nearest seed smallest."""
+    # The similarity of each token to the candidate or to a seed, whichever is nearer: (B, candidate, token).
     nearest, seeds = gram.clone(), []
     for _ in range(num_clusters):
         seeds.append(nearest.sum(dim=-1).argmax(dim=-1, keepdim=True))
@@ -291,7 +311,7 @@ def _most_reducing_seeds(gram: torch.Tensor, num_clusters: int) -> torch.Tensor:
 
 
 def _take_tokens(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Of tokens `(B, n, d)` those at `index` `(B, m)`, `(B, m, d)`; on a CPU several times faster than indexing."""
+    """The tokens `(B, m, d)` at `index` `(B, m)` of `(B, n, d)`; on a CPU this is several times faster than indexing."""
     if len(tokens) == 1:
         return tokens[0].index_select(0, index[0])[None]
     starts = torch.arange(0, tokens.shape[0] * tokens.shape[1], tokens.shape[1], device=tokens.device)
@@ -302,8 +322,8 @@ def _take_tokens(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 def _fill_empty_clusters(labels: torch.Tensor, distance: torch.Tensor, num_clusters: int) -> torch.Tensor:
     """
-    Gives each empty cluster one token, those with the largest `distance` `(B, n)` to their centres first. The nearest
-    member of a cluster never leaves it, so that no cluster becomes empty by it.
+    Gives each empty cluster one token; the tokens with the largest `distance` `(B, n)` to their centres go first. The
+    nearest member of a cluster never leaves it, so no cluster becomes empty.
     """
     membership = _membership(labels, num_clusters).bool()
     empty = ~membership.any(dim=1)
@@ -320,12 +340,12 @@ def _fill_empty_clusters(labels: torch.Tensor, distance: torch.Tensor, num_clust
 
 
 def _membership(labels: torch.Tensor, num_clusters: int) -> torch.Tensor:
-    """One column `(B, n, c)` per cluster, 1 for its members."""
+    """One column for each cluster, `(B, n, c)`: 1 for its members, 0 for others."""
     return (labels[..., None] == torch.arange(num_clusters, device=labels.device)).float()
 
 
 def _host_can_see(values: torch.Tensor) -> bool:
-    """Whether a branch on values costs no waiting: they are in the host's memory, and real."""
+    """Whether the host may branch on values without waiting: they are in its memory, and they are real."""
     return type(values) is torch.Tensor and values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -333,17 +353,19 @@ def merge_clusters(
     tokens: torch.Tensor, importance: torch.Tensor, labels: torch.Tensor, num_clusters: int, merge_weights: str
 ) -> torch.Tensor:
     """
-    Equation 7: one token per cluster, the sum of its members weighted by their importance.
+    Equation 7: one token for each cluster, the sum of its members weighted by their IPS.
 
     Args:
-        tokens (`torch.FloatTensor` of shape `(B, n, d)`), importance (`(B, n)`), labels (`(B, n)`).
-        merge_weights (`str`): `"raw"` as printed, `"normalized"` with weights that sum to 1 in a cluster.
+        tokens (`torch.FloatTensor` of shape `(B, n, d)`): The redundant tokens.
+        importance (`torch.FloatTensor` of shape `(B, n)`): Their IPS.
+        labels (`torch.LongTensor` of shape `(B, n)`): Their clusters.
+        merge_weights (`str`): `"raw"` as the paper prints it; with `"normalized"` the weights sum to 1 in a cluster.
 
     Returns:
         `torch.FloatTensor` of shape `(B, c, d)`, in the dtype of `tokens`.
     """
     if merge_weights == "normalized":
-        importance = importance.clamp_min(torch.finfo(importance.dtype).tiny)  # all zero: the plain mean
+        importance = importance.clamp_min(torch.finfo(importance.dtype).tiny)  # if all are 0: the plain mean
     weights = _membership(labels, num_clusters) * importance[..., None]
     if merge_weights == "normalized":
         weights = weights / weights.sum(dim=1, keepdim=True)
@@ -354,15 +376,15 @@ def compress_tokens(
     tokens: torch.Tensor, importance: torch.Tensor, num_kept: int, num_clusters: int, merge_weights: str = "raw"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    One stage, equations 5 to 8 without the class token: the k most important tokens in their order, then the c merged
-    ones. With one cluster all redundant tokens are merged, with none they are dropped.
+    One stage, equations 5 to 8 without the class token: the k primary tokens in their order, then the c merged ones. With
+    one cluster all redundant tokens are merged, with none they are dropped.
 
     Args:
         tokens (`torch.FloatTensor` of shape `(B, n, d)`).
         importance (`torch.FloatTensor` of shape `(B, n)`): IPS, not negative.
 
     Returns:
-        The tokens `(B, k + c, d)`, and which of them each input token has become, `(B, n)`; -1 where it was dropped.
+        The tokens `(B, k + c, d)`, and which of them each input token has become, `(B, n)`; -1 if it was dropped.
     """
     kept, redundant = split_by_importance(importance, num_kept)
     output = [_take_tokens(tokens, kept)]
@@ -380,10 +402,11 @@ def compress_tokens(
 
 def spatial_downsample(features: torch.Tensor, grid: tuple[int, int], factor: int) -> torch.Tensor:
     """
-    The baseline SPD of the paper: the grid of visual tokens `(B, n, d)`, averaged over squares of `factor` x `factor`.
+    Spatial down-sampling (SPD), the paper's baseline: averages the visual tokens `(B, n, d)` of a `grid` (height, width)
+    over squares of `factor` x `factor`.
 
     Raises:
-        `ValueError`: The grid cannot be divided by the factor.
+        `ValueError`: The factor does not divide the grid.
     """
     height, width = grid
     if height % factor or width % factor:
@@ -395,11 +418,11 @@ def spatial_downsample(features: torch.Tensor, grid: tuple[int, int], factor: in
 
 
 class VisualBudgetMixin:
-    """For models and processors: `set_visual_budget`."""
+    """Gives models and processors `set_visual_budget`."""
 
     def set_visual_budget(self: Any, num_visual_tokens: int) -> None:
         """
-        From now on an image has so many visual tokens; model and processor each have to be told. Turns VMTC on.
+        Turns VMTC on and keeps this many visual tokens per image from now on. Call it on both model and processor.
 
         Args:
             num_visual_tokens (`int`): From 1 to the number of patches.

@@ -233,9 +233,11 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
             vision_feature_select_strategy = config.vision_feature_select_strategy
         if pixel_values.dim() == 5:  # (B, I, 3, H, W)
             pixel_values = pixel_values.flatten(0, 1)
-        vmtc = compression_of_call(config, self.vision_tower, pixel_values, vision_feature_layer, num_visual_tokens)
-        if vmtc is not None:
-            kwargs["vmtc"] = vmtc
+        compression = compression_of_call(
+            config, self.vision_tower, pixel_values, vision_feature_layer, num_visual_tokens
+        )
+        if compression is not None:
+            kwargs["compression"] = compression
         # CODEPATH: the paper's models have no down-sampling; it is the baseline.
         if config.spd_factor == 1:
             return super().get_image_features(
@@ -274,8 +276,8 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         feature_layer = config.vision_feature_layer
         if pixel_values.dim() == 5:  # (B, I, 3, H, W)
             pixel_values = pixel_values.flatten(0, 1)
-        vmtc = compression_of_call(config, self.vision_tower, pixel_values, feature_layer)
-        kwargs = {} if vmtc is None else {"vmtc": vmtc}
+        compression = compression_of_call(config, self.vision_tower, pixel_values, feature_layer)
+        kwargs = {} if compression is None else {"compression": compression}
         return self._run_vision_tower(pixel_values, feature_layer, config.vision_feature_select_strategy, **kwargs)[1]
 
     def _run_vision_tower(

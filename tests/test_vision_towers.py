@@ -95,19 +95,19 @@ def test_a_tower_compresses_between_attention_and_mlp(kind, implementation, meth
     tower = build_tower(kind, implementation)
     pixel_values = torch.randn(2, 3, 24, 24)
     config = tower_settings(tower, vmtc_method=method)
-    vmtc = compression_of_call(config, tower, pixel_values, feature_layer=-2)
-    outputs = tower(pixel_values, output_hidden_states=True, vmtc=vmtc)
-    expected = slow_tower(tower, pixel_values, 4, vmtc.stages)
+    compression = compression_of_call(config, tower, pixel_values, feature_layer=-2)
+    outputs = tower(pixel_values, output_hidden_states=True, compression=compression)
+    expected = slow_tower(tower, pixel_values, 4, compression.stages)
     torch.testing.assert_close(outputs.hidden_states[-2], expected, atol=1e-4, rtol=1e-4)
     first = int(kind != "siglip")
     lengths, length = [], 36
     for index in range(5):
-        if index in vmtc.stages:
-            length = vmtc.stages[index].num_kept + vmtc.stages[index].num_clusters
+        if index in compression.stages:
+            length = compression.stages[index].num_kept + compression.stages[index].num_clusters
         lengths.append(length + first)
     assert [states.shape[1] for states in outputs.hidden_states[1:]] == lengths
-    stage_lengths = [stage.num_kept + stage.num_clusters for stage in vmtc.stages.values()]
-    assert [becomes.shape[1] for becomes in vmtc.trace] == [36, *stage_lengths[:-1]]
+    stage_lengths = [stage.num_kept + stage.num_clusters for stage in compression.stages.values()]
+    assert [becomes.shape[1] for becomes in compression.trace] == [36, *stage_lengths[:-1]]
 
 
 @pytest.mark.parametrize("kind", list(VISION_CONFIGS))
@@ -119,7 +119,7 @@ def test_a_tower_that_is_not_asked_to_compress_is_the_stock_one(kind):
     pixel_values = torch.randn(2, 3, 24, 24)
     assert torch.equal(tower(pixel_values).last_hidden_state, stock(pixel_values).last_hidden_state)
     config = tower_settings(tower)
-    tower(pixel_values, vmtc=compression_of_call(config, tower, pixel_values, -2))
+    tower(pixel_values, compression=compression_of_call(config, tower, pixel_values, -2))
     assert torch.equal(tower(pixel_values).last_hidden_state, stock(pixel_values).last_hidden_state)
     assert compression_of_call(config, tower, pixel_values, -2, num_visual_tokens=36) is None
 
@@ -132,7 +132,7 @@ def test_images_do_not_depend_on_the_batch_they_are_in(kind):
     config = tower_settings(tower)
 
     def features(pixels):
-        return tower(pixels, vmtc=compression_of_call(config, tower, pixels, -2)).last_hidden_state
+        return tower(pixels, compression=compression_of_call(config, tower, pixels, -2)).last_hidden_state
 
     alone = torch.cat([features(pixel_values[i : i + 1]) for i in range(4)])
     torch.testing.assert_close(features(pixel_values), alone, atol=1e-5, rtol=1e-5)
@@ -145,8 +145,8 @@ def test_the_implementation_of_attention_can_be_changed_at_any_time():
     outputs = []
     for implementation in ("sdpa", "eager", "sdpa"):
         tower.set_attn_implementation(implementation)
-        vmtc = compression_of_call(config, tower, pixel_values, -2)
-        outputs.append(tower(pixel_values, vmtc=vmtc).last_hidden_state)
+        compression = compression_of_call(config, tower, pixel_values, -2)
+        outputs.append(tower(pixel_values, compression=compression).last_hidden_state)
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=1e-5)
     assert torch.equal(outputs[0], outputs[2])
 
@@ -154,29 +154,31 @@ def test_the_implementation_of_attention_can_be_changed_at_any_time():
 def test_another_implementation_of_attention_keeps_its_name():
     """Flash attention is told by its name; any other that makes no weights stands for it here."""
     AttentionInterface.register(
-        "nameless_sdpa", lambda *args, vmtc=None, **kwargs: sdpa_attention_forward(*args, **kwargs)
+        "nameless_sdpa", lambda *args, compression=None, **kwargs: sdpa_attention_forward(*args, **kwargs)
     )
     AttentionMaskInterface.register("nameless_sdpa", sdpa_mask)
     tower = build_tower("clip")
     pixel_values = torch.randn(1, 3, 24, 24)
     config = tower_settings(tower)
-    expected = tower(pixel_values, vmtc=compression_of_call(config, tower, pixel_values, -2)).last_hidden_state
+    expected = tower(pixel_values, compression=compression_of_call(config, tower, pixel_values, -2)).last_hidden_state
     tower.config._attn_implementation = "nameless_sdpa"
-    vmtc = compression_of_call(config, tower, pixel_values, -2)
+    compression = compression_of_call(config, tower, pixel_values, -2)
     assert tower.config._attn_implementation == "nameless_sdpa"
-    torch.testing.assert_close(tower(pixel_values, vmtc=vmtc).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        tower(pixel_values, compression=compression).last_hidden_state, expected, atol=1e-5, rtol=1e-5
+    )
 
 
 @torch.no_grad()
 def test_what_decides_is_float32_under_autocast():
-    vmtc = TowerCompression({}, "normalized", has_class_token=True)
+    compression = TowerCompression({}, "normalized", has_class_token=True)
     states, query, key = torch.randn(2, 31, 8), torch.randn(2, 3, 31, 8), torch.randn(2, 3, 31, 8)
-    row = vmtc.attention_row(query, key, 0.3)
-    expected = vmtc(states, row, VmtcStage(10, 5))
+    row = compression.attention_row(query, key, 0.3)
+    expected = compression(states, row, VmtcStage(10, 5))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(vmtc.attention_row(query, key, 0.3), row)
-        assert torch.equal(vmtc(states, row, VmtcStage(10, 5)), expected)
-    assert torch.equal(vmtc.trace[0], vmtc.trace[1])
+        assert torch.equal(compression.attention_row(query, key, 0.3), row)
+        assert torch.equal(compression(states, row, VmtcStage(10, 5)), expected)
+    assert torch.equal(compression.trace[0], compression.trace[1])
 
 
 @pytest.mark.parametrize("kind", list(VISION_CONFIGS))
@@ -191,8 +193,8 @@ def test_gradients_reach_all_blocks_also_with_checkpointing(kind):
         if checkpointing:
             tower.gradient_checkpointing_enable({"use_reentrant": False})
         pixel_values = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
-        vmtc = compression_of_call(tower_settings(tower), tower, pixel_values, -1)
-        tower(pixel_values, vmtc=vmtc).last_hidden_state.square().mean().backward()
+        compression = compression_of_call(tower_settings(tower), tower, pixel_values, -1)
+        tower(pixel_values, compression=compression).last_hidden_state.square().mean().backward()
         blocks = tower.encoder.layer if hasattr(tower.encoder, "layer") else tower.encoder.layers
         gradients.append({name: p.grad.clone() for name, p in blocks.named_parameters()})
         assert all(gradient.abs().sum() > 0 for name, gradient in gradients[-1].items() if "k_proj.bias" not in name)
@@ -203,10 +205,10 @@ def test_gradients_reach_all_blocks_also_with_checkpointing(kind):
 def test_blocks_survive_copying_and_pickling():
     tower = build_tower("clip")
     pixel_values = torch.randn(1, 3, 24, 24)
-    vmtc = compression_of_call(tower_settings(tower), tower, pixel_values, -2)
-    expected = tower(pixel_values, vmtc=vmtc).last_hidden_state
+    compression = compression_of_call(tower_settings(tower), tower, pixel_values, -2)
+    expected = tower(pixel_values, compression=compression).last_hidden_state
     for other in (copy.deepcopy(tower), pickle.loads(pickle.dumps(tower))):
-        assert torch.equal(other(pixel_values, vmtc=vmtc).last_hidden_state, expected)
+        assert torch.equal(other(pixel_values, compression=compression).last_hidden_state, expected)
         assert type(other.encoder.layers[0]).__name__ == "CLIPEncoderLayer"
 
 

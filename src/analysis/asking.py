@@ -94,19 +94,19 @@ def traced_tower(model: Any) -> Iterator[list[Any]]:
     compressions: list[Any] = []
     with hooked(
         model.model.vision_tower,
-        lambda tower, arguments, kwargs: compressions.append(kwargs.get("vmtc")),
+        lambda tower, arguments, kwargs: compressions.append(kwargs.get("compression")),
         with_kwargs=True,
     ):
         yield compressions
 
 
-def tokens_of_patches(config: Any, pixel_values: torch.Tensor, vmtc: Any) -> torch.Tensor:
+def tokens_of_patches(config: Any, pixel_values: torch.Tensor, compression: Any) -> torch.Tensor:
     """The visual token that each patch has become, `(rows, columns)`; -1 if VMTC dropped the patch."""
     rows, columns = patch_grid(config, pixel_values)
     factor = getattr(config, "spd_factor", 1)
     tokens = torch.arange((rows // factor) * (columns // factor)).view(rows // factor, columns // factor)
     tokens = tokens.repeat_interleave(factor, dim=0).repeat_interleave(factor, dim=1)
-    for becomes in vmtc.trace if vmtc is not None else ():
+    for becomes in compression.trace if compression is not None else ():
         tokens = torch.where(tokens >= 0, becomes[0].cpu()[tokens.clamp(min=0)], -1)
     return tokens
 

@@ -117,17 +117,17 @@ def trace_stages(
     Returns:
         `list[StageView]`: One per stage; none if the budget is the number of patches.
     """
-    vmtc = compression_of_call(config, tower, pixel_values, config.vision_feature_layer, num_visual_tokens)
-    if vmtc is None:
+    compression = compression_of_call(config, tower, pixel_values, config.vision_feature_layer, num_visual_tokens)
+    if compression is None:
         return []
-    tower(pixel_values, vmtc=vmtc)
-    return stage_views(vmtc)
+    tower(pixel_values, compression=compression)
+    return stage_views(compression)
 
 
-def stage_views(vmtc: Any) -> list[StageView]:
+def stage_views(compression: Any) -> list[StageView]:
     """What VMTC did to the first image, after the call of the tower."""
     return compose_trace(
-        [becomes[0].cpu() for becomes in vmtc.trace], [stage for _, stage in sorted(vmtc.stages.items())]
+        [becomes[0].cpu() for becomes in compression.trace], [stage for _, stage in sorted(compression.stages.items())]
     )
 
 

@@ -45,15 +45,15 @@ def slow_inhibition(model, processor, question: str, max_new_tokens: int) -> tup
     model.set_attn_implementation({"text_config": "eager"})
     attentions = model(input_ids=output, pixel_values=inputs["pixel_values"], output_attentions=True).attentions
     columns = (output[0] == model.config.image_token_id).nonzero().flatten().tolist()
-    vmtc = compression_of_call(
+    compression = compression_of_call(
         model.config, model.model.vision_tower, inputs["pixel_values"], model.config.vision_feature_layer
     )
-    model.model.vision_tower(inputs["pixel_values"], vmtc=vmtc)
+    model.model.vision_tower(inputs["pixel_values"], compression=compression)
     shares = np.zeros((output.shape[1] - length, 64))
     for step in range(len(shares)):
         for patch in range(64):
             token = patch
-            for becomes in vmtc.trace:
+            for becomes in compression.trace:
                 token = int(becomes[0, token]) if token >= 0 else -1
             hidden = [bool((layer[0, :, length - 1 + step, columns[token]] == 0).all()) for layer in attentions]
             shares[step, patch] = sum(hidden) / len(attentions) if token >= 0 else np.nan

@@ -48,9 +48,9 @@ def test_the_shipped_model_sees_what_the_picture_shows():
     image_processor = AutoProcessor.from_pretrained(SHIPPED_MODEL).image_processor
     pixels = image_processor(Image.open(EXAMPLE_IMAGE).convert("RGB"), return_tensors="pt")["pixel_values"]
     tower = model.model.vision_tower
-    vmtc = compression_of_call(model.config, tower, pixels, -1)
-    tower(pixels, vmtc=vmtc)
-    expected = compose_trace([becomes[0] for becomes in vmtc.trace], list(vmtc.stages.values()))
+    compression = compression_of_call(model.config, tower, pixels, -1)
+    tower(pixels, compression=compression)
+    expected = compose_trace([becomes[0] for becomes in compression.trace], list(compression.stages.values()))
     assert views == expected
 
 
