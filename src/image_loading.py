@@ -183,10 +183,12 @@ def _open_image(source: str) -> Image.Image:
         return _decode(content, f"The file {name}")
     if os.path.isdir(source):
         raise ValueError(f"{name} is a folder, not an image file.")
-    content = encoded_bytes(source)
-    if content is None:
-        raise ValueError(f"There is no image file {name}, and it is no http(s) URL or base64-encoded image.")
-    return _decode(content, f"The base64-encoded image {name}")
+    decoded = encoded_bytes(source)
+    if decoded is None:
+        raise ValueError(
+            f"There is no image file {name}, and it is neither an http(s) URL nor a base64-encoded image."
+        )
+    return _decode(decoded, f"The base64-encoded image {name}")
 
 
 def _holds_file(image: Any) -> bool:

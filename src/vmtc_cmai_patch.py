@@ -237,7 +237,7 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
             config, self.vision_tower, pixel_values, vision_feature_layer, num_visual_tokens
         )
         if compression is not None:
-            kwargs["compression"] = compression
+            kwargs["compression"] = compression  # type: ignore[typeddict-unknown-key]
         # CODEPATH: the paper's models have no down-sampling; it is the baseline.
         if config.spd_factor == 1:
             return super().get_image_features(
@@ -257,7 +257,7 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
     ) -> BaseModelOutputWithPooling:
         """`get_image_features` with the baseline SPD before the projector."""
         outputs, features = self._run_vision_tower(pixel_values, feature_layer, select_strategy, **kwargs)
-        outputs.pooler_output = list(self.multi_modal_projector(features))
+        outputs.pooler_output = list(self.multi_modal_projector(features))  # type: ignore[assignment]  # as in the library
         return outputs
 
     def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -305,14 +305,16 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
     def _project(self, vision_features: torch.Tensor) -> BaseModelOutputWithPooling:
         """What `get_image_features` gives, from what `get_vision_features` has computed before."""
         layers = self.config.vision_feature_layer
-        width = self.config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
+        vision_config: Any = self.config.vision_config
+        width = vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
         if vision_features.dim() != 3 or vision_features.shape[-1] != width:
             raise ValueError(
                 f"`vision_features` has shape {tuple(vision_features.shape)}, expected (images, visual tokens, {width}). "
                 "Make them with `get_vision_features`."
             )
-        vision_features = vision_features.to(self.get_input_embeddings().weight.dtype)
-        return BaseModelOutputWithPooling(pooler_output=list(self.multi_modal_projector(vision_features)))
+        embeddings: Any = self.get_input_embeddings()
+        features: Any = list(self.multi_modal_projector(vision_features.to(embeddings.weight.dtype)))
+        return BaseModelOutputWithPooling(pooler_output=features)
 
     def _check_placeholders(self, is_image: torch.Tensor, features: list[torch.Tensor]) -> None:
         """Raises unless there are as many placeholders, True in `is_image` `(B, S)`, as visual tokens."""
@@ -339,7 +341,7 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         )
 
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]  # the library lists `position_ids` among the keyword arguments too
         self,
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -385,13 +387,8 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         if sum(given.values()) > 1:
             raise ValueError(f"Give {' or '.join(f'`{name}`' for name in given if given[name])}, not both.")
         if pixel_values is not None:
-            features = self.get_image_features(
-                pixel_values,
-                vision_feature_layer,
-                vision_feature_select_strategy,
-                image_sizes,
-                num_visual_tokens,
-                return_dict=True,
+            features: Any = self.get_image_features(
+                pixel_values, vision_feature_layer, vision_feature_select_strategy, image_sizes, num_visual_tokens
             )
             mm_encoder_outputs = {**(mm_encoder_outputs or {}), "image": features}
         elif vision_features is not None:
@@ -400,11 +397,12 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         blank_features = None
         if not has_images and self.training and torch.is_grad_enabled():
             blank = blank_image(self.config, self.vision_tower)
-            outputs: Any = self.get_image_features(blank, return_dict=True)
-            blank_features = outputs.pooler_output[0]
+            blank_outputs: Any = self.get_image_features(blank)
+            blank_features = blank_outputs.pooler_output[0]
         if mm_encoder_outputs is not None and has_images:
             is_image = self._columns_of_token(self.config.image_token_id, input_ids, inputs_embeds)
-            self._check_placeholders(is_image, mm_encoder_outputs["image"].pooler_output)
+            visual_tokens: Any = mm_encoder_outputs["image"].pooler_output
+            self._check_placeholders(is_image, visual_tokens)
         if use_cache is not None:
             kwargs["use_cache"] = use_cache
         if cmai_max_ratio is not None:
@@ -459,13 +457,14 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         """The cache, made if there is to be one, and what the layers of the language model are to inhibit."""
         check_attention(self.config.text_config)
         checkpointing = self.training and getattr(self.language_model, "gradient_checkpointing", False)
-        use_cache = self.config.text_config.use_cache if use_cache is None else use_cache
+        text_config: Any = self.config.text_config
+        use_cache = text_config.use_cache if use_cache is None else use_cache
         if cache is None and use_cache and not checkpointing:
-            cache = DynamicCache(config=self.config.text_config)
+            cache = DynamicCache(config=text_config)
         filled = None if checkpointing else cache
         past_length: Any = 0
         if filled is not None:
-            prepare_cache(filled, self.config.text_config)
+            prepare_cache(filled, text_config)
             past_length = filled.get_seq_length()
         columns: Any = input_ids if inputs_embeds is None else inputs_embeds
         batch_size, num_columns = columns.shape[:2]
@@ -517,7 +516,8 @@ class VmtcCmaiLlavaForConditionalGeneration(
         _check_config(config)
         LlavaPreTrainedModel.__init__(self, config)  # not the stock head's, which builds the stock model
         self.model = VmtcCmaiLlavaModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        text_config: Any = config.text_config
+        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         self.post_init()
 
     def generate(self, inputs=None, generation_config=None, *args, **kwargs):
@@ -587,7 +587,7 @@ class VmtcCmaiLlavaForConditionalGeneration(
         return super()._get_candidate_generator(*args, **kwargs)
 
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]  # the library lists `position_ids` among the keyword arguments too
         self,
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -685,11 +685,10 @@ class VmtcCmaiLlavaForConditionalGeneration(
                     "`labels` hold placeholders of images, which count in the loss, as in stock LLaVA: there is nothing to "
                     "learn from them. Set them to -100: `labels[labels == model.config.image_token_id] = -100`."
                 )
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
-            )
+            text_config: Any = self.config.text_config
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
         handed_on = {name: getattr(outputs, name) for name in _NAMES_OF_OUTPUTS}
-        return LlavaCausalLMOutputWithPast(loss=loss, logits=logits, **handed_on)
+        return LlavaCausalLMOutputWithPast(loss=loss, logits=logits, **handed_on)  # type: ignore[arg-type]
 
 
 class VmtcCmaiLlavaImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -703,7 +702,7 @@ class VmtcCmaiLlavaImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call
 
 class VmtcCmaiLlavaProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     _defaults = PROCESSING_DEFAULTS  # type: ignore[misc]
-    images_kwargs: VmtcCmaiLlavaImagesKwargs
+    images_kwargs: VmtcCmaiLlavaImagesKwargs  # type: ignore[misc]
 
 
 class VmtcCmaiLlavaProcessor(TypedPlaceholdersMixin, VisualBudgetMixin, LlavaProcessor):
@@ -720,7 +719,7 @@ class VmtcCmaiLlavaProcessor(TypedPlaceholdersMixin, VisualBudgetMixin, LlavaPro
             Those of [`VmtcCmaiLlavaConfig`].
     """
 
-    valid_processor_kwargs = VmtcCmaiLlavaProcessorKwargs
+    valid_processor_kwargs = VmtcCmaiLlavaProcessorKwargs  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -779,24 +778,24 @@ class VmtcCmaiLlavaProcessor(TypedPlaceholdersMixin, VisualBudgetMixin, LlavaPro
         """
         if videos is not None:
             raise ValueError("LLaVA reads images and text; pass the frames of a video as `images`.")
-        images = open_images(images)
+        opened: Any = open_images(images)
         texts = [text] if isinstance(text, str) else text or []
         expected = [sample.count(self.image_token) for sample in texts]
-        if isinstance(images, list) and any(row is None or isinstance(row, list) for row in images):
+        if isinstance(opened, list) and any(row is None or isinstance(row, list) for row in opened):
             # Each prompt has its own, or none.
-            rows = [row if isinstance(row, list) else [] if row is None else [row] for row in images]
-            images = [image for row in rows for image in row] or None
+            rows = [row if isinstance(row, list) else [] if row is None else [row] for row in opened]
+            opened = [image for row in rows for image in row] or None
             counts = [len(row) for row in rows]
         else:
             expected = [sum(expected)]
-            counts = [0 if images is None else len(make_flat_list_of_images(images))]
+            counts = [0 if opened is None else len(make_flat_list_of_images(opened))]
         if text is not None and counts != expected:
             raise ValueError(
                 f"The prompts have {', '.join(map(str, expected))} {self.image_token}, but got "
                 f"{', '.join(map(str, counts))} images. Write one {self.image_token} per image into the text, or give "
                 "the images in the messages of `apply_chat_template`."
             )
-        return super().__call__(images=images, text=text, **kwargs)
+        return super().__call__(images=opened, text=text, **kwargs)
 
     def _process_images(self, images: ImageInput, num_visual_tokens: int | None = None, **kwargs):
         pixels, _ = super()._process_images(resize_first(images, self.image_processor, **kwargs), **kwargs)
@@ -818,7 +817,7 @@ class VmtcCmaiLlavaProcessor(TypedPlaceholdersMixin, VisualBudgetMixin, LlavaPro
     def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs):
         data = super()._get_num_multimodal_tokens(image_sizes, **kwargs)
         if image_sizes is not None:
-            images_kwargs = self._merge_kwargs(VmtcCmaiLlavaProcessorKwargs, **kwargs)["images_kwargs"]
+            images_kwargs = self._merge_kwargs(VmtcCmaiLlavaProcessorKwargs, **kwargs)["images_kwargs"]  # type: ignore[arg-type]
             size = images_kwargs.get("crop_size") or self.image_processor.crop_size
             count = self._count_image_tokens(size["height"], size["width"], images_kwargs.get("num_visual_tokens"))
             data.num_image_tokens = [count] * len(image_sizes)
