@@ -263,22 +263,40 @@ class Inhibition:
         """
         self.num_calls += 1
         if self.ratios[module.layer_idx] == 0:
+            if self._keeps_rows(module.layer_idx):
+                with maybe_autocast(query.device.type, enabled=False):
+                    visible = self._look_up_visible_keys(attention_mask, key)
+                    averaged = self._average_heads(visible, query, key, scaling, kwargs.get("softcap"))
+                    self._all_text_to_image(module.layer_idx, visible.split(averaged)[0])
             return attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
         is_sdpa = attention is ALL_ATTENTION_FUNCTIONS["sdpa"]
         visible = self._look_up_visible_keys(attention_mask, key)
         with maybe_autocast(query.device.type, enabled=False):
             if query.shape[2] == 1 and is_sdpa and self.attention == "scores" and dropout == 0:
                 return self._attend_once(visible, module.layer_idx, query, key, value, scaling)
-            text_query = visible.text_rows(query.detach().transpose(1, 2)).transpose(1, 2)
-            if self.attention == "weights":
-                allowed, softcap = ~visible.text_blocked[..., :-1], kwargs.get("softcap")
-                averaged = attention_weights(text_query, key.detach(), scaling, allowed, softcap).mean(dim=1)
-            else:
-                averaged = head_averaged_scores(text_query, key.detach(), scaling)
+            averaged = self._average_heads(visible, query, key, scaling, kwargs.get("softcap"))
             mask = ~self.blocked_keys(visible, module.layer_idx, averaged)[:, None]
         if not is_sdpa:
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
         return attention(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+
+    def _keeps_rows(self, layer_idx: int) -> bool:
+        """
+        Whether a layer that inhibits nothing in this call keeps its rows of A_t2i all the same: later tokens in the cache
+        may have another ratio. In the first layer gamma is 0 for every ratio.
+        """
+        is_used = self.cache is not None and self.focus not in ("none", "tia")
+        return is_used and layer_idx > 0 and self.image_columns.shape[1] > 0
+
+    def _average_heads(
+        self, visible: "_VisibleKeys", query: torch.Tensor, key: torch.Tensor, scaling: float, softcap: float | None
+    ) -> torch.Tensor:
+        """The head-averaged attention `(B, q, K)` of the text queries: scores, or weights if the config says so."""
+        text_query = visible.text_rows(query.detach().transpose(1, 2)).transpose(1, 2)
+        if self.attention == "weights":
+            allowed = ~visible.text_blocked[..., :-1]
+            return attention_weights(text_query, key.detach(), scaling, allowed, softcap).mean(dim=1)
+        return head_averaged_scores(text_query, key.detach(), scaling)
 
     def _attend_once(
         self,

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""How the layers of the library are extended: by subclasses, and by attention functions of their own."""
+"""Extends layers of the library: by subclasses, and by attention functions of their own."""
 
 from typing import Any
 
@@ -21,12 +21,12 @@ from transformers import PreTrainedConfig
 
 class RoutedConfig:
     """
-    The config of a model as its attention modules are shown it: the same, but some implementations of attention have
-    another name there. The config itself, of which everyone else reads, keeps what the user has set, and may change.
+    The config of a model as its attention modules see it: some implementations of attention have another name there. The
+    config itself, which everyone else reads, keeps what the user has set, and it may change later.
 
     Args:
-        config (`PreTrainedConfig`): Of the model.
-        routes (`dict[str, str]`): The names that are exchanged, and for what.
+        config (`PreTrainedConfig`): The config of the model.
+        routes (`dict[str, str]`): Names of implementations, and what each is replaced by.
     """
 
     def __init__(self, config: PreTrainedConfig, routes: dict[str, str]):
@@ -37,25 +37,31 @@ class RoutedConfig:
         implementation = self._config._attn_implementation
         return self._routes.get(implementation, implementation)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("_config", "_routes"):
+            super().__setattr__(name, value)
+        else:
+            setattr(self._config, name, value)
+
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # asked for while it is copied or unpickled, and has no config yet
+        if name.startswith("__"):  # a copy or an unpickled object is asked for these before it has a config
             raise AttributeError(name)
         return getattr(self._config, name)
 
 
 def route_attention(part: nn.Module, routes: dict[str, str]) -> None:
-    """Lets the attention modules in `part` of a model go by other implementations than their config names."""
+    """Makes the attention modules in `part` of a model use other implementations than their config names."""
     module: Any
     for module in part.modules():
-        # By name, as the library itself finds them.
+        # The library itself finds them by name, too.
         if "Attention" in type(module).__name__ and isinstance(getattr(module, "config", None), PreTrainedConfig):
             module.config = RoutedConfig(module.config, routes)
 
 
 def pass_as_parent(subclass: Any, factory: Any) -> Any:
     """
-    Gives a class that `factory(parent)` has made the name of its parent, by which device placement and sharding find
-    layers, and lets its instances be pickled, though the class has no name of its own.
+    Gives a class that `factory(parent)` has made the name of its parent, because device placement and sharding find layers
+    by name. Its instances can be pickled, though the class has no name of its own.
     """
     parent = subclass.__base__
     subclass.__name__, subclass.__qualname__ = parent.__name__, parent.__qualname__

@@ -85,7 +85,7 @@ class TaLlavaModelOutputWithPast(BaseModelOutputWithPast):
     is the state after layer i and after the adapter that follows it.
 
     image_hidden_states (`torch.FloatTensor` of shape `(batch_size, images, visual_tokens, hidden_size)`, *optional*):
-        The visual tokens V that the prefix read; without meaning where a row has fewer images than others.
+        The visual tokens V that the prefix read. They mean nothing where a row has fewer images than others.
     """
 
     image_hidden_states: torch.Tensor | None = None
@@ -103,7 +103,7 @@ class TaLlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
     past_key_values, since 5.24 of the library `cache` (`Cache`, *optional*):
         The ordinary cache of the language model; the first `num_prefix_tokens` columns of a row hold its prefix.
     image_hidden_states (`torch.FloatTensor` of shape `(batch_size, images, visual_tokens, hidden_size)`, *optional*):
-        The visual tokens V that the prefix read; without meaning where a row has fewer images than others.
+        The visual tokens V that the prefix read. They mean nothing where a row has fewer images than others.
     """
 
     image_hidden_states: torch.Tensor | None = None
@@ -111,7 +111,7 @@ class TaLlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
 
 def find_response_start(marker_matches: torch.Tensor, instruction_scope: str) -> torch.Tensor:
     """
-    Column at which the instruction of each row ends: that of the last token of its first (or last) response marker.
+    Column at which the instruction of each row ends: the last token of its first (or last) response marker.
 
     Args:
         marker_matches (`torch.BoolTensor` of shape `(marker_length, batch_size, sequence_length)`):
@@ -168,7 +168,7 @@ class TaLlavaPreTrainedModel(VisionLanguageModelMixin, PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["TaLlavaAdapter"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
-    # What quantisation leaves as it is; matched from the start of a module's name, in the head and without it.
+    # Modules that quantisation leaves as they are. The pattern matches from the start of a name, in the head and without it.
     _keep_in_fp32_modules = [r"(model\.)?((text|vision)_adapter|(prefix|image_index)_embedding|multi_modal_projector)"]
 
     _supports_flash_attn = True
@@ -181,22 +181,22 @@ class TaLlavaPreTrainedModel(VisionLanguageModelMixin, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         if module is getattr(self.base_model, "image_index_embedding", None):
-            init.zeros_(module.weight)  # a trained model that is given it stays what it is
+            init.zeros_(module.weight)  # so that adding it does not change a trained model
             return
         # The adapters are made of the language model's parts and start as its layers do (Gemma's norms at zero).
         self.base_model.language_model._init_weights(module)
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict:
-        # The list is for quantisation alone. By it the library would also load a part of a float16 model in float32.
+        # The list is for quantisation alone. The library would also load these modules of a float16 model in float32.
         plan = super()._get_dtype_plan(dtype)
         return {name: kept for name, kept in plan.items() if name not in type(self)._keep_in_fp32_modules}
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         """
-        As in the library, for the whole model or by part (`{"text_config": ..., "vision_config": ...}`); but SDPA cannot
-        soft-cap, so that where it is asked for, a language model that does (Gemma-2) is eager.
+        Sets the attention of the whole model or of its parts (`{"text_config": ..., "vision_config": ...}`), as in the
+        library. SDPA cannot soft-cap: if you ask for it, a language model that soft-caps (Gemma-2) gets eager attention.
         """
-        # CODEPATH: Gemma-2 caps its attention scores, others do not.
+        # CODEPATH: Gemma-2 caps its attention scores, other language models do not.
         if soft_caps_attention(self.config.text_config):
             if attn_implementation == "sdpa":
                 attn_implementation = dict.fromkeys(("", *self.config.sub_configs), "sdpa")
@@ -224,12 +224,12 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
 
         vision_width, width = config.vision_config.hidden_size, text_config.hidden_size
         self.multi_modal_projector: nn.Module = nn.Linear(vision_width, width)
-        # CODEPATH: the paper's models have a linear projector; "mlp" is for those that start from LLaVA-1.5's.
+        # CODEPATH: the paper's models have a linear projector; models that start from LLaVA-1.5's have its "mlp".
         if config.projector_type == "mlp":
             # trf-ignore: TRF036 (as in LLaVA's own code, whose weights have these names)
             self.multi_modal_projector = nn.Sequential(self.multi_modal_projector, nn.GELU(), nn.Linear(width, width))
         self.prefix_embedding = nn.Embedding(config.num_prefix_tokens, width)
-        # CODEPATH: the paper's models have none; these are for models trained on several images or on videos.
+        # CODEPATH: the paper's models have none; models that are trained on several images or on videos may.
         if config.num_image_index_embeddings > 0:
             self.image_index_embedding = nn.Embedding(config.num_image_index_embeddings, width)
 
@@ -238,7 +238,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         self.text_adapter = TaLlavaAdapter(layer_class(text_config, layer_idx=0))
         self.vision_adapter = TaLlavaAdapter(layer_class(text_config, layer_idx=0))
 
-        # Backbones whose kinds of layer have each their own rotary base (Gemma-3): the adapters follow layer 0.
+        # In some backbones each kind of layer has its own rotary base (Gemma-3). The adapters follow layer 0.
         by_layer_type = "layer_type" in inspect.signature(self.language_model.rotary_emb.forward).parameters
         self.rotary_kwargs = {"layer_type": text_config.layer_types[0]} if by_layer_type else {}
 
@@ -294,10 +294,10 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
 
     def get_vision_features(self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None = None) -> torch.Tensor:
         """
-        What a frozen vision tower need compute only once: the features of images before the projector. Stacked to
-        `(B, I, M, vision width)` they go to `forward` as `vision_features`.
+        The features of images before the projector, which a frozen vision tower need compute only once. Stack them to
+        `(B, I, M, vision width)` and pass them to `forward` as `vision_features`.
 
-        Args and shapes are those of `get_image_features`.
+        The arguments are those of `get_image_features`.
 
         Returns:
             `torch.FloatTensor` of shape `(number of real images, M, vision width)`.
@@ -307,9 +307,9 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
     @torch.no_grad()
     def encode_image(self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None = None) -> TaLlavaEncodedImages:
         """
-        All that can be computed of images before there is a question: vision tower, projector, and the keys and values
-        that the prefix reads. For inference, given to `forward` and `generate()` as `encoded_images`, as often as there
-        are questions; for training with a frozen tower, see `get_vision_features`.
+        Computes all that depends on the images alone: vision tower, projector, and the keys and values that the prefix
+        reads. Pass the result to `forward` and `generate()` as `encoded_images`, as often as you have questions. This is
+        for inference; for training with a frozen tower, see `get_vision_features`.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(E, I, 3, H, W)`, or `(E, 3, H, W)` for one image a row):
@@ -321,13 +321,13 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
             [`TaLlavaEncodedImages`], without gradients.
 
         Raises:
-            `ValueError`: No image, images of a wrong shape, dtype or device, or more in a row than there are index
-            embeddings.
-            `TypeError`: What is given is no tensor.
+            `ValueError`: There is no image, images have a wrong shape, dtype or device, or a row has more images than
+                there are index embeddings.
+            `TypeError`: `pixel_values` is not a tensor.
         """
         if not isinstance(pixel_values, torch.Tensor):
             raise TypeError(
-                f"`pixel_values` must be a tensor as the processor makes it of images, got a {type(pixel_values).__name__}."
+                f"`pixel_values` must be a tensor as the processor makes it, got a {type(pixel_values).__name__}."
             )
         pixel_values = pixel_values.unsqueeze(1) if pixel_values.dim() == 4 else pixel_values
         if pixel_values.dim() != 5:
@@ -344,7 +344,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
     def _encode_vision_features(
         self, vision_features: torch.Tensor, image_mask: torch.Tensor | None
     ) -> tuple[TaLlavaEncodedImages, torch.Tensor]:
-        """What the prefix reads of `vision_features` `(E, I, M, vision width)`, and the visual tokens V `(E, I, M, d)`."""
+        """From features `(E, I, M, vision width)`: what the prefix reads, and the visual tokens V `(E, I, M, d)`."""
         dtype = self.prefix_embedding.weight.dtype
         visual_tokens = self.multi_modal_projector(vision_features.to(dtype)).to(dtype)  # autocast has its own
         if image_mask is None:
@@ -360,7 +360,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         return TaLlavaEncodedImages(key=key, value=value, image_mask=image_mask), visual_tokens
 
     def _embed_image_index(self, image_mask: torch.Tensor) -> torch.Tensor:
-        """Learned embedding `(E, I, d)` of which image of its row each is; filler does not count."""
+        """Learned embedding `(E, I, d)` of the place of each image in its row. Filler does not count."""
         limit = self.config.num_image_index_embeddings
         if not is_tracing(image_mask):
             most = int(image_mask.sum(dim=-1).max())
@@ -375,10 +375,10 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
     @torch.compiler.assume_constant_result
     def _install_hooks(self) -> bool:
         """
-        What the library does at the first call of a tower whose hidden states are asked for, behind a lock that cannot be
-        compiled: this way it is done while a graph is being made, not in it.
+        Installs the hooks that capture hidden states. The library does so at the first call that asks for them, behind a
+        lock that cannot be compiled. Here it is done while a graph is being made, not in it.
         """
-        # In some towers it is a part that has them.
+        # In some towers a part has the hooks.
         if not any(getattr(part, "_output_capturing_hooks_installed", False) for part in self.vision_tower.modules()):
             output_capturing.maybe_install_capturing_hooks(self.vision_tower)
         return True
@@ -387,8 +387,8 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None, features_only: bool = False, **kwargs
     ) -> tuple[BaseModelOutputWithPooling, torch.Tensor]:
         """
-        Outputs of the vision tower for the real images, and the features that the config selects from them; with
-        `features_only` the outputs are good for nothing else.
+        Outputs of the vision tower for the real images, and the features that the config selects from them. With
+        `features_only` the tower computes no more than these features.
         """
         if not pixel_values.is_floating_point():
             raise ValueError(
@@ -442,28 +442,25 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         r"""
         Args:
             input_ids (`torch.LongTensor` of shape `(B, S)`):
-                Token ids; rows with images begin, after any padding, with `num_prefix_tokens` placeholders.
+                Token ids. Rows with images begin, after any padding, with `num_prefix_tokens` placeholders.
             pixel_values (`torch.FloatTensor` of shape `(B, I, 3, H, W)`, or `(B, 3, H, W)` for one image a row):
-                Normalised images. Not looked at when the cache already holds the prefix.
+                Normalised images. They are ignored when the cache already holds the prefix.
             image_mask (`torch.Tensor` of shape `(B, I)`, *optional*):
                 1 for real images, 0 for filler. Defaults to all real.
             attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*):
-                1 for tokens, 0 for padding. The masks that `generate()` prepares are understood too.
+                1 for tokens, 0 for padding. The masks that `generate()` prepares work too.
             inputs_embeds (`torch.FloatTensor` of shape `(B, S, d)`, *optional*):
-                Instead of `input_ids`. Placeholders and response marker are then the columns that equal the embeddings
-                of their tokens.
+                Instead of `input_ids`. Placeholders and response marker are then found by the embeddings of their tokens.
             vision_features (`torch.FloatTensor` of shape `(B, I, M, vision width)`, *optional*):
-                Instead of `pixel_values`: what `get_vision_features` has computed of the images before. With them, the
-                projector can be trained.
+                Instead of `pixel_values`: the result of `get_vision_features`. With them, you can train the projector.
             encoded_images ([`TaLlavaEncodedImages`], *optional*):
-                Instead of `pixel_values` and `image_mask`: what `encode_image` has computed of the images before, of B
-                rows, or of one for all.
+                Instead of `pixel_values` and `image_mask`: the result of `encode_image`, with B rows or one for all.
             cache (`Cache`, *optional*):
-                Another name of `past_key_values`, that of the library since 5.24.
+                Another name of `past_key_values`, which the library uses since 5.24.
 
         Raises:
-            `ValueError`: Wrong number of placeholders or images, images of a wrong shape, dtype or device, or in several
-            forms, or a sequence longer than the context of the language model.
+            `ValueError`: The number of placeholders or images is wrong, images have a wrong shape, dtype or device or come
+                in several forms, or the sequence is longer than the context of the language model.
         """
         cache = cache_of_call(past_key_values, cache)
         images = ImageInputs(pixel_values, image_mask, vision_features, encoded_images)
@@ -473,7 +470,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
 
         visual_tokens = num_images = None
         if self._is_prefill(cache, not images.is_empty):
-            # They are counted here, where there is nothing yet that a GPU would have to finish first.
+            # This waits for values, so it stands where a GPU has nothing to finish first.
             if not torch.compiler.is_compiling() and not self.training:
                 num_images = images.count(inputs_embeds.shape[0])
             inputs_embeds, visual_tokens, prefix_reader = self._prepare_prefix(
@@ -519,7 +516,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
 
     @staticmethod
     def _is_prefill(cache: Cache | None, has_images: bool) -> bool:
-        """Whether the sequence starts at its beginning, where the prefix is; else it is in the cache already."""
+        """Whether the sequence starts at its beginning, where the prefix is. Otherwise the prefix is in the cache."""
         if cache is None:
             return True
         if torch.compiler.is_compiling():  # the length of a static cache is a tensor; generate() prefills with images
@@ -538,14 +535,14 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         tokens, and the reader that the layers call. There is no reader for a batch of text only, unless it is trained on.
         """
         self._check_length(inputs_embeds.shape[1])
-        # In training a batch without an image takes the way of one with images, and comes out as it was: see `blank_image`.
+        # In training a batch without an image takes the same way as one with images, without effect: see `blank_image`.
         is_trained = self.training and torch.is_grad_enabled()
         has_room = inputs_embeds.shape[1] >= self.config.num_prefix_tokens
         if images.is_empty and not has_room and not is_trained:
             return inputs_embeds, None, None
         is_prefix, text_mask = self._find_prefix(input_ids, inputs_embeds, attention_mask)
         has_prefix = is_prefix.any(dim=-1)
-        if not is_tracing(is_prefix):  # these look at values, which a graph must not wait for
+        if not is_tracing(is_prefix):  # a graph must not wait for values
             if (images.is_empty or images.are_all_filler()) and not has_prefix.any():
                 if not is_trained:
                     return inputs_embeds, None, None
@@ -617,7 +614,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
             return self._encode_vision_features(features, images.image_mask)
         if is_trained:
             features = self.get_vision_features(blank_image(self.config, self.vision_tower))[None]
-            blank = self._encode_vision_features(features, features.new_zeros(1, 1))[0]  # by its mask not to be read
+            blank = self._encode_vision_features(features, features.new_zeros(1, 1))[0]  # its mask hides it
             return blank.expand(batch_size), None
         return None, None
 
@@ -719,7 +716,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         max_length = getattr(self.config.text_config, "max_position_embeddings", sequence_length)
         if sequence_length > max_length:
             raise ValueError(
-                f"The sequence has {sequence_length} tokens, the context of the language model {max_length} "
+                f"The sequence has {sequence_length} tokens, but the context of the language model holds {max_length} "
                 "(`text_config.max_position_embeddings`). Shorten the prompt."
             )
 
@@ -733,12 +730,13 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
             raise ValueError(
                 f"Row {row} begins with {count} placeholder tokens (id {self.config.image_token_id}), but a row with images "
                 f"needs {num_prefix_tokens} (`num_prefix_tokens`) side by side, whatever the number of its images, and a "
-                "row without images none. Let the processor write them."
+                "row without images none. Let the processor write them. If the row was truncated (`max_length`), allow more "
+                "tokens."
             )
-        if images.is_empty and has_prefix.any():  # not an error: assistants are called like this
+        if images.is_empty and has_prefix.any():  # not an error, since assistants are called like this
             logger.warning_once(
                 "The text has placeholders for images, but no images (`pixel_values`, `vision_features` or "
-                "`encoded_images`) were given: the prefix reads text alone."
+                "`encoded_images`) were given, so the prefix reads only text."
             )
 
     def _encoded_images_of_rows(
@@ -748,20 +746,20 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         key = getattr(encoded_images, "key", None)
         if key is None:
             raise ValueError(
-                f"`encoded_images` must be what `encode_image` gives, got {type(encoded_images).__name__}."
+                f"`encoded_images` must be the result of `encode_image`, got {type(encoded_images).__name__}."
             )
         attention = self.vision_adapter.cross_attn
         num_heads, head_dim = attention.k_proj.out_features // attention.head_dim, attention.head_dim
         if (key.shape[1], key.shape[3]) != (num_heads, head_dim):
             raise ValueError(
-                f"`encoded_images` have {key.shape[1]} key heads of width {key.shape[3]}, this model {num_heads} of width "
-                f"{head_dim}. Make them with `encode_image` of the same model."
+                f"`encoded_images` has {key.shape[1]} key heads of width {key.shape[3]}, but this model has {num_heads} of "
+                f"width {head_dim}. Make it with `encode_image` of the same model."
             )
         batch_size = has_prefix.shape[0]
         if key.shape[0] not in (1, batch_size):
             raise ValueError(
-                f"`encoded_images` has {key.shape[0]} rows, but the text {batch_size}. Give one row for all, or one for "
-                "each; `repeat_interleave` repeats rows."
+                f"`encoded_images` has {key.shape[0]} rows, but the text has {batch_size}. Give one row for all, or one for "
+                "each. `repeat_interleave` repeats rows."
             )
         if key.shape[0] != batch_size:
             encoded_images = encoded_images.expand(batch_size)
@@ -771,12 +769,12 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
 
 class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin):
     r"""
-    TA-LLaVA with a language modelling head, for generation and training. An image, or several, stand before the text as
-    `config.num_prefix_tokens` columns, which read the question and then the image in each prompt.
+    TA-LLaVA with a language modelling head, for generation and training. One image or several stand before the text as
+    `config.num_prefix_tokens` columns. In each prompt these columns read the question and then the images.
 
     Args:
         config ([`TaLlavaConfig`]):
-            The parts and their settings; the model starts with new weights. `from_pretrained` loads trained ones, and takes
+            The parts and their settings. The model starts with new weights. `from_pretrained` loads trained ones and takes
             fields of the config as arguments.
 
     Example:
@@ -813,24 +811,23 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin):
 
     def generate(self, inputs=None, generation_config=None, *args, **kwargs):
         r"""
-        The answers to prompts. The arguments of [`~transformers.GenerationMixin.generate`], such as `max_new_tokens`,
-        `do_sample`, `num_beams` or `streamer`; what the processor makes of a prompt (`**inputs`); and:
+        Answers prompts. It takes what the processor makes of a prompt (`**inputs`), the arguments of
+        [`~transformers.GenerationMixin.generate`], such as `max_new_tokens`, `do_sample`, `num_beams` or `streamer`, and:
 
         Args:
             encoded_images ([`TaLlavaEncodedImages`], *optional*):
-                Instead of `pixel_values` and `image_mask`: what `encode_image` has computed of the images before, of each
-                row, or of one for all.
+                Instead of `pixel_values` and `image_mask`: the result of `encode_image`, with B rows or one for all.
             vision_features (`torch.FloatTensor` of shape `(B, I, M, vision width)`, *optional*):
-                Instead of `pixel_values`: what `get_vision_features` has computed of the images before.
+                Instead of `pixel_values`: the result of `get_vision_features`.
 
         Returns:
-            `torch.LongTensor` of shape `(B, S + new tokens)`: the prompts and their answers; or, with
-            `return_dict_in_generate=True`, an output that also has what else was asked for.
+            `torch.LongTensor` of shape `(B, S + new tokens)`: the prompts and their answers. With
+            `return_dict_in_generate=True`, an output that holds them and all else that you asked for.
         """
         return super().generate(inputs, generation_config, *args, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
-        # The library gives images to the first forward only, but of their arguments it knows just `pixel_values`.
+        # The library passes images to the first forward only, but it knows just one of their arguments, `pixel_values`.
         if not is_first_iteration and kwargs.get("use_cache", True):
             for name in IMAGE_ARGUMENTS:
                 kwargs.pop(name, None)
@@ -839,7 +836,7 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin):
         )
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, *args: Any, **kwargs: Any):
-        # A row for all questions stands for those of all beams too.
+        # One row for all questions serves all beams too.
         key = getattr(kwargs.get("encoded_images"), "key", None)
         if key is not None and len(key) > 1:
             kwargs["encoded_images"] = kwargs["encoded_images"].repeat_interleave(expand_size)
@@ -885,16 +882,16 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin):
             if not known:
                 raise ValueError(
                     f"The prompts have {num_images} images now, those in `past_key_values` {num_past_images}. The prefix "
-                    "reads images before all text: for new ones, begin with an empty cache; the same as before may be "
-                    "left out."
+                    "reads images before all text. Begin with an empty cache for new images, or leave out those from "
+                    "before."
                 )
         num_placeholders = int((new_ids == self.config.image_token_id).sum(dim=1).max())
         if num_placeholders >= self.config.num_prefix_tokens:
             raise ValueError(
                 f"What follows `past_key_values` has {num_placeholders} placeholder tokens (id "
                 f"{self.config.image_token_id}) in a row, as a prompt with images begins with. The prefix reads images "
-                "before all text: for new ones, begin with an empty cache; else leave images and placeholders out, or give "
-                "the whole conversation."
+                "before all text. Begin with an empty cache for new images. Otherwise leave images and placeholders out, or "
+                "give the whole conversation."
             )
         if num_past_images is None or any(num_past_images):
             self._warn_of_unread_question(new_ids)
@@ -907,17 +904,17 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin):
         markers = self.model._response_markers(new_ids, None)
         if (find_response_start(markers, "last") < new_ids.shape[1]).any():
             logger.warning_once(
-                'With `instruction_scope="last"` the prefix reads every new question, but that in `past_key_values` has '
-                "read the earlier ones only: the answer is not that to the same prompt with an empty cache. Begin with an "
-                'empty cache in each turn, or set `model.config.instruction_scope = "first"`.'
+                'With `instruction_scope="last"` the prefix reads every new question, but the one in `past_key_values` has '
+                "read only the earlier questions. The answer differs from that to the same prompt with an empty cache. "
+                'Begin with an empty cache in each turn, or set `model.config.instruction_scope = "first"`.'
             )
 
     def _assisted_decoding(self, input_ids, *args, **kwargs):
         cache = kwargs.get(CACHE)
         if cache is not None and cache.get_seq_length() > 0:
             raise ValueError(
-                "Assisted and prompt-lookup decoding cannot go on from a filled `past_key_values`: the library would read "
-                "the whole prompt into it once more. Leave out `past_key_values`, or the assistant."
+                "Assisted and prompt-lookup decoding cannot continue from a filled `past_key_values`, because the library "
+                "would read the whole prompt into it once more. Leave out `past_key_values` or the assistant."
             )
         return super()._assisted_decoding(input_ids, *args, **kwargs)
 
@@ -940,7 +937,7 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin):
 
     def encode_image(self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None = None) -> TaLlavaEncodedImages:
         """
-        All that can be computed of images before there is a question, to ask many questions about them.
+        Computes all that depends on the images alone, so that you can ask many questions about them.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(E, I, 3, H, W)`, or `(E, 3, H, W)` for one image a row):
@@ -990,31 +987,30 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin):
         r"""
         Args:
             input_ids (`torch.LongTensor` of shape `(B, S)`):
-                Token ids; rows with images begin, after any padding, with `num_prefix_tokens` placeholders.
+                Token ids. Rows with images begin, after any padding, with `num_prefix_tokens` placeholders.
             pixel_values (`torch.FloatTensor` of shape `(B, I, 3, H, W)`, or `(B, 3, H, W)` for one image a row):
-                Normalised images. Not looked at when the cache already holds the prefix.
+                Normalised images. They are ignored when the cache already holds the prefix.
             image_mask (`torch.Tensor` of shape `(B, I)`, *optional*):
                 1 for real images, 0 for filler. Defaults to all real.
             attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*):
-                1 for tokens, 0 for padding. The masks that `generate()` prepares are understood too.
+                1 for tokens, 0 for padding. The masks that `generate()` prepares work too.
             position_ids (`torch.LongTensor` of shape `(B, S)`, *optional*):
                 Place of each token in its row.
             past_key_values, cache (`Cache`, *optional*):
-                Two names for the columns before `input_ids`; the second is that of the library since 5.24.
+                Two names for the columns before `input_ids`. The library uses the second since 5.24.
             inputs_embeds (`torch.FloatTensor` of shape `(B, S, d)`, *optional*):
                 Instead of `input_ids`.
             vision_features (`torch.FloatTensor` of shape `(B, I, M, vision width)`, *optional*):
-                Instead of `pixel_values`: what `get_vision_features` has computed of the images before.
+                Instead of `pixel_values`: the result of `get_vision_features`.
             encoded_images ([`TaLlavaEncodedImages`], *optional*):
-                Instead of `pixel_values` and `image_mask`: what `encode_image` has computed of the images before, of B
-                rows, or of one for all.
+                Instead of `pixel_values` and `image_mask`: the result of `encode_image`, with B rows or one for all.
             labels (`torch.LongTensor` of shape `(B, S)`, *optional*):
-                Token ids to predict, aligned with `input_ids`; -100 where no loss is taken (instruction, padding).
-                Placeholders, as in a copy of `input_ids`, are never predicted.
+                Token ids to predict, aligned with `input_ids`. -100 takes no loss (instruction, padding), nor do the
+                placeholders in a copy of `input_ids`.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
-                Compute logits for the last so many columns only (0: all), or for the given column indices.
+                Number of last columns to compute logits for, 0 for all; or the indices of columns.
             mm_token_type_ids (`torch.LongTensor` of shape `(B, S)`, *optional*):
-                Accepted because processors make it on request, but not needed: `input_ids` tell where the prefix is.
+                Ignored, since `input_ids` tell where the prefix is. Processors make it on request.
 
         Raises:
             `ValueError`: See [`TaLlavaModel.forward`].
@@ -1056,7 +1052,14 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin):
                 self.model._warn_of_labelled_instruction(
                     labels, kept_columns(logits_to_keep), input_ids, inputs_embeds
                 )
-            labels = labels.masked_fill(labels == self.config.image_token_id, -100)
+            is_placeholder = labels == self.config.image_token_id
+            # The Trainer has counted the labels before (`num_items_in_batch`), also those that are left out here.
+            if self.training and not is_tracing(labels) and is_placeholder.any():
+                logger.warning_once(
+                    "`labels` include placeholders of images. The loss leaves them out, but the Trainer counts them, which "
+                    "makes it too small. Set them to -100: `labels[labels == model.config.image_token_id] = -100`."
+                )
+            labels = labels.masked_fill(is_placeholder, -100)
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.image_utils import SizeDict
 from transformers.utils import (
     ADAPTER_SAFE_WEIGHTS_NAME,
@@ -220,7 +220,16 @@ class SafetensorsMixin:
         ... )
         ```
         """
-        return read_safetensors(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+        from_pretrained = super().from_pretrained  # type: ignore[misc]
+        loaded = read_safetensors(from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+        # The library hands the fields of the config to the generation config too. There they would hide an argument of
+        # `generate()` of the same name from the model.
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        settings = model.generation_config
+        for name in kwargs.keys() & vars(settings).keys() if settings is not None else ():
+            if hasattr(model.config, name) and not hasattr(GenerationConfig(), name):
+                delattr(settings, name)
+        return loaded
 
     def load_adapter(self, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As [`~transformers.PreTrainedModel.load_adapter`]. Raises `ValueError` if the weights are pickles."""

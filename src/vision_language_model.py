@@ -37,15 +37,15 @@ class VisionLanguageModelMixin(VisualBudgetMixin, SafetensorsMixin):
     auto_map: ClassVar[dict[str, str]]
 
     def initialize_weights(self: Any) -> None:
-        # The library passes over containers without parameters of their own in code outside of it, and some of its models
-        # initialise through these. So let the sub-models do their own part first.
+        # In code outside of the library, it skips containers without parameters of their own. Some of its models initialise
+        # through these, so the sub-models do their own part first.
         self.base_model.vision_tower.initialize_weights()
         self.base_model.language_model.initialize_weights()
         super().initialize_weights()  # type: ignore[misc]
 
     def save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         if self._auto_class is not None:
-            # The library writes the entry of one auto class only.
+            # The library writes only the entry of one auto class.
             self.config.auto_map = dict(self.auto_map)
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 

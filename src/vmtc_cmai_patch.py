@@ -322,12 +322,17 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         if found == needed:
             return
         each = f"{len(features)} images of {len(features[0])} visual tokens each, {needed} together"
-        remedy = "Write `<image>` into the prompt before it goes to the processor."
+        remedy = (
+            "Write `<image>` into the prompt before it goes to the processor. If the text was truncated (`max_length`), "
+            "allow more tokens."
+        )
         if found > 0:
             remedy = (
                 f"That would be {found / len(features):g} for an image. Processor and model must have the same budget: pass "
                 "the same `num_visual_tokens` to both calls, or call `set_visual_budget` on both. Without VMTC both have "
-                "`use_vmtc=False`. A stock `LlavaProcessor` has no budget: load the processor with `AutoProcessor`."
+                "`use_vmtc=False`. A stock `LlavaProcessor` has no budget: load a `VmtcCmaiLlavaProcessor`, as "
+                "`AutoProcessor` does from a folder of `ta-llava compress`. If the text was truncated (`max_length`), allow "
+                "more tokens."
             )
         raise ValueError(
             f"The text has {found} image placeholders (id {self.config.image_token_id}), but there are {each}. {remedy}"
@@ -437,8 +442,9 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
                 f"`cmai_max_ratio` is {cmai_max_ratio}, but `use_cmai` is off. Turn it on first: "
                 "`model.config.use_cmai = True`."
             )
-        if not 0 <= cmai_max_ratio <= 1:
-            raise ValueError(f"`cmai_max_ratio` must be from 0 to 1, got {cmai_max_ratio}.")
+        is_number = isinstance(cmai_max_ratio, (int, float)) and not isinstance(cmai_max_ratio, bool)
+        if not is_number or not 0 <= cmai_max_ratio <= 1:
+            raise ValueError(f"`cmai_max_ratio` must be a number from 0 to 1, got {cmai_max_ratio!r}.")
 
     def _prepare_inhibition(
         self,

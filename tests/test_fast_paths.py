@@ -151,7 +151,7 @@ def test_encoded_images_that_do_not_fit(gemma):
     encoded = gemma.encode_image(images)
     two = gemma.encode_image(images[:2])
     other = build_model(text_kwargs={"num_key_value_heads": 4, "head_dim": 16})
-    with pytest.raises(ValueError, match="2 key heads of width 8, this model 4 of width 16"):
+    with pytest.raises(ValueError, match="2 key heads of width 8, .* 4 of width 16"):
         other(**batch, encoded_images=encoded)
     for also in (
         {"pixel_values": images},
@@ -161,15 +161,15 @@ def test_encoded_images_that_do_not_fit(gemma):
         with pytest.raises(ValueError, match="`encoded_images` or images in another form, not both"):
             gemma(**batch, encoded_images=encoded, **also)
     for call in (gemma, gemma.generate):
-        with pytest.raises(ValueError, match="must be what `encode_image` gives, got Tensor"):
+        with pytest.raises(ValueError, match="`encode_image`, got Tensor"):
             call(**batch, encoded_images=encoded.key)
-        with pytest.raises(ValueError, match="`encoded_images` has 2 rows, but the text 3"):
+        with pytest.raises(ValueError, match="`encoded_images` has 2 rows, but the text has 3"):
             call(**batch, encoded_images=two)
     with pytest.raises(ValueError, match="Row 1 has 1 images but its text does not begin with placeholder"):
         gemma(**batch_of([prompt_ids(5, 1), prompt_ids(8, 2, image=False)]), encoded_images=two)
     with pytest.raises(ValueError, match=r"\(3, 12, 12\): expected \(rows, images, 3"):
         gemma.encode_image(images[0, 0])
-    with pytest.raises(TypeError, match="as the processor makes it of images, got a str"):
+    with pytest.raises(TypeError, match="as the processor makes it, got a str"):
         gemma.encode_image("shape.png")
     with pytest.raises(ValueError, match=r"image_mask.*\(1, 2\).*\(3, 1\)"):
         gemma.encode_image(images, torch.ones(1, 2))
@@ -370,7 +370,7 @@ def test_rows_of_a_cache_may_be_repeated(gemma):
 def test_an_assistant_begins_with_an_empty_cache(gemma):
     options = {**GENERATION, "return_dict_in_generate": True, "prompt_lookup_num_tokens": 2}
     first = gemma.generate(torch.tensor([prompt_ids()]), pixel_values=random_images(1), **options)
-    with pytest.raises(ValueError, match="cannot go on from a filled `past_key_values`"):
+    with pytest.raises(ValueError, match="from a filled `past_key_values`"):
         gemma.generate(**next_turn(first.sequences), past_key_values=first.past_key_values, **options)
 
 

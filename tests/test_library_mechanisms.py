@@ -121,3 +121,21 @@ def test_generate_is_the_librarys(model_class, monkeypatch):
         (("inputs", "config", "processors"), {"streamer": "streamer"}),
         ((None, None), {"input_ids": "ids", "max_new_tokens": 3}),
     ]
+
+
+def test_settings_that_were_loaded_with_do_not_hide_arguments_of_generate(tmp_path):
+    """The library hands the arguments of `from_pretrained` to the generation config too."""
+    flags = {"use_cmai": True, "cmai_max_ratio": 0.6, "use_vmtc": True, "vmtc_num_visual_tokens": 9}
+    build_llava().save_pretrained(tmp_path)
+    model = VmtcCmaiLlavaForConditionalGeneration.from_pretrained(tmp_path, **flags)
+    assert not vars(model.generation_config).keys() & flags.keys()
+    inputs = llava_inputs([llava_prompt(num_visual_tokens=9)], num_visual_tokens=9)
+    with pytest.raises(ValueError, match=r"from 0 to 1, got 1\.5"):
+        model.generate(**inputs, cmai_max_ratio=1.5, max_new_tokens=2)
+
+
+def test_a_setting_that_is_made_on_an_attention_module_is_made_on_the_config():
+    model = build_llava()
+    attention = model.model.language_model.layers[0].self_attn
+    attention.config.attention_dropout = 0.5
+    assert model.config.text_config.attention_dropout == 0.5

@@ -68,7 +68,7 @@ def test_the_folder_of_a_space_needs_no_package_but_the_public_ones(python_witho
     assert {path.name for path in folder.iterdir()} == files
     assert not any(path.is_symlink() for path in folder.rglob("*")) and (folder / "ta_llava" / "hub_card").is_dir()
     imports = re.findall(
-        r"^from ta_llava\.\w+ import (?:\(.+?\)|[^(]+?)$", (SPACE / "app.py").read_text(), re.M | re.S
+        r"^from ta_llava\.[\w.]+ import (?:\(.+?\)|[^(]+?)$", (SPACE / "app.py").read_text(), re.M | re.S
     )
     assert len(imports) >= 5
     script = ASK.format(imports="\n".join([*imports, "from ta_llava.inference import answer"]))

@@ -750,6 +750,24 @@ def test_what_follows_in_a_cache_may_have_another_ratio():
     assert not torch.allclose(other, last, atol=1e-3)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
+def test_what_follows_tokens_without_inhibition_knows_their_attention(cache_class):
+    """A ratio so small that it inhibits nothing must leave the same in the cache as a ratio of 0."""
+    model = build_llava("llama")
+    ids = torch.tensor([ROWS[0]])
+    pixels = llava_inputs(ROWS[:1])["pixel_values"]
+    logits = []
+    for ratio in (0.0, 1e-9):
+        cache = (
+            DynamicCache() if cache_class is DynamicCache else StaticCache(model.config.text_config, max_cache_len=64)
+        )
+        model(input_ids=ids[:, :-2], pixel_values=pixels, past_key_values=cache, cmai_max_ratio=ratio)
+        model(input_ids=ids[:, -2:-1], past_key_values=cache, cmai_max_ratio=ratio)
+        logits.append(model(input_ids=ids[:, -1:], past_key_values=cache, cmai_max_ratio=0.9).logits)
+    assert_close(*logits)
+
+
 def test_a_compiled_decoding_step_takes_a_ratio(monkeypatch):
     model = build_llava("llama")
     inputs = llava_inputs(ROWS[:2])
@@ -768,7 +786,7 @@ def test_a_wrong_ratio_is_refused(call):
     model = build_llava()
     inputs = llava_inputs(ROWS)
     for ratio in (1.2, -0.1):
-        with pytest.raises(ValueError, match=f"`cmai_max_ratio` must be from 0 to 1, got {ratio}"):
+        with pytest.raises(ValueError, match=f"`cmai_max_ratio` must be a number from 0 to 1, got {ratio}"):
             getattr(model, call)(**inputs, cmai_max_ratio=ratio)
     model.config.use_cmai = False
     with pytest.raises(ValueError, match=r"is 0.3, but `use_cmai` is off. .*: `model.config.use_cmai = True`"):

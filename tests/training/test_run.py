@@ -289,7 +289,7 @@ def test_the_command_line(data, tmp_path):
     result = run.invoke(app, ["curriculum", *recipes, "--model", str(MODEL), *options])
     assert result.exit_code == 0, result.output
     phase3 = tmp_path / "runs" / "phase3"
-    assert f"The LoRA adapter is in {phase3}; it needs the model that it was trained on." in result.output
+    assert f"The LoRA adapter is in {phase3}" in result.output
     assert f"`ta-llava merge {phase3} OUT`" in result.output
     image = str(ROOT / "examples" / "teal_triangle.png")
     answers = [run.invoke(app, ["ask", image, "what?", "--model", str(phase3)])]
