@@ -783,7 +783,7 @@ class VmtcCmaiLlavaProcessor(TypedPlaceholdersMixin, VisualBudgetMixin, LlavaPro
         expected = [sample.count(self.image_token) for sample in texts]
         if isinstance(opened, list) and any(row is None or isinstance(row, list) for row in opened):
             # Each prompt has its own, or none.
-            rows = [row if isinstance(row, list) else [] if row is None else [row] for row in opened]
+            rows: Any = [row if isinstance(row, list) else [] if row is None else [row] for row in opened]
             opened = [image for row in rows for image in row] or None
             counts = [len(row) for row in rows]
         else:
