@@ -788,7 +788,8 @@ class VmtcCmaiLlavaProcessor(TypedPlaceholdersMixin, VisualBudgetMixin, LlavaPro
             counts = [len(row) for row in rows]
         else:
             expected = [sum(expected)]
-            counts = [0 if opened is None else len(make_flat_list_of_images(opened))]
+            flat: Any = [] if opened is None else make_flat_list_of_images(opened)
+            counts = [len(flat)]
         if text is not None and counts != expected:
             raise ValueError(
                 f"The prompts have {', '.join(map(str, expected))} {self.image_token}, but got "
