@@ -129,6 +129,7 @@ def test_settings_that_were_loaded_with_do_not_hide_arguments_of_generate(tmp_pa
     build_llava().save_pretrained(tmp_path)
     model = VmtcCmaiLlavaForConditionalGeneration.from_pretrained(tmp_path, **flags)
     assert not vars(model.generation_config).keys() & flags.keys()
+    assert VmtcCmaiLlavaModel.from_pretrained(tmp_path, **flags).config.use_cmai  # a model that does not generate
     inputs = llava_inputs([llava_prompt(num_visual_tokens=9)], num_visual_tokens=9)
     with pytest.raises(ValueError, match=r"from 0 to 1, got 1\.5"):
         model.generate(**inputs, cmai_max_ratio=1.5, max_new_tokens=2)
