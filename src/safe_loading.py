@@ -225,7 +225,7 @@ class SafetensorsMixin:
         # The library hands the fields of the config to the generation config too. There they would hide an argument of
         # `generate()` of the same name from the model.
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        settings = getattr(model, "generation_config", None)  # of models that generate
+        settings = getattr(model, "generation_config", None)  # only models that generate have one
         for name in kwargs.keys() & vars(settings).keys() if settings is not None else ():
             if hasattr(model.config, name) and not hasattr(GenerationConfig(), name):
                 delattr(settings, name)
