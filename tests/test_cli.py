@@ -149,11 +149,42 @@ def test_of_a_folder_each_picture_is_asked_about(tmp_path):
     assert [json.loads(line)["image"] for line in out.splitlines()] == [str(path) for path, _ in answers]
 
 
+def test_a_damaged_picture_does_not_keep_a_folder_from_being_asked_about(tmp_path):
+    content = EXAMPLE_IMAGE.read_bytes()
+    (tmp_path / "a.png").write_bytes(content[: len(content) // 2])
+    (tmp_path / "b.png").write_bytes(content)
+    (tmp_path / "c.png").touch()
+    question = "what color is the shape?"
+    code, out, error = run("ask", tmp_path, question, "--json")
+    assert code == 1 and [json.loads(line)["answer"] for line in out.splitlines()] == ["teal"]
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert ["a.png" in lines[0], "c.png" in lines[1], len(lines)] == [True, True, 3]
+    assert "2 of 3 pictures cannot be read" in lines[2]
+    (tmp_path / "b.png").unlink()
+    code, out, error = run("ask", tmp_path, question, "--model", "no/model")
+    assert code == 1 and out == "" and "a.png" in error and "c.png" in error
+    assert error.endswith("error: 2 of 2 images cannot be read, so nothing was asked.\n")
+
+
+def test_damaged_images_of_a_batch_are_all_named_before_any_work(tmp_path):
+    content = EXAMPLE_IMAGE.read_bytes()
+    (tmp_path / "good.png").write_bytes(content)
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(content[: len(content) // 2])
+    lines = [{"image": image, "question": "what?"} for image in ("good.png", "a.png", ["good.png", "b.png"], "a.png")]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    code, out, error = run("ask", "--batch", tmp_path / "questions.jsonl", "--model", "no/model")
+    assert code == 1 and out == "" and error.count("a.png") == error.count("b.png") == 1
+    assert error.endswith("error: 2 of 3 images cannot be read, so nothing was asked.\n")
+
+
 def test_a_folder_without_pictures_or_among_images_is_named(tmp_path):
     code, out, error = run("ask", tmp_path, "what?")
     assert code == 1 and out == "" and f"folder {tmp_path} has no pictures in it" in error
-    code, _, error = run("ask", tmp_path, EXAMPLE_IMAGE, "what?")
-    assert code == 1 and f"'{tmp_path}' is a folder, not an image file" in error
+    alone = shlex.join(["ta-llava", "ask", str(tmp_path), "what is it?"])
+    for images in ([tmp_path, EXAMPLE_IMAGE], [EXAMPLE_IMAGE, tmp_path], [tmp_path, tmp_path]):
+        code, out, error = run("ask", *images, "what is it?")
+        assert code == 1 and out == "" and f"'{tmp_path}' is a folder" in error and alone in error
     code, _, error = run("ask", "what color?", tmp_path)
     assert code == 1 and error.endswith(shlex.join(["ta-llava", "ask", str(tmp_path), "what color?"]) + "\n")
 

@@ -3,11 +3,13 @@
 import json
 import os
 import shlex
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from PIL import Image
+from tqdm.auto import tqdm
 
 from .common import (
     BatchSize,
@@ -26,7 +28,8 @@ def ask(
         list[str] | None,
         typer.Argument(
             metavar="IMAGE... QUESTION",
-            help="One or more images, then the question about them. For a folder, ask about each of its images.",
+            help="One or more images, then the question about them. For a folder, ask about each of its images; those "
+            "that cannot be read are named, and the exit code is 1.",
         ),
     ] = None,
     model: Annotated[
@@ -59,8 +62,12 @@ def ask(
         from ..image_loading import load_rgb_image
         from ..inference import answer, load
 
+        # An unreadable image is found before the model is loaded.
+        num_asked = len(items)
+        if is_many:
+            items = _readable(items, batch)
         sources: list[tuple[list[Any], str]] = list(items)
-        if not is_many:  # opened here, to find an unreadable image before the model is loaded
+        if not is_many:
             sources = [([load_rgb_image(image) for image in images], asked) for images, asked in items]
         logging.disable_progress_bar()
         default = DEFAULT_MODEL if visual_tokens is None and cmai is None else DEFAULT_LLAVA
@@ -71,6 +78,8 @@ def ask(
         for (images, asked), text in zip(items, answers):
             line = f"{', '.join(images)}: {asked} {text}" if is_many else text
             print(_as_json(images, asked, text) if as_json else line, flush=True)
+        if len(items) < num_asked:
+            raise ValueError(f"{num_asked - len(items)} of {num_asked} pictures cannot be read; they are named above.")
 
 
 def _as_json(images: list[str], question: str, answer: str) -> str:
@@ -100,6 +109,13 @@ def _read_questions(arguments: list[str], batch: Path | None) -> tuple[list[tupl
     if len(images) == 1 and os.path.isdir(images[0]):
         return [([picture], question) for picture in _pictures_of(images[0])], True
     _check_images(arguments)
+    folders = [image for image in images if os.path.isdir(image)]
+    if folders:
+        alone = shlex.join(["ta-llava", "ask", folders[0], question])
+        raise ValueError(
+            f"{folders[0]!r} is a folder, and there are other images or folders beside it. Ask about one folder at a time: "
+            f"{alone}; or name its images instead of the folder."
+        )
     return [(images, question)], False
 
 
@@ -118,6 +134,28 @@ def _pictures_of(folder: str) -> list[str]:
     if not pictures:
         raise ValueError(f"The folder {folder} has no pictures in it, such as a .png or .jpg file.")
     return [str(path) for path in pictures]
+
+
+def _readable(items: list[tuple[list[str], str]], batch: Path | None) -> list[tuple[list[str], str]]:
+    """
+    The items whose image files can be read to their end; a line on stderr names each that cannot. URLs are not opened.
+
+    Raises:
+        `ValueError`: None can be read or, of a batch, not all.
+    """
+    from ..data.samples import find_damage
+
+    paths = list(dict.fromkeys(image for images, _ in items for image in images if "://" not in image))
+    with ThreadPool(os.cpu_count()) as pool:
+        damages = pool.imap(find_damage, paths)
+        bar = tqdm(damages, "check images", len(paths), leave=False, disable=None, unit="image")
+        damaged = {path: damage for path, damage in zip(paths, bar) if damage}
+    for damage in damaged.values():
+        typer.echo(f"error: {damage}", err=True)
+    readable = [(images, question) for images, question in items if damaged.keys().isdisjoint(images)]
+    if damaged and (batch is not None or not readable):
+        raise ValueError(f"{len(damaged)} of {len(paths)} images cannot be read, so nothing was asked.")
+    return readable
 
 
 def _check_images(arguments: list[str]) -> None:
