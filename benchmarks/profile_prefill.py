@@ -111,7 +111,7 @@ def counting(model: TaLlavaForConditionalGeneration, count: Any) -> Iterator[dic
     def end(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         stage = stages[module]
         if stage.endswith("adapter"):
-            stage += ", reading" if "key_value" in kwargs else ", keys and values"
+            stage += ", reading" if args[0] == "read" else ", keys and values"
         sums[stage] += count() - begun.pop()
 
     stages = stages_of(model)

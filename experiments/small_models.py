@@ -328,8 +328,8 @@ def write_tower(folder: Path, config: dict[str, Any]) -> None:
 class SkippedAdapter(nn.Module):
     """Replaces the text adapter. The prefix stays as it is, blind to the instruction."""
 
-    def forward(self, prefix: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return prefix
+    def forward(self, step: str, states: torch.Tensor, *args: Any) -> Any:
+        return states if step == "read" else ()  # no keys and values
 
 
 @dataclass

@@ -140,7 +140,7 @@ def test_the_command(tmp_path):
         result = run.invoke(app, ["cost", str(source)])
         assert result.exit_code == 1 and message in result.stderr
     for source, options, message in (
-        (SHIPPED_MODEL, ["--visual-tokens", "16"], "a TA-LLaVA was given"),
+        (SHIPPED_MODEL, ["--visual-tokens", "16"], "TA-LLaVA"),
         (LLAVA, ["--visual-tokens", "65"], "an image has 64 patches"),
         (LLAVA, ["--cmai", "2"], "The CMAI ratio must be from 0 to 1, got 2.0."),
     ):
