@@ -20,19 +20,20 @@ A layer of the language model does this:
 
 1. It averages the attention scores of its heads: A_s (`head_averaged_scores`). With `cmai_attention="weights"` it averages
    the attention weights instead (`attention_weights`).
-2. It takes two parts from the rows of the text tokens (`_VisibleKeys.split`): the text-to-image attention A_t2i, whose keys
-   are image tokens, and the text-to-text attention A_t2t, whose keys are text tokens.
-3. Equation 9: the neighborhood text-to-text attention A_t2n is A_t2t without the token itself and those after it
-   (`_VisibleKeys.split`). `focus_weights` replaces it in the variants of Table 5.
+2. It takes two parts from the rows of the text tokens (`split`): the text-to-image attention A_t2i, whose keys are image
+   tokens, and the text-to-text attention A_t2t, whose keys are text tokens.
+3. Equation 9: the neighborhood text-to-text attention A_t2n is A_t2t without the token itself and those after it (`split`).
+   `focus_weights` replaces it in the variants of Table 5.
 4. Equations 10 and 11: the neighborhood text-to-image attention is A_n2i = A_t2n A_t2i, and the text-to-image focus is
    F = A_n2i + A_t2i (`focus_scores`).
 5. The threshold of a text token is the gamma-quantile of its row of F (`threshold_rank`). The inhibition ratio gamma grows
    from layer to layer (`inhibition_ratio`).
 6. The pairs of a text token and an image token whose focus is below the threshold are inhibited (`inhibited_pairs`): they
-   get negative infinity in the causal mask (`_VisibleKeys.block`, `Inhibition.attend`).
+   get negative infinity in the causal mask (`mask`, `Inhibition.attend`).
 
-`Inhibition.blocked_keys` puts steps 2 to 6 together. A step of the decoding needs the rows of A_t2i of all earlier text
-tokens, which the cache keeps (`cmai_cache.py`).
+`Inhibition.inhibited_images` puts steps 2 to 6 together. Where the tokens stand decides how `split` and `mask` are done:
+by slices (`_AlignedKeys`) if all rows are alike, as a prompt alone is, or by indices (`_ScatteredKeys`). A step of the
+decoding needs the rows of A_t2i of all earlier text tokens, which the cache keeps (`cmai_cache.py`).
 
 Conventions of this file. B: batch, S: columns of this call, q: text queries among them, T: text tokens so far (cached ones
 and those of this call), n: image tokens of a row, K: keys. A column is a place in the whole sequence; -1 stands for none.
@@ -41,9 +42,11 @@ The averaged attention, the focus and its quantile are float32.
 
 import math
 import sys
+from abc import ABC, abstractmethod
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
@@ -75,9 +78,15 @@ def head_averaged_scores(query: torch.Tensor, key: torch.Tensor, scaling: float)
     Returns:
         `torch.FloatTensor` of shape `(B, q, K)`, float32.
     """
-    folded = query.unflatten(1, (key.shape[1], -1)).sum(dim=2, dtype=torch.float32) * (scaling / query.shape[1])
+    by_column = query.transpose(1, 2).unflatten(2, (key.shape[1], -1))
+    folded = by_column.sum(dim=3, dtype=torch.float32) if by_column.shape[3] > 1 else by_column.float()
     key = key.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    return folded.transpose(1, 2).flatten(2) @ key.flatten(2).mT
+    return scaled_product(folded.flatten(2), key.flatten(2).mT, scaling / query.shape[1])
+
+
+def scaled_product(left: torch.Tensor, right: torch.Tensor, scaling: float) -> torch.Tensor:
+    """The product `(B, q, K)` of matrices `(B, q, d)` and `(B, d, K)`, times `scaling`, in one operation."""
+    return torch.baddbmm(left.new_empty(()), left, right, beta=0, alpha=scaling)
 
 
 def attention_weights(
@@ -151,19 +160,21 @@ def threshold_rank(num_seen: Any, ratio: Any) -> Any:
     return max(math.ceil(rank), 0)
 
 
-def inhibited_pairs(focus: torch.Tensor, rank: torch.Tensor, num_lowest: int) -> torch.Tensor:
+def inhibited_pairs(focus: torch.Tensor, num_lowest: int, rank: torch.Tensor | None = None) -> torch.Tensor:
     """
     Which image tokens have less focus than the image token of a given rank.
 
     Args:
         focus (`torch.FloatTensor` of shape `(B, q, n)`): Infinite where the text token does not see.
-        rank (`torch.LongTensor` of shape `(B, q, 1)`): `threshold_rank` of each text token.
         num_lowest (`int`): More than the highest rank, at most n: so many of the lowest values are sorted.
+        rank (`torch.LongTensor` of shape `(B, q, 1)`, *optional*): `threshold_rank` of each text token; without it, the
+            rank is `num_lowest - 1` for all.
 
     Returns:
         `torch.BoolTensor` of shape `(B, q, n)`.
     """
-    return focus < focus.topk(num_lowest, largest=False).values.gather(-1, rank)
+    lowest = focus.topk(num_lowest, largest=False).values
+    return focus < (lowest[..., -1:] if rank is None else lowest.gather(-1, rank))
 
 
 # --- one forward pass ----------------------------------------------------------------------------------------------
@@ -189,6 +200,8 @@ class Inhibition:
             The columns of the text queries; in a row that has fewer of them, the rest are fillers, `False` in `is_query`.
         text_columns (`torch.LongTensor` of shape `(B, T)`), image_columns (`(B, n)`): Of the whole sequence so far.
         row_positions (`torch.LongTensor` of shape `(q,)`): Places of the queries among the T text tokens.
+        aligned_images (`slice`, *optional*): The columns of the image tokens, if they are the same in all rows and if text
+            alone follows them in the whole sequence so far. See `_AlignedKeys`.
         ratios (`list[float]`): gamma of each layer; 0 where nothing is inhibited.
     """
 
@@ -204,46 +217,77 @@ class Inhibition:
         self.cache, self.num_calls = cache, 0
         self.attention, self.focus, self.discount = config.cmai_attention, config.cmai_focus, config.cmai_discount
         num_columns = is_text.shape[1]
-        self.columns, self.num_seen = (
-            torch.arange(num_columns, device=is_text.device) + past_length,
-            past_length + num_columns,
-        )
+        self.num_seen = past_length + num_columns
+        if isinstance(past_length, int):
+            self.columns = torch.arange(past_length, self.num_seen, device=is_text.device)
+        else:
+            self.columns = torch.arange(num_columns, device=is_text.device) + past_length
+
         self.query_slots: torch.Tensor | None = None
         self.query_columns, self.is_query = self.columns.expand_as(is_text), is_text
         image_columns = self.query_columns[:, :0]
+        self.aligned_images: slice | None = None
         if is_image is not None:
             image_columns = self._find_images(is_image, is_text, past_length)
+        elif cache is not None and not torch.compiler.is_compiling():
+            self.aligned_images = cmai_layer(cache, 0).aligned_images
         self.has_row_per_column = self.query_slots is None
-        text_columns = torch.where(self.is_query, self.query_columns, -1)
-        if cache is None:
-            self.row_positions = torch.arange(text_columns.shape[1], device=text_columns.device)
-        else:
-            first = cmai_layer(cache, 0)
-            self.row_positions = first.update_columns(
-                text_columns, image_columns, self.has_row_per_column, num_columns, cache.get_max_length()
-            )
-            text_columns, image_columns = first.columns_so_far()
-        self.text_columns, self.image_columns = text_columns, image_columns
+        self.text_columns, self.image_columns = self._add_to_cache(image_columns)
+
         num_layers = config.text_config.num_hidden_layers
         max_ratio = config.cmai_max_ratio if max_ratio is None else max_ratio
-        max_ratio = 0.0 if self.focus == "none" or image_columns.shape[1] == 0 else max_ratio
+        max_ratio = 0.0 if self.focus == "none" or self.image_columns.shape[1] == 0 else max_ratio
         self.ratios = [inhibition_ratio(layer_idx, num_layers, max_ratio) for layer_idx in range(num_layers)]
         self._visible_keys: dict[Any, Any] = {}
 
     def _find_images(self, is_image: torch.Tensor, is_text: torch.Tensor, past_length: Any) -> torch.Tensor:
         """The columns `(B, n)` of the image tokens of this call. If there are any, only text becomes queries and rows."""
-        if (
-            isinstance(past_length, int) and past_length == 0
-        ):  # text before the first image sees none, and counts for nothing
-            is_text = is_text & (is_image.cumsum(dim=-1) > 0)
+        is_first_call = isinstance(past_length, int) and past_length == 0
         num_images = num_texts = is_text.shape[1]
         if not torch.compiler.is_compiling():  # a graph must not wait for numbers, and takes all columns
-            num_images, num_texts = torch.stack([is_image, is_text]).sum(dim=-1).amax(dim=-1).tolist()
+            images, texts = torch.stack([is_image, is_text]).cpu().numpy()
+            if is_first_call:
+                texts = texts & (images.cumsum(axis=1) > 0)
+            num_images, num_texts = int(images.sum(axis=1).max()), int(texts.sum(axis=1).max())
+            self.aligned_images = self._find_aligned_images(images, texts, is_first_call)
+        if self.aligned_images is not None and is_first_call:
+            first_text = self.aligned_images.stop
+            self.query_slots = self.query_columns = self.query_columns[:, first_text:]
+            self.is_query = is_text[:, first_text:]
+            return self.columns[self.aligned_images].expand(len(is_text), -1)
+
+        if is_first_call:  # text before the first image sees none, and counts for nothing
+            is_text = is_text & (is_image.cumsum(dim=-1) > 0)
         if num_images > 0:
             self.query_slots = _first_true(is_text, max(num_texts, 1))
             self.query_columns, self.is_query = self.columns[self.query_slots], is_text.gather(1, self.query_slots)
         order = _first_true(is_image, num_images)
         return torch.where(is_image.gather(1, order), self.columns[order], -1)
+
+    def _find_aligned_images(self, images: np.ndarray, texts: np.ndarray, is_first_call: bool) -> slice | None:
+        """`aligned_images`, from where this call has image tokens and text that counts, `(B, S)` each."""
+        if not is_first_call:
+            if self.cache is None or images.any() or not texts.all():
+                return None
+            return cmai_layer(self.cache, 0).aligned_images
+        start, num_images = int(images[0].argmax()), int(images[0].sum())
+        columns = np.arange(images.shape[1])
+        is_image, is_text = (columns >= start) & (columns < start + num_images), columns >= start + num_images
+        alike = num_images > 0 and is_text.any() and (images == is_image).all() and (texts == is_text).all()
+        return slice(start, start + num_images) if alike else None
+
+    def _add_to_cache(self, image_columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds the columns of this call to those that the cache keeps. Returns `text_columns` and `image_columns`."""
+        text_columns = torch.where(self.is_query, self.query_columns, -1)
+        if self.cache is None:
+            self.row_positions = torch.arange(text_columns.shape[1], device=text_columns.device)
+            return text_columns, image_columns
+        first = cmai_layer(self.cache, 0)
+        first.aligned_images = self.aligned_images
+        self.row_positions = first.update_columns(
+            text_columns, image_columns, self.has_row_per_column, len(self.columns), self.cache.get_max_length()
+        )
+        return first.columns_so_far()
 
     def attend(
         self,
@@ -262,23 +306,19 @@ class Inhibition:
         results are those of such a function.
         """
         self.num_calls += 1
-        if self.ratios[module.layer_idx] == 0:
-            if self._keeps_rows(module.layer_idx):
-                with maybe_autocast(query.device.type, enabled=False):
-                    visible = self._look_up_visible_keys(attention_mask, key)
-                    averaged = self._average_heads(visible, query, key, scaling, kwargs.get("softcap"))
-                    self._all_text_to_image(module.layer_idx, visible.split(averaged)[0])
-            return attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-        is_sdpa = attention is ALL_ATTENTION_FUNCTIONS["sdpa"]
-        visible = self._look_up_visible_keys(attention_mask, key)
-        with maybe_autocast(query.device.type, enabled=False):
-            if query.shape[2] == 1 and is_sdpa and self.attention == "scores" and dropout == 0:
-                return self._attend_once(visible, module.layer_idx, query, key, value, scaling)
-            averaged = self._average_heads(visible, query, key, scaling, kwargs.get("softcap"))
-            mask = ~self.blocked_keys(visible, module.layer_idx, averaged)[:, None]
-        if not is_sdpa:
-            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-        return attention(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+        layer_idx = module.layer_idx
+        if self.ratios[layer_idx] > 0 or self._keeps_rows(layer_idx):
+            visible = self._look_up_visible_keys(attention_mask, key)
+            is_plain = attention is ALL_ATTENTION_FUNCTIONS["sdpa"] and dropout == 0 and self.attention == "scores"
+            with maybe_autocast(query.device.type, enabled=False):
+                if self.ratios[layer_idx] > 0 and query.shape[2] == 1 and is_plain:
+                    return self._attend_once(visible, layer_idx, query, key, value, scaling)
+                averaged = self._average_heads(visible, query, key, scaling, kwargs.get("softcap"))
+                if self.ratios[layer_idx] > 0:
+                    attention_mask = visible.mask(self.inhibited_images(visible, layer_idx, averaged), query.dtype)
+                else:
+                    self._all_text_to_image(layer_idx, visible.split(averaged)[0])
+        return attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
     def _keeps_rows(self, layer_idx: int) -> bool:
         """
@@ -294,8 +334,7 @@ class Inhibition:
         """The head-averaged attention `(B, q, K)` of the text queries: scores, or weights if the config says so."""
         text_query = visible.text_rows(query.detach().transpose(1, 2)).transpose(1, 2)
         if self.attention == "weights":
-            allowed = ~visible.text_blocked[..., :-1]
-            return attention_weights(text_query, key.detach(), scaling, allowed, softcap).mean(dim=1)
+            return attention_weights(text_query, key.detach(), scaling, visible.allowed(), softcap).mean(dim=1)
         return head_averaged_scores(text_query, key.detach(), scaling)
 
     def _attend_once(
@@ -312,20 +351,18 @@ class Inhibition:
         attention. They have the dtype of the keys; a float32 copy of the keys would cost more than all else.
         """
         batch_size, num_heads, _, head_dim = query.shape
-        key, value = (
-            key.flatten(0, 1),
-            value.flatten(0, 1),
-        )  # one product over rows and heads is faster than a nested one
-        scores = (query * scaling).reshape(len(key), -1, head_dim) @ key.mT
+        # One product over rows and heads is faster than a nested one.
+        key, value = key.flatten(0, 1), value.flatten(0, 1)
+        scores = scaled_product(query.reshape(len(key), -1, head_dim), key.mT, scaling)
         scores_by_row = scores.view(batch_size, num_heads, -1)
         averaged = scores_by_row.detach().mean(dim=1, keepdim=True, dtype=torch.float32)
-        scores_by_row.masked_fill_(self.blocked_keys(visible, layer_idx, averaged), -torch.inf)
+        visible.hide_keys(scores_by_row, self.inhibited_images(visible, layer_idx, averaged))
         output = scores.softmax(dim=-1).to(value.dtype) @ value
         return output.view(batch_size, 1, num_heads, head_dim), None
 
-    def blocked_keys(self, visible: "_VisibleKeys", layer_idx: int, averaged: torch.Tensor) -> torch.Tensor:
+    def inhibited_images(self, visible: "_VisibleKeys", layer_idx: int, averaged: torch.Tensor) -> torch.Tensor:
         """
-        Which keys `(B, S, K)` the columns of this call do not attend to in a layer.
+        Which image tokens `(B, q, n)` each text query stops attending to in a layer.
 
         Args:
             averaged (`torch.FloatTensor` of shape `(B, q, K)`): A_s, the head-averaged attention of the text queries.
@@ -333,10 +370,10 @@ class Inhibition:
         text_to_image, neighbors = visible.split(averaged)
         focus = text_to_image
         if self.focus != "tia":
-            weights = focus_weights(neighbors, visible.hidden_texts, visible.distance, self.focus, self.discount)
-            focus = focus_scores(text_to_image, weights, self._all_text_to_image(layer_idx, text_to_image))
-        focus = focus.masked_fill(visible.hidden_images, torch.inf)
-        return visible.block(inhibited_pairs(focus, *visible.ranks[layer_idx]))
+            weights = visible.focus_weights(neighbors)
+            rows = self._all_text_to_image(layer_idx, text_to_image)
+            focus = focus_scores(text_to_image, weights, rows[:, :-1])
+        return inhibited_pairs(visible.seen_focus(focus), *visible.ranks[layer_idx])
 
     def _all_text_to_image(self, layer_idx: int, text_to_image: torch.Tensor) -> torch.Tensor:
         """The rows `(B, T, n)` of A_t2i of all text tokens so far: the cached ones, and those of this call."""
@@ -349,26 +386,110 @@ class Inhibition:
 
     def _look_up_visible_keys(self, attention_mask: torch.Tensor | None, key: torch.Tensor) -> "_VisibleKeys":
         """The layers that share a mask and a device share these too."""
+        is_method = self.attention == "scores" and self.focus == "focus"
+        is_aligned = self.aligned_images is not None and attention_mask is None and key.shape[2] == self.num_seen
+        kind = _AlignedKeys if is_method and is_aligned else _ScatteredKeys
         if torch.compiler.is_compiling():
-            return _VisibleKeys(self, attention_mask, key)
+            return kind(self, attention_mask, key)
         name = (id(attention_mask), key.shape[2], key.device)
         if name not in self._visible_keys:  # the mask is kept too, and so its id
-            self._visible_keys[name] = attention_mask, _VisibleKeys(self, attention_mask, key)
+            self._visible_keys[name] = attention_mask, kind(self, attention_mask, key)
         return self._visible_keys[name][1]
 
 
-class _VisibleKeys:
+class _VisibleKeys(ABC):
     """
     Which keys the columns of a call see under an attention mask, and where the text queries find image keys and text keys.
 
-    text_blocked (`torch.BoolTensor` of shape `(B, q, K + 1)`): Which keys the text queries do not see; the last is no key.
-    hidden_images (`torch.BoolTensor` of shape `(B, q, n)`): Which image keys they do not see, or stand before.
-    hidden_texts (`torch.BoolTensor` of shape `(B, q, T)`): The same of text keys, and the token itself.
-    distance (`torch.LongTensor` of shape `(B, q, T)`, *optional*): How many text tokens a text key stands before a query;
-        for `"discounted_sum"`.
-    ranks (`list[tuple[torch.LongTensor, int]]`): For each layer, the `threshold_rank` of each text query `(B, q, 1)`, and
-        a number that is more than the highest.
+    hidden_images (`torch.BoolTensor` of shape `(B, q, n)`, *optional*): Which image keys the text queries do not see, or
+        stand before; `None` if they see all.
+    ranks (`list[tuple[int, torch.LongTensor | None]]`): For each layer, the last arguments of `inhibited_pairs`.
     """
+
+    hidden_images: torch.Tensor | None = None
+    ranks: list[tuple[int, torch.Tensor | None]]
+
+    @abstractmethod
+    def text_rows(self, states: torch.Tensor) -> torch.Tensor:
+        """The rows `(B, q, ...)` of the text queries in `states` `(B, S, ...)`."""
+
+    @abstractmethod
+    def split(self, averaged: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        A_t2i `(B, q, n)` and A_t2n `(B, q, T - 1)`, equation 9, out of A_s `(B, q, K)`; 0 where a key is not seen. The last
+        text token stands before none, so A_t2n has no column for it.
+        """
+
+    @abstractmethod
+    def focus_weights(self, neighbors: torch.Tensor) -> torch.Tensor:
+        """`focus_weights` of these keys."""
+
+    @abstractmethod
+    def seen_focus(self, focus: torch.Tensor) -> torch.Tensor:
+        """The focus `(B, q, n)`, infinite where an image key is not seen."""
+
+    @abstractmethod
+    def mask(self, inhibited: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The additive mask `(B, 1, S, K)` under which the image keys `inhibited` `(B, q, n)` are not seen either."""
+
+    @abstractmethod
+    def hide_keys(self, scores: torch.Tensor, inhibited: torch.Tensor) -> None:
+        """Writes negative infinity to the `scores` `(B, heads, K)` of a single query where `mask` would have it."""
+
+    def allowed(self) -> torch.Tensor:
+        """Which keys `(B, q, K)` the text queries see."""
+        raise NotImplementedError
+
+
+class _AlignedKeys(_VisibleKeys):
+    """
+    The keys if all rows are alike (a prompt alone, or prompts of one length): the same columns hold the image tokens, text
+    alone follows them, and the mask is the causal one. So every text query sees all image tokens, and slices do what
+    `_ScatteredKeys` does by indices: a GPU has half as many kernels to start.
+    """
+
+    def __init__(self, call: Inhibition, attention_mask: torch.Tensor | None, key: torch.Tensor):
+        self._images = cast(slice, call.aligned_images)
+        num_columns = len(call.columns)
+        self._first_column, self._num_columns = call.num_seen - num_columns, num_columns
+        self._first_query = max(self._images.stop - self._first_column, 0)
+        self._batch_size, self._device = len(key), key.device
+        self._causal_mask: torch.Tensor | None = None
+        num_images = self._images.stop - self._images.start
+        self.ranks = [(min(threshold_rank(num_images, ratio) + 1, num_images), None) for ratio in call.ratios]
+
+    def text_rows(self, states: torch.Tensor) -> torch.Tensor:
+        return states[:, self._first_query :]
+
+    def split(self, averaged: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        neighbors = averaged[..., self._images.stop : -1]
+        num_queries, num_neighbors = neighbors.shape[1:]
+        if num_queries > 1:  # all others stand before the last
+            neighbors = neighbors.tril(num_neighbors - num_queries)
+        return averaged[..., self._images], neighbors
+
+    def focus_weights(self, neighbors: torch.Tensor) -> torch.Tensor:
+        return neighbors
+
+    def seen_focus(self, focus: torch.Tensor) -> torch.Tensor:
+        return focus
+
+    def mask(self, inhibited: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        num_keys = self._first_column + self._num_columns
+        if self._causal_mask is None:
+            shape = (self._num_columns, _aligned_width(num_keys))
+            causal = torch.full(shape, -torch.inf, dtype=dtype, device=self._device).triu(self._first_column + 1)
+            self._causal_mask = causal.expand(self._batch_size, -1, -1)
+        mask = self._causal_mask.clone(memory_format=torch.contiguous_format)
+        mask[:, self._first_query :, self._images].masked_fill_(inhibited, -torch.inf)
+        return mask[:, None, :, :num_keys]
+
+    def hide_keys(self, scores: torch.Tensor, inhibited: torch.Tensor) -> None:
+        scores[..., self._images].masked_fill_(inhibited, -torch.inf)
+
+
+class _ScatteredKeys(_VisibleKeys):
+    """The keys wherever they are: under any mask, with padding, with several images in a prompt."""
 
     def __init__(self, call: Inhibition, attention_mask: torch.Tensor | None, key: torch.Tensor):
         device, num_keys = key.device, key.shape[2]
@@ -383,53 +504,76 @@ class _VisibleKeys:
             allowed = as_boolean_mask(attention_mask[:, 0]).expand(len(query_columns), -1, -1)
         # Padding sees nothing, and attention to no key is not a number. So it sees all, which changes no text.
         blocked = ~allowed & allowed.any(dim=-1, keepdim=True)
-        self._blocked = nn.functional.pad(blocked, (0, 1))
+        self._num_keys = num_keys
+        self._blocked = nn.functional.pad(blocked, (0, _aligned_width(num_keys) - num_keys))
         self._rows: torch.Tensor | None = None  # where the text queries are among the B * S columns
         if call.query_slots is not None:
             starts = torch.arange(len(query_columns), device=device)[:, None] * blocked.shape[1]
             self._rows = (starts + call.query_slots.to(device)).flatten()
-        self.text_blocked = self.text_rows(self._blocked)
+        self._text_blocked = self.text_rows(self._blocked)
 
         key_columns = torch.cat([call.image_columns, call.text_columns], dim=1).to(device)
         place = key_columns - lost
         is_key = ((key_columns >= 0) & (place >= 0))[:, None]
         self._place = place.clamp(0, num_keys - 1)[:, None].expand(-1, query_columns.shape[1], -1)
         stands_before = is_key & is_query[..., None] & (key_columns[:, None] < query_columns[..., None])
-        self._hidden = ~stands_before | self.text_blocked.gather(2, self._place)
+        self._hidden = ~stands_before | self._text_blocked.gather(2, self._place)
         self._num_images = num_images = call.image_columns.shape[1]
-        self.hidden_images, self.hidden_texts = self._hidden[..., :num_images], self._hidden[..., num_images:]
-        # What a query does not see anyway stays as it is: its inhibition is written to the key that is none.
+        self.hidden_images, self._hidden_texts = self._hidden[..., :num_images], self._hidden[..., num_images:-1]
+        # What a query does not see anyway stays as it is: its inhibition is written behind the last key.
         self._image_place = self._place[..., :num_images].masked_fill(self.hidden_images, num_keys)
 
-        self.distance: torch.Tensor | None = None
+        self._focus, self._discount = call.focus, call.discount
+        self._distance: torch.Tensor | None = None  # (B, q, T - 1): how many text tokens a key stands before a query
         if call.focus == "discounted_sum":
             order = (call.text_columns.to(device) >= 0).cumsum(dim=-1)
-            self.distance = order[:, call.row_positions.to(device)][..., None] - order[:, None]
+            self._distance = order[:, call.row_positions.to(device)][..., None] - order[:, None, :-1]
         ratios = torch.tensor(call.ratios, device=device)
         num_seen = (~self.hidden_images).sum(dim=-1)
         ranks = threshold_rank(num_seen, ratios[:, None, None])[..., None]
         highest = [threshold_rank(num_images, ratio) + 1 for ratio in call.ratios]  # rounded in another way
-        self.ranks = [(rank, min(top + 1, num_images)) for rank, top in zip(ranks.unbind(), highest)]
+        self.ranks = [(min(top + 1, num_images), rank) for rank, top in zip(ranks.unbind(), highest)]
+        self._mask: torch.Tensor | None = None
 
     def text_rows(self, states: torch.Tensor) -> torch.Tensor:
-        """The rows `(B, q, ...)` of the text queries in `states` `(B, S, ...)`."""
         if self._rows is None:
             return states
         return states.flatten(0, 1).index_select(0, self._rows).unflatten(0, (len(states), -1))
 
     def split(self, averaged: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A_t2i `(B, q, n)` and A_t2n `(B, q, T)`, equation 9, out of A_s `(B, q, K)`; 0 where a key is not seen."""
         attention = averaged.gather(2, self._place).masked_fill(self._hidden, 0)
-        return attention[..., : self._num_images], attention[..., self._num_images :]
+        return attention[..., : self._num_images], attention[..., self._num_images : -1]
 
-    def block(self, inhibited: torch.Tensor) -> torch.Tensor:
-        """Which keys `(B, S, K)` no column attends to if the image keys `inhibited` `(B, q, n)` are not seen either."""
-        rows = self.text_blocked.scatter(2, self._image_place, inhibited)
-        if self._rows is None:
-            return rows[..., :-1]
-        return (
-            self._blocked.flatten(0, 1).index_copy(0, self._rows, rows.flatten(0, 1)).view_as(self._blocked)[..., :-1]
+    def focus_weights(self, neighbors: torch.Tensor) -> torch.Tensor:
+        return focus_weights(neighbors, self._hidden_texts, self._distance, self._focus, self._discount)
+
+    def seen_focus(self, focus: torch.Tensor) -> torch.Tensor:
+        return focus.masked_fill(cast(torch.Tensor, self.hidden_images), torch.inf)
+
+    def mask(self, inhibited: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if self._mask is None:
+            self._mask = torch.zeros(self._blocked.shape, dtype=dtype, device=self._blocked.device)
+            self._mask = self._mask.masked_fill(self._blocked, -torch.inf)
+            self._text_mask = self.text_rows(self._mask)
+            self._nothing_inhibited = torch.zeros(inhibited.shape, dtype=dtype, device=inhibited.device)
+        mask = self._text_mask.scatter(
+            2, self._image_place, self._nothing_inhibited.masked_fill(inhibited, -torch.inf)
         )
+        if self._rows is not None:
+            mask = self._mask.flatten(0, 1).index_copy(0, self._rows, mask.flatten(0, 1)).view_as(self._mask)
+        return mask[:, None, :, : self._num_keys]
+
+    def hide_keys(self, scores: torch.Tensor, inhibited: torch.Tensor) -> None:
+        blocked = self._text_blocked.scatter(2, self._image_place, inhibited)
+        scores.masked_fill_(blocked[..., : self._num_keys], -torch.inf)
+
+    def allowed(self) -> torch.Tensor:
+        return ~self._text_blocked[..., : self._num_keys]
+
+
+def _aligned_width(num_keys: int) -> int:
+    """Width of a mask with at least one column behind the last key, whose rows start where a GPU's kernels want them."""
+    return (num_keys // 8 + 1) * 8
 
 
 def _first_true(mask: torch.Tensor, count: int) -> torch.Tensor:

@@ -40,8 +40,10 @@ class CmaiLayerMixin(CacheLayerMixin):
     text_to_image (`torch.FloatTensor` of shape `(B, T, n)`, *optional*)
     text_columns (`torch.LongTensor` of shape `(B, T)`, *optional*): -1 for a row that is no text token.
     image_columns (`torch.LongTensor` of shape `(B, n)`, *optional*): -1 for none.
+    aligned_images (`slice`, *optional*): Those of `Inhibition`, in the first layer.
     """
 
+    aligned_images: slice | None = None
     text_to_image: torch.Tensor | None = None
     text_columns: torch.Tensor | None = None
     image_columns: torch.Tensor | None = None
@@ -112,7 +114,8 @@ class CmaiDynamicLayer(CmaiLayerMixin, DynamicLayer):
         self._count_columns_with_row(text.shape[1], has_row_per_column)
         num_new = text.shape[1]
         if self.text_columns is not None and self.image_columns is not None:
-            text, image = torch.cat([self.text_columns, text], dim=1), torch.cat([self.image_columns, image], dim=1)
+            text = torch.cat([self.text_columns, text], dim=1)
+            image = torch.cat([self.image_columns, image], dim=1) if image.shape[1] > 0 else self.image_columns
         self.text_columns, self.image_columns = text, image
         return torch.arange(text.shape[1] - num_new, text.shape[1], device=text.device)
 
@@ -125,7 +128,8 @@ class CmaiDynamicLayer(CmaiLayerMixin, DynamicLayer):
         fits = buffer is not None and buffer.shape[1] >= num_rows and buffer.shape[2] == num_images
         if buffer is None or not fits or (buffer.is_inference() and not torch.is_inference_mode_enabled()):
             # Zeros: earlier text saw no later image.
-            grown = rows.new_zeros(batch_size, num_rows + max(_MIN_SPARE_ROWS, num_rows // 8), num_images)
+            new_rows = rows.new_zeros if num_rows > num_new else rows.new_empty
+            grown = new_rows(batch_size, num_rows + max(_MIN_SPARE_ROWS, num_rows // 8), num_images)
             if buffer is not None:
                 grown[:, : self.num_rows, : buffer.shape[2]] = buffer[:, : self.num_rows]
             self.row_buffer = buffer = grown
@@ -141,6 +145,8 @@ class CmaiDynamicLayer(CmaiLayerMixin, DynamicLayer):
         super().crop(tokens_to_remove)
         after = self.get_seq_length()
         num_removed = min(before - after, self.num_columns_with_row)
+        if num_removed < before - after:  # rows of the columns that went stay
+            self.aligned_images = None
         self.num_columns_with_row -= num_removed
         self.num_rows = max(self.num_rows - num_removed, 0)
         if self.text_columns is not None and self.image_columns is not None:
@@ -158,7 +164,7 @@ class CmaiDynamicLayer(CmaiLayerMixin, DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.row_buffer = self.text_columns = self.image_columns = None
+        self.row_buffer = self.text_columns = self.image_columns = self.aligned_images = None
         self.num_columns_with_row = self.num_rows = 0
 
 

@@ -8,6 +8,7 @@ import torch
 from conftest import build_llava, llava_inputs, llava_prompt
 from transformers import DynamicCache
 
+from ta_llava import cmai
 from ta_llava.cmai import (
     Inhibition,
     attention_weights,
@@ -91,7 +92,7 @@ def test_what_is_inhibited_is_below_the_quantile_of_what_is_seen(ratio, num_imag
     seen[0, 0] = False
     seen[1] = True
     rank = threshold_rank(seen.sum(-1), torch.tensor(ratio))
-    inhibited = inhibited_pairs(focus.masked_fill(~seen, torch.inf), rank[..., None], num_images)
+    inhibited = inhibited_pairs(focus.masked_fill(~seen, torch.inf), num_images, rank[..., None])
     for b in range(3):
         for j in range(4):
             values = focus[b, j][seen[b, j]]
@@ -102,7 +103,7 @@ def test_what_is_inhibited_is_below_the_quantile_of_what_is_seen(ratio, num_imag
 
 def test_equal_focus_inhibits_nothing():
     rank = threshold_rank(torch.full((1, 1, 1), 9), torch.tensor(0.6))
-    assert not inhibited_pairs(torch.ones(1, 1, 9), rank, threshold_rank(9, 0.6) + 1).any()
+    assert not inhibited_pairs(torch.ones(1, 1, 9), threshold_rank(9, 0.6) + 1, rank).any()
 
 
 # --- one forward pass ----------------------------------------------------------------------------------------------
@@ -127,6 +128,39 @@ def test_steps_of_a_conversation_give_what_one_pass_gives(backbone, focus):
     cache.crop(-1)
     again = model(input_ids=new_tokens[:, -1:], past_key_values=cache).logits
     torch.testing.assert_close(again, expected[:, -1:], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backbone", ["llama", "qwen2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_aligned_rows_are_computed_as_any_others_are(monkeypatch, backbone, dtype):
+    """A prompt, single tokens, several at once, and what follows crops to the prompt's end and into the prompt."""
+    model = build_llava(backbone).to(dtype)
+    inputs = llava_inputs([llava_prompt(length=7, seed=1), llava_prompt(length=7, seed=2)])
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    tokens = torch.randint(10, 60, (2, 6), generator=torch.Generator().manual_seed(5))
+    kinds = []
+
+    def converse() -> torch.Tensor:
+        cache = DynamicCache()
+        logits = [model(**inputs, past_key_values=cache).logits]
+        for step in tokens.split([1, 1, 2, 1, 1], dim=1):
+            logits.append(model(input_ids=step, past_key_values=cache).logits)
+        for num_removed in (6, 9):
+            cache.crop(-num_removed)
+            for step in tokens[:, :num_removed].split(1, dim=1):
+                logits.append(model(input_ids=step, past_key_values=cache).logits)
+        return torch.cat(logits, dim=1)
+
+    def scattered(*args) -> cmai._ScatteredKeys:
+        kinds.append("aligned")
+        return cmai._ScatteredKeys(*args)
+
+    actual = converse()
+    monkeypatch.setattr(cmai, "_AlignedKeys", scattered)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(actual, converse(), atol=tolerance, rtol=1e-4)
+    assert kinds.count("aligned") == 1 + 4 + 6  # all but the two tokens at once, which have a mask, and the last 6
 
 
 @pytest.mark.parametrize(

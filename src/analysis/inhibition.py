@@ -46,12 +46,13 @@ class _RecordingInhibition(Inhibition):
 
     last_row: dict[int, torch.Tensor]
 
-    def blocked_keys(self, visible: Any, layer_idx: int, averaged: torch.Tensor) -> torch.Tensor:
-        blocked = super().blocked_keys(visible, layer_idx, averaged)
-        place = self.image_columns.to(blocked.device) - max(self.num_seen - blocked.shape[2], 0)
-        is_left = place >= 0  # in a sliding window
-        self.last_row[layer_idx] = (blocked[:, -1].gather(1, place.clamp(min=0)) | ~is_left).cpu()
-        return blocked
+    def inhibited_images(self, visible: Any, layer_idx: int, averaged: torch.Tensor) -> torch.Tensor:
+        inhibited = super().inhibited_images(visible, layer_idx, averaged)
+        is_lost = (
+            torch.zeros_like(inhibited) if visible.hidden_images is None else visible.hidden_images
+        )  # by a window
+        self.last_row[layer_idx] = (inhibited | is_lost)[:, -1].cpu()
+        return inhibited
 
 
 @torch.no_grad()
