@@ -15,9 +15,17 @@
 VMTC and CMAI for LLaVA ("Enhancing Instruction-Following Capability of Visual-Language Models by Reducing Image
 Redundancy"): configuration, model and processor.
 
-A stock LLaVA checkpoint loads as it is. With both flags off the model is `LlavaForConditionalGeneration` bit for bit;
-`use_vmtc` makes the vision tower compress its tokens (`vmtc.py`), `use_cmai` makes each text token of the language model
-stop attending to the image tokens it has least to do with (`cmai.py`).
+A stock LLaVA checkpoint loads without conversion. With both flags off the model is `LlavaForConditionalGeneration` bit for
+bit. `use_vmtc` makes the vision tower compress its tokens: equations 5 to 8, in `vmtc.py` and `vision_towers.py`. `use_cmai`
+makes each text token of the language model stop attending to the least relevant image tokens: equations 9 to 11, in
+`cmai.py` and `cmai_cache.py`. This file connects them to LLaVA:
+
+1. `make_compressible` prepares the blocks of the vision tower, `make_inhibitable` the attention of the language model
+   (`VmtcCmaiLlavaModel.__init__`).
+2. `get_image_features` runs the tower with the stages of VMTC (`compression_of_call`), and projects what is left.
+3. `VmtcCmaiLlavaModel.forward` puts these visual tokens in the place of their placeholders, as LLaVA does, and hands an
+   `Inhibition` through the language model to its attention.
+4. The processor writes as many placeholders as VMTC leaves visual tokens (`count_visual_tokens`).
 """
 
 from dataclasses import fields
@@ -64,15 +72,16 @@ from .vmtc import VisualBudgetMixin, VmtcConfig, at_least_1, count_visual_tokens
 logger = logging.get_logger(__name__)
 
 
-def share(value: float) -> None:
-    """Checks a field, also when it is set later."""
+def from_0_to_1(value: float) -> None:
+    """Checks a field of a config. It does so also when the field is set later."""
     if not 0 <= value <= 1:
         raise ValueError(f"must be from 0 to 1, got {value}.")
 
 
-# From a config of another type the stock class takes the part that is of its own type. Without one it would go on with a
-# warning: without VMTC and CMAI, and with a random head, since the renaming of keys goes by the type. With both off the part
-# is what makes the stock model; otherwise it is one that the stock class refuses, with the remedy in a field that it checks.
+# A saved config has this part for the stock class, which looks for a part of its own model type. If it found none, it would
+# load the model with a mere warning: without VMTC and CMAI, and with a random head, because the keys of a checkpoint are
+# renamed by model type. If VMTC and CMAI are off, the part describes the stock model. If not, a field in it that the stock
+# class checks holds the message below, so that the class refuses the checkpoint and says what to do.
 _STOCK = "stock_llava"
 _REFUSAL = (
     "VMTC or CMAI is on. Load the model with AutoModelForImageTextToText and the processor with AutoProcessor, with "
@@ -83,25 +92,25 @@ _REFUSAL = (
 @strict
 class VmtcCmaiLlavaConfig(VmtcConfig, LlavaConfig):
     r"""
-    Configuration of a [`VmtcCmaiLlavaForConditionalGeneration`]: that of a LLaVA, the fields of [`VmtcConfig`], and those
-    below. A `config.json` of a stock LLaVA loads too, with all of it off.
+    Configuration of a [`VmtcCmaiLlavaForConditionalGeneration`]. It has the fields of [`~transformers.LlavaConfig`] and
+    [`VmtcConfig`], and those below. The `config.json` of a stock LLaVA loads too; then VMTC and CMAI are off.
 
     Args:
         use_cmai (`bool`, *optional*, defaults to `False`):
             Inhibit the attention of text tokens to image tokens in the language model.
         cmai_max_ratio (`float`, *optional*, defaults to 0.6):
-            Share of the image tokens that a text token stops attending to in the last layer, in [0, 1]; it grows
-            linearly from 0 in the first.
+            Share of the image tokens that a text token stops attending to in the last layer, in [0, 1]. It grows
+            linearly from 0 in the first layer.
         cmai_focus (`str`, *optional*, defaults to `"focus"`):
-            How a text token's focus on the image tokens is measured (Table 5 of the paper): `"focus"` (the method),
-            `"tia"` (its own attention), `"sum"`, `"discounted_sum"` (of the attention of all text tokens up to it), or
-            `"none"` (no inhibition).
+            How the focus of a text token on the image tokens is measured (Table 5 of the paper). `"focus"` is the method
+            (equations 9 to 11), `"tia"` takes the token's own attention alone, `"sum"` and `"discounted_sum"` add up the
+            attention of all text tokens up to it, and `"none"` inhibits nothing.
         cmai_attention (`str`, *optional*, defaults to `"scores"`):
-            What is averaged over heads: `"scores"` before softmax, as the paper names them, or `"weights"` after it.
+            What is averaged over heads: the `"scores"` before the softmax, as in the paper, or the `"weights"` after it.
         cmai_discount (`float`, *optional*, defaults to 0.9):
-            Factor per text token of distance for `"discounted_sum"`, in (0, 1].
+            Factor of `"discounted_sum"` for each text token in between, in (0, 1].
         spd_factor (`int`, *optional*, defaults to 1):
-            The paper's baseline: average the grid of visual tokens over squares of this side. Not with VMTC.
+            The paper's baseline SPD: average the grid of visual tokens over squares of this side. It excludes VMTC.
 
     Example:
 
@@ -119,7 +128,7 @@ class VmtcCmaiLlavaConfig(VmtcConfig, LlavaConfig):
     model_type = "vmtc_cmai_llava"
 
     use_cmai: bool = False
-    cmai_max_ratio: float | int = validated_field(share, default=0.6)
+    cmai_max_ratio: float | int = validated_field(from_0_to_1, default=0.6)
     cmai_focus: Literal["none", "tia", "sum", "discounted_sum", "focus"] = "focus"
     cmai_attention: Literal["scores", "weights"] = "scores"
     cmai_discount: float | int = validated_field(share_above_0, default=0.9)
@@ -132,7 +141,10 @@ class VmtcCmaiLlavaConfig(VmtcConfig, LlavaConfig):
         super().__post_init__(**kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What is saved. `LlavaForConditionalGeneration` loads it with VMTC, CMAI and `spd_factor` off, and else refuses."""
+        """
+        The dictionary that is saved. `LlavaForConditionalGeneration` loads it if VMTC, CMAI and `spd_factor` are off, and
+        refuses it otherwise.
+        """
         config_dict = super().to_diff_dict()
         stock = {"vision_feature_select_strategy": _REFUSAL}
         if not self.use_vmtc and not self.use_cmai and self.spd_factor == 1:
@@ -143,11 +155,11 @@ class VmtcCmaiLlavaConfig(VmtcConfig, LlavaConfig):
         return {**config_dict, _STOCK: {**stock, "model_type": LlavaConfig.model_type}}
 
     def validate_cmai(self):
-        """Part of `@strict` validation."""
+        """`@strict` calls it, as one of its validators."""
         if self.spd_factor > 1 and self.use_vmtc:
             raise ValueError(
-                f"`spd_factor` is {self.spd_factor} and `use_vmtc` on, but what VMTC leaves has no grid to down-sample. Use "
-                "one of them."
+                f"`spd_factor` is {self.spd_factor} and `use_vmtc` is on, but the tokens that VMTC leaves have no grid to "
+                "down-sample. Use one of the two."
             )
 
     @classmethod
@@ -174,12 +186,12 @@ AUTO_MAP = {
 class VmtcCmaiLlavaPreTrainedModel(VisionLanguageModelMixin, LlavaPreTrainedModel):
     config: VmtcCmaiLlavaConfig
     config_class = VmtcCmaiLlavaConfig
-    model_tags = ["vmtc", "cmai", "llava"]  # of a repo that `push_to_hub` makes
+    model_tags = ["vmtc", "cmai", "llava"]  # `push_to_hub` gives them to a repo
     auto_map = AUTO_MAP
 
 
 def _check_config(config: VmtcCmaiLlavaConfig) -> None:
-    """Finds, before anything is built, fields that do not go together and an attention that cannot be used."""
+    """Raises, before anything is built, if fields do not go together or the attention cannot inhibit."""
     config.validate()  # arguments of `from_pretrained` were set after the config was made
     # CODEPATH: a stock LLaVA is without CMAI.
     if config.use_cmai:
@@ -209,22 +221,25 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         """
-        Visual tokens of images, compressed if the config says so, projected to the width of the language model.
+        The visual tokens of images: compressed if the config says so, and projected to the width of the language model.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(N, 3, H, W)`):
                 Normalised images.
             vision_feature_layer, vision_feature_select_strategy (*optional*):
-                Instead of those of the config.
+                Replace those of the config.
             image_sizes (`torch.LongTensor` of shape `(N, 2)`, *optional*):
-                Of images of different sizes, for towers that take them (Pixtral); not with VMTC or `spd_factor`.
+                Sizes of images that differ in size, for towers that take them (Pixtral). They exclude VMTC and `spd_factor`.
             num_visual_tokens (`int`, *optional*):
-                A budget for this call, instead of that of the config.
+                A budget for this call. It replaces that of the config.
 
         Returns:
-            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: the outputs of the tower, its hidden states on
-            request (they get shorter with every stage of VMTC); `pooler_output` is a list of visual tokens
-            `(tokens, d)`, one per image.
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: The outputs of the tower. `pooler_output` is a
+            list of visual tokens `(tokens, d)`, one element per image. The hidden states, if you ask for them, get shorter
+            with every stage of VMTC.
+
+        Raises:
+            `ValueError`: The images do not allow the budget, or the tower is not built like CLIP, SigLIP or DINOv2.
         """
         config = self.config
         if vision_feature_layer is None:
@@ -238,7 +253,7 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         )
         if compression is not None:
             kwargs["compression"] = compression  # type: ignore[typeddict-unknown-key]
-        # CODEPATH: the paper's models have no down-sampling; it is the baseline.
+        # CODEPATH: the paper's models do not down-sample; that is its baseline SPD.
         if config.spd_factor == 1:
             return super().get_image_features(
                 pixel_values=pixel_values,
@@ -255,22 +270,22 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
     def _get_downsampled_features(
         self, pixel_values: torch.Tensor, feature_layer: Any, select_strategy: str, **kwargs
     ) -> BaseModelOutputWithPooling:
-        """`get_image_features` with the baseline SPD before the projector."""
+        """`get_image_features` with SPD before the projector."""
         outputs, features = self._run_vision_tower(pixel_values, feature_layer, select_strategy, **kwargs)
         outputs.pooler_output = list(self.multi_modal_projector(features))  # type: ignore[assignment]  # as in the library
         return outputs
 
     def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
-        What a frozen vision tower need compute only once: the features of images before the projector, compressed if the
-        config says so. They go to `forward` and `generate()` as `vision_features`.
+        The features of images before the projector, compressed if the config says so. A frozen vision tower needs to compute
+        them only once. Pass them to `forward` or `generate()` as `vision_features`.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(N, 3, H, W)`):
                 Normalised images.
 
         Returns:
-            `torch.FloatTensor` of shape `(N, M, vision width)`; with several feature layers their widths add up.
+            `torch.FloatTensor` of shape `(N, M, vision width)`. The widths of several feature layers add up.
         """
         config = self.config
         feature_layer = config.vision_feature_layer
@@ -283,7 +298,7 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
     def _run_vision_tower(
         self, pixel_values: torch.Tensor, feature_layer: Any, select_strategy: str, **kwargs
     ) -> tuple[BaseModelOutputWithPooling, torch.Tensor]:
-        """Outputs of the vision tower, and the features `(N, M, vision width)` that are selected, after SPD."""
+        """The outputs of the vision tower, and the selected features `(N, M, vision width)`, after SPD."""
         layers = [feature_layer] if isinstance(feature_layer, int) else feature_layer
         if self.config.spd_factor > 1 and len(layers) > 1:
             raise ValueError(f"`spd_factor` works with one `vision_feature_layer`, got {feature_layer}.")
@@ -297,13 +312,13 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         height, width = patch_grid(self.config, pixel_values)
         if features.shape[1] != height * width:
             raise ValueError(
-                f"`spd_factor` needs a grid of {height} x {width} visual tokens, but there are {features.shape[1]}: a class "
-                'token has no place in it. Set `vision_feature_select_strategy="default"`.'
+                f"`spd_factor` needs a grid of {height} x {width} visual tokens, but there are {features.shape[1]}, because "
+                'the class token is among them. Set `vision_feature_select_strategy="default"`.'
             )
         return outputs, spatial_downsample(features, (height, width), self.config.spd_factor)
 
     def _project(self, vision_features: torch.Tensor) -> BaseModelOutputWithPooling:
-        """What `get_image_features` gives, from what `get_vision_features` has computed before."""
+        """The result of `get_image_features`, from that of `get_vision_features`."""
         layers = self.config.vision_feature_layer
         vision_config: Any = self.config.vision_config
         width = vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
@@ -317,7 +332,7 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         return BaseModelOutputWithPooling(pooler_output=features)
 
     def _check_placeholders(self, is_image: torch.Tensor, features: list[torch.Tensor]) -> None:
-        """Raises unless there are as many placeholders, True in `is_image` `(B, S)`, as visual tokens."""
+        """Raises unless there are as many placeholders (True in `is_image` `(B, S)`) as visual tokens."""
         if torch.compiler.is_compiling():
             return
         found, needed = int(is_image.sum()), sum(len(tokens) for tokens in features)
@@ -330,11 +345,11 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         )
         if found > 0:
             remedy = (
-                f"That would be {found / len(features):g} for an image. Processor and model must have the same budget: pass "
+                f"That is {found / len(features):g} per image. Processor and model must have the same budget: pass "
                 "the same `num_visual_tokens` to both calls, or call `set_visual_budget` on both. Without VMTC both have "
-                "`use_vmtc=False`. A stock `LlavaProcessor` has no budget: load a `VmtcCmaiLlavaProcessor`, as "
-                "`AutoProcessor` does from a folder of `ta-llava compress`. If the text was truncated (`max_length`), allow "
-                "more tokens."
+                "`use_vmtc=False`. A stock `LlavaProcessor` has no budget: load a `VmtcCmaiLlavaProcessor`. "
+                "`AutoProcessor` does so from a folder of `ta-llava compress`. If the text was truncated (`max_length`), "
+                "allow more tokens."
             )
         raise ValueError(
             f"The text has {found} image placeholders (id {self.config.image_token_id}), but there are {each}. {remedy}"
@@ -361,61 +376,50 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaModelOutputWithPast:
         r"""
-        The arguments of `LlavaModel.forward`, and:
+        The forward pass of [`~transformers.LlavaModel`], with these arguments of its own:
 
         Args:
             num_visual_tokens (`int`, *optional*):
-                Visual tokens per image in this call, instead of those of the config. The processor must have been called
-                with the same number.
+                Visual tokens per image in this call. It replaces that of the config. Call the processor with the same
+                number.
             vision_features (`torch.FloatTensor` of shape `(N, M, vision width)`, *optional*):
-                Instead of `pixel_values`: what `get_vision_features` has computed of the images before.
+                Replaces `pixel_values`: the result of `get_vision_features`.
             cmai_max_ratio (`float`, *optional*):
-                Share of the image tokens that CMAI inhibits in the last layer in this call, in [0, 1], instead of that of
+                Share of the image tokens that CMAI inhibits in the last layer in this call, in [0, 1]. It replaces that of
                 the config. The tokens that follow in a cache may have another one.
 
         Raises:
-            `ValueError`: Placeholders that do not match the visual tokens, images given twice or of a wrong shape, a cache
-                that was filled without CMAI, or a `cmai_max_ratio` that is no share or without `use_cmai`.
+            `ValueError`: The placeholders do not match the visual tokens, images are given twice or have a wrong shape, the
+                cache was filled without CMAI, or `cmai_max_ratio` is not in [0, 1] or `use_cmai` is off.
         """
         cache = cache_of_call(past_key_values, cache)
-        has_images = mm_encoder_outputs is not None and mm_encoder_outputs.get("image") is not None
-        given = {
-            "pixel_values": pixel_values is not None,
-            "vision_features": vision_features is not None,
-            "mm_encoder_outputs": has_images,
-        }
-        if sum(given.values()) > 1:
-            raise ValueError(f"Give {' or '.join(f'`{name}`' for name in given if given[name])}, not both.")
+        if cmai_max_ratio is not None:
+            self._check_ratio(cmai_max_ratio)
         if pixel_values is not None:
+            _check_given_once(
+                pixel_values=True, vision_features=vision_features, mm_encoder_outputs=mm_encoder_outputs
+            )
             features: Any = self.get_image_features(
                 pixel_values, vision_feature_layer, vision_feature_select_strategy, image_sizes, num_visual_tokens
             )
             mm_encoder_outputs = {**(mm_encoder_outputs or {}), "image": features}
         elif vision_features is not None:
+            _check_given_once(vision_features=True, mm_encoder_outputs=mm_encoder_outputs)
             mm_encoder_outputs = {**(mm_encoder_outputs or {}), "image": self._project(vision_features)}
-        has_images = any(given.values())
-        blank_features = None
-        if not has_images and self.training and torch.is_grad_enabled():
-            blank = blank_image(self.config, self.vision_tower)
-            blank_outputs: Any = self.get_image_features(blank)
-            blank_features = blank_outputs.pooler_output[0]
-        if mm_encoder_outputs is not None and has_images:
+
+        images: Any = (mm_encoder_outputs or {}).get("image")
+        if images is not None:
             is_image = self._columns_of_token(self.config.image_token_id, input_ids, inputs_embeds)
-            visual_tokens: Any = mm_encoder_outputs["image"].pooler_output
-            self._check_placeholders(is_image, visual_tokens)
+            self._check_placeholders(is_image, images.pooler_output)
+        elif self.training and torch.is_grad_enabled():
+            input_ids, inputs_embeds = None, self._embed_beside_blank_image(input_ids, inputs_embeds)
         if use_cache is not None:
             kwargs["use_cache"] = use_cache
-        if cmai_max_ratio is not None:
-            self._check_ratio(cmai_max_ratio)
         # CODEPATH: a stock LLaVA is without CMAI.
         if self.config.use_cmai:
             cache, kwargs["cmai"] = self._prepare_inhibition(
-                input_ids, inputs_embeds, attention_mask, cache, use_cache, has_images, cmai_max_ratio
+                input_ids, inputs_embeds, attention_mask, cache, use_cache, images is not None, cmai_max_ratio
             )
-        if blank_features is not None:
-            inputs_embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-            nothing = blank_features[:0].sum()  # exactly 0, even where features are not finite
-            input_ids, inputs_embeds = None, inputs_embeds + nothing.to(inputs_embeds.device, inputs_embeds.dtype)
         outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -428,13 +432,26 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         )
         if self.config.use_cmai and kwargs["cmai"].num_calls == 0:
             raise ValueError(
-                f"The attention of {type(self.language_model).__name__} does not pass on its keyword arguments, and so not "
-                "CMAI. Use another language model, or `use_cmai=False`."
+                f"The attention of {type(self.language_model).__name__} does not pass on its keyword arguments, so CMAI "
+                "does not reach it. Use another language model, or `use_cmai=False`."
             )
         return outputs
 
+    def _embed_beside_blank_image(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+    ) -> torch.Tensor:
+        """
+        The embeddings `(B, S, d)` of a training batch without an image. The tower and the projector run on a blank image
+        (see `blank_image`), and the sum of none of its features is added: exactly 0, even if they are not finite.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        blank: Any = self.get_image_features(blank_image(self.config, self.vision_tower))
+        nothing = blank.pooler_output[0][:0].sum()
+        return inputs_embeds + nothing.to(inputs_embeds.device, inputs_embeds.dtype)
+
     def _check_ratio(self, cmai_max_ratio: float) -> None:
-        """Raises unless a ratio for one call can be used."""
+        """Raises unless CMAI is on and the ratio for one call is in [0, 1]."""
         if not self.config.use_cmai:
             raise ValueError(
                 f"`cmai_max_ratio` is {cmai_max_ratio}, but `use_cmai` is off. Turn it on first: "
@@ -454,7 +471,7 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         has_images: bool,
         max_ratio: float | None,
     ) -> tuple[Cache | None, Inhibition]:
-        """The cache, made if there is to be one, and what the layers of the language model are to inhibit."""
+        """The cache, which is made if the call has none and wants one, and the `Inhibition` of this call."""
         check_attention(self.config.text_config)
         checkpointing = self.training and getattr(self.language_model, "gradient_checkpointing", False)
         text_config: Any = self.config.text_config
@@ -470,7 +487,7 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         batch_size, num_columns = columns.shape[:2]
         is_image: torch.Tensor | None = None
         is_text = torch.ones(batch_size, num_columns, dtype=torch.bool, device=columns.device)
-        # A single column without images is a step of the decoding, whose token is text, should it be a placeholder too.
+        # A single column without images is a step of the decoding. Its token counts as text, even if it is a placeholder.
         if num_columns > 1 or has_images:
             tokens = non_padding_columns(attention_mask, batch_size, num_columns, columns.device, past_length)
             is_image = self._columns_of_token(self.config.image_token_id, input_ids, columns).to(columns.device)
@@ -478,7 +495,16 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         return cache, Inhibition(self.config, is_image, is_text, past_length, filled, max_ratio)
 
 
-# What both kinds of outputs have; how the cache and what is of the images are called depends on the version of the library.
+def _check_given_once(**images: Any) -> None:
+    """Raises if more than one of these arguments holds images."""
+    if images.get("mm_encoder_outputs") is not None:
+        images["mm_encoder_outputs"] = images["mm_encoder_outputs"].get("image")
+    given = [f"`{name}`" for name, value in images.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"Give {' or '.join(given)}, not both.")
+
+
+# The fields that both kinds of outputs have. The names of some, such as the cache, depend on the version of the library.
 _NAMES_OF_OUTPUTS = [
     field.name for field in fields(LlavaCausalLMOutputWithPast) if field.name not in ("loss", "logits")
 ]
@@ -488,13 +514,13 @@ class VmtcCmaiLlavaForConditionalGeneration(
     VmtcCmaiLlavaPreTrainedModel, LlavaForConditionalGeneration, GenerationMixin
 ):
     r"""
-    LLaVA with VMTC and CMAI and a language modelling head, for generation and training. With both off, as they are unless
-    asked for, it is [`~transformers.LlavaForConditionalGeneration`] bit for bit.
+    LLaVA with VMTC, CMAI and a language modelling head, for generation and training. Both are off by default; then it is
+    [`~transformers.LlavaForConditionalGeneration`] bit for bit.
 
     Args:
         config ([`VmtcCmaiLlavaConfig`]):
-            The parts and their settings; the model starts with new weights. `from_pretrained` loads trained ones, of any
-            LLaVA too, and takes fields of the config as arguments.
+            The parts and their settings. The model starts with new weights. `from_pretrained` loads trained ones, also those
+            of a stock LLaVA, and takes fields of the config as arguments.
 
     Example:
 
@@ -514,7 +540,7 @@ class VmtcCmaiLlavaForConditionalGeneration(
 
     def __init__(self, config: VmtcCmaiLlavaConfig):
         _check_config(config)
-        LlavaPreTrainedModel.__init__(self, config)  # not the stock head's, which builds the stock model
+        LlavaPreTrainedModel.__init__(self, config)  # that of the stock head would build the stock model
         self.model = VmtcCmaiLlavaModel(config)
         text_config: Any = config.text_config
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
@@ -522,22 +548,22 @@ class VmtcCmaiLlavaForConditionalGeneration(
 
     def generate(self, inputs=None, generation_config=None, *args, **kwargs):
         r"""
-        The answers to prompts. The arguments of [`~transformers.GenerationMixin.generate`], such as `max_new_tokens`,
-        `do_sample`, `num_beams` or `streamer`; what the processor makes of a prompt (`**inputs`); and:
+        Answers prompts. It takes the outputs of the processor (`**inputs`), the arguments of
+        [`~transformers.GenerationMixin.generate`], such as `max_new_tokens`, `do_sample`, `num_beams` or `streamer`, and:
 
         Args:
             num_visual_tokens (`int`, *optional*):
-                Visual tokens per image in this call, instead of those of the config. The processor must have been called
-                with the same number. Needs `use_vmtc`.
+                Visual tokens per image in this call. It replaces that of the config and needs `use_vmtc`. Call the processor
+                with the same number.
             cmai_max_ratio (`float`, *optional*):
-                Share of the image tokens that CMAI inhibits in the last layer, for all tokens of this call, instead of
-                that of the config. In [0, 1]; needs `use_cmai`.
+                Share of the image tokens that CMAI inhibits in the last layer, for all tokens of this call, in [0, 1]. It
+                replaces that of the config and needs `use_cmai`.
             vision_features (`torch.FloatTensor` of shape `(N, M, vision width)`, *optional*):
-                Instead of `pixel_values`: what `get_vision_features` has computed of the images before.
+                Replaces `pixel_values`: the result of `get_vision_features`.
 
         Returns:
-            `torch.LongTensor` of shape `(B, S + new tokens)`: the prompts and their answers; or, with
-            `return_dict_in_generate=True`, an output that also has what else was asked for.
+            `torch.LongTensor` of shape `(B, S + new tokens)`: The prompts and their answers. With
+            `return_dict_in_generate=True`, an output that also has the scores and states you asked for.
         """
         return super().generate(inputs, generation_config, *args, **kwargs)
 
@@ -550,13 +576,12 @@ class VmtcCmaiLlavaForConditionalGeneration(
         return self.model.get_vision_features(pixel_values)
 
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs):
-        # `generate()` gets the images ready here, once, and from then on knows how to repeat them for beams.
+        # `generate()` encodes the images here, once. From here on it knows how to repeat them for beams.
         vision_features = model_kwargs.pop("vision_features", None)
         if vision_features is not None:
-            encoded = dict(model_kwargs.get("mm_encoder_outputs") or {})
-            if encoded.get("image") is not None or model_kwargs.get("pixel_values") is not None:
-                raise ValueError("Give `vision_features` or images in another form, not both.")
-            model_kwargs["mm_encoder_outputs"] = {**encoded, "image": self.model._project(vision_features)}
+            encoded, pixel_values = model_kwargs.get("mm_encoder_outputs"), model_kwargs.get("pixel_values")
+            _check_given_once(pixel_values=pixel_values, vision_features=vision_features, mm_encoder_outputs=encoded)
+            model_kwargs["mm_encoder_outputs"] = {**(encoded or {}), "image": self.model._project(vision_features)}
         return super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
@@ -569,7 +594,7 @@ class VmtcCmaiLlavaForConditionalGeneration(
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def init_continuous_batching(self, *args, **kwargs):
-        """Refused with CMAI: continuous batching packs requests into one row, and each must see its own image only."""
+        """CMAI refuses continuous batching, which packs requests into one row: each must see its own image only."""
         if self.config.use_cmai:
             raise ValueError(
                 "CMAI does not support continuous batching, which packs several requests into one row. Use `generate()` "
@@ -578,10 +603,10 @@ class VmtcCmaiLlavaForConditionalGeneration(
         return super().init_continuous_batching(*args, **kwargs)
 
     def _get_candidate_generator(self, *args, **kwargs):
-        # What is looked up in the prompt must not hold placeholders: there is no image for them.
+        # Tokens that are looked up in the prompt must not be placeholders, since there is no image for them.
         suppress = SuppressTokensLogitsProcessor([self.config.image_token_id], device=self.device)
         kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or ()), suppress])
-        # An assistant is given the arguments of its model, of which one without CMAI takes no ratio.
+        # An assistant gets the arguments of its model, but an assistant without CMAI takes no ratio.
         if not getattr(getattr(kwargs.get("assistant_model"), "config", None), "use_cmai", True):
             kwargs["model_kwargs"] = {**kwargs["model_kwargs"], "cmai_max_ratio": None}
         return super()._get_candidate_generator(*args, **kwargs)
@@ -614,31 +639,25 @@ class VmtcCmaiLlavaForConditionalGeneration(
             pixel_values (`torch.FloatTensor` of shape `(N, 3, H, W)`, *optional*):
                 Normalised images of all rows, in the order of their placeholders.
             attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*):
-                1 for tokens, 0 for padding. The masks that `generate()` prepares are understood too.
+                1 for tokens, 0 for padding; or a mask as `generate()` prepares it.
             position_ids (`torch.LongTensor` of shape `(B, S)`, *optional*):
-                Place of each token in its row.
+                Position of each token in its row.
             past_key_values, cache (`Cache`, *optional*):
-                Two names for the columns before `input_ids`; the second is that of the library since 5.24.
+                Keys and values of the columns before `input_ids`. The library calls it `cache` since 5.24.
             inputs_embeds (`torch.FloatTensor` of shape `(B, S, d)`, *optional*):
-                Instead of `input_ids`.
+                Replaces `input_ids`.
             vision_feature_layer, vision_feature_select_strategy (*optional*):
-                Instead of those of the config.
+                Replace those of the config.
             labels (`torch.LongTensor` of shape `(B, S)`, *optional*):
-                Token ids to predict, aligned with `input_ids`; -100 where no loss is taken.
+                Token ids to predict, aligned with `input_ids`. -100 takes no loss.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
-                Compute logits for the last so many columns only (0: all), or for the given column indices.
+                Compute logits only for so many columns at the end (0: for all), or for the given column indices.
             image_sizes (`torch.LongTensor` of shape `(N, 2)`, *optional*):
-                Of images of different sizes, for towers that take them (Pixtral); not with VMTC or `spd_factor`.
+                Sizes of images that differ in size, for towers that take them (Pixtral). They exclude VMTC and `spd_factor`.
             mm_encoder_outputs (`dict`, *optional*):
-                Instead of `pixel_values`: `{"image": model.get_image_features(...)}`.
-            num_visual_tokens (`int`, *optional*):
-                Visual tokens per image in this call, instead of those of the config. The processor must have been called
-                with the same number. Needs `use_vmtc`.
-            vision_features (`torch.FloatTensor` of shape `(N, M, vision width)`, *optional*):
-                Instead of `pixel_values`: what `get_vision_features` has computed of the images before.
-            cmai_max_ratio (`float`, *optional*):
-                Share of the image tokens that CMAI inhibits in the last layer in this call, in [0, 1], instead of that of
-                the config. Needs `use_cmai`.
+                Replaces `pixel_values`: `{"image": model.get_image_features(...)}`.
+            num_visual_tokens, vision_features, cmai_max_ratio (*optional*):
+                See [`VmtcCmaiLlavaModel.forward`].
 
         Raises:
             `ValueError`: See [`VmtcCmaiLlavaModel.forward`].
@@ -682,8 +701,8 @@ class VmtcCmaiLlavaForConditionalGeneration(
         if labels is not None:
             if self.training and not is_tracing(labels) and (labels == self.config.image_token_id).any():
                 logger.warning_once(
-                    "`labels` hold placeholders of images, which count in the loss, as in stock LLaVA: there is nothing to "
-                    "learn from them. Set them to -100: `labels[labels == model.config.image_token_id] = -100`."
+                    "`labels` hold placeholders of images. They count in the loss, as in stock LLaVA, but teach nothing. "
+                    "Set them to -100: `labels[labels == model.config.image_token_id] = -100`."
                 )
             text_config: Any = self.config.text_config
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
@@ -694,7 +713,7 @@ class VmtcCmaiLlavaForConditionalGeneration(
 class VmtcCmaiLlavaImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """
     num_visual_tokens (`int`, *optional*):
-        Visual tokens per image in this call, instead of those of the processor. The model must be called with the same.
+        Visual tokens per image in this call. It replaces that of the processor. Call the model with the same number.
     """
 
     num_visual_tokens: int | None
@@ -707,16 +726,16 @@ class VmtcCmaiLlavaProcessorKwargs(ProcessingKwargs, total=False):  # type: igno
 
 class VmtcCmaiLlavaProcessor(TypedPlaceholdersMixin, VisualBudgetMixin, LlavaProcessor):
     r"""
-    Processor of a LLaVA that writes as many placeholders as the model makes visual tokens. That of a stock LLaVA loads
-    as it is; what changes the number of tokens in the model's config must be given here too. An `<image>` that is typed in a
-    message of a chat stays text.
+    The processor of a LLaVA with VMTC. It writes as many placeholders as the model makes visual tokens. The processor of a
+    stock LLaVA loads without conversion. Fields that change the number of tokens must be the same here and in the model's
+    config. If a user types `<image>` in a message of a chat, it stays text.
 
     Args:
         image_processor, tokenizer, patch_size, vision_feature_select_strategy, chat_template, image_token,
         num_additional_image_tokens:
-            Those of [`LlavaProcessor`].
+            As in [`LlavaProcessor`].
         use_vmtc, vmtc_num_visual_tokens, vmtc_keep_ratio, spd_factor:
-            Those of [`VmtcCmaiLlavaConfig`].
+            As in [`VmtcCmaiLlavaConfig`].
     """
 
     valid_processor_kwargs = VmtcCmaiLlavaProcessorKwargs  # type: ignore[assignment]
@@ -761,28 +780,28 @@ class VmtcCmaiLlavaProcessor(TypedPlaceholdersMixin, VisualBudgetMixin, LlavaPro
         **kwargs: Unpack[VmtcCmaiLlavaProcessorKwargs],
     ) -> BatchFeature:
         """
-        As [`LlavaProcessor`], and:
+        Prepares images and text as [`LlavaProcessor`] does, with these differences:
 
         Args:
             images (image, list of images, or list of lists of images, *optional*):
-                Path, URL, base64 string, bytes or open file of an image, PIL image, array or tensor each. All but arrays
-                and tensors, which stock LLaVA takes as they are, are made RGB in one way: transparency is laid on white, 16
-                bits are scaled to 8, the EXIF orientation is applied. A nested list has one list per prompt, which may be
-                empty.
+                An image is a path, a URL, a base64 string, bytes, an open file, a PIL image, an array or a tensor. Arrays
+                and tensors stay as they are, as in stock LLaVA. All others become RGB in one way: transparency is laid on
+                white, 16 bits are scaled to 8, the EXIF orientation is applied. A nested list has one list per prompt, which
+                may be empty.
             num_visual_tokens (`int`, *optional*):
-                Visual tokens per image in this call; give the same to the model or `generate()`.
+                Visual tokens per image in this call. Pass the same number to the model or `generate()`.
 
         Raises:
-            `ValueError`: An image that cannot be read, numbers of images and of `<image>`s that differ, or a budget that
-                is not possible.
+            `ValueError`: An image cannot be read, the numbers of images and of `<image>`s differ, or the budget is not
+                possible.
         """
         if videos is not None:
-            raise ValueError("LLaVA reads images and text; pass the frames of a video as `images`.")
+            raise ValueError("LLaVA reads images and text. Pass the frames of a video as `images`.")
         opened: Any = open_images(images)
         texts = [text] if isinstance(text, str) else text or []
         expected = [sample.count(self.image_token) for sample in texts]
         if isinstance(opened, list) and any(row is None or isinstance(row, list) for row in opened):
-            # Each prompt has its own, or none.
+            # Each prompt has its own images, or none.
             rows: Any = [row if isinstance(row, list) else [] if row is None else [row] for row in opened]
             opened = [image for row in rows for image in row] or None
             counts = [len(row) for row in rows]
@@ -810,7 +829,7 @@ class VmtcCmaiLlavaProcessor(TypedPlaceholdersMixin, VisualBudgetMixin, LlavaPro
         return self.image_token * self._count_image_tokens(height, width, num_visual_tokens)
 
     def _count_image_tokens(self, height: int, width: int, num_visual_tokens: int | None = None) -> int:
-        """Placeholders of an image of `height` x `width` pixels, class token included if the model uses it."""
+        """How many placeholders an image of `height` x `width` pixels has. The class token counts if the model uses it."""
         num_patches = (height // self.patch_size) * (width // self.patch_size)
         count = count_visual_tokens(self, num_patches, num_visual_tokens) + self.num_additional_image_tokens
         return count - 1 if self.vision_feature_select_strategy == "default" else count
@@ -825,13 +844,14 @@ class VmtcCmaiLlavaProcessor(TypedPlaceholdersMixin, VisualBudgetMixin, LlavaPro
         return data
 
 
-# Without this, classes from outside the library do not get LLaVA's renaming of keys, and start with a random head.
+# Without this, the library would not rename the keys of LLaVA checkpoints for classes that are not its own, and the head
+# would be random.
 for _class, _mapping in ((VmtcCmaiLlavaForConditionalGeneration, "llava"), (VmtcCmaiLlavaModel, "LlavaModel")):
     conversion_mapping.register_checkpoint_conversion_mapping(
         _class.__name__, conversion_mapping.get_checkpoint_conversion_mapping(_mapping), overwrite=True
     )
 
-# `transformers serve` finds by name, in this table, which models it can serve and that they take images.
+# `transformers serve` looks in this table for models that take images.
 MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[VmtcCmaiLlavaConfig.model_type] = VmtcCmaiLlavaForConditionalGeneration.__name__
 
 __all__ = [
