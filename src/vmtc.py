@@ -22,7 +22,7 @@ A block that compresses (a stage, `plan_stages`) works on z' = MSA(z) + z, betwe
    (`class_token_attention`, `importance_scores`). Towers without a class token: `mean_received_attention`.
 2. Equation 5: the k patch tokens with the highest IPS are the primary tokens, and stay (`split_by_importance`).
 3. Equation 6: all others are the redundant tokens (`split_by_importance`).
-4. K-means clusters the redundant tokens into C_1 to C_c, by cosine similarity (`cosine_kmeans`).
+4. K-means clusters the redundant tokens into C_1 to C_c, by cosine similarity (`cosine_kmeans`, `choose_seeds`).
 5. Equation 7: each cluster is merged into the sum of its tokens, weighted by their IPS (`merge_clusters`).
 6. Equation 8: z' becomes the class token, the primary tokens and the merged ones (`compress_tokens`; the class token joins
    them in `TowerCompression`, `vision_towers.py`).
@@ -231,13 +231,13 @@ def class_token_attention(query: torch.Tensor, key: torch.Tensor, scaling: float
 def mean_received_attention(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
     """
     The attention that each patch receives, averaged over the patches that pay it; for towers without a class token. Shapes
-    are those of `class_token_attention`, with n in place of 1 + n. One head at a time keeps the memory at B * n * n.
+    are those of `class_token_attention`, with n in place of 1 + n. One image at a time keeps the memory at heads * n * n.
     """
     rows = [
-        (query[:, head].float() @ key[:, head].float().mT * scaling).softmax(dim=-1).mean(dim=-2, keepdim=True)
-        for head in range(query.shape[1])
+        (one_query.float() @ one_key.float().mT * scaling).softmax(dim=-1).mean(dim=-2, keepdim=True)
+        for one_query, one_key in zip(query, key, strict=True)
     ]
-    return torch.stack(rows, dim=1)
+    return torch.stack(rows)
 
 
 def importance_scores(attention_row: torch.Tensor, num_patches: int) -> torch.Tensor:
@@ -247,27 +247,48 @@ def importance_scores(attention_row: torch.Tensor, num_patches: int) -> torch.Te
 
 def split_by_importance(importance: torch.Tensor, num_kept: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Equations 5 and 6: the indices of the primary tokens `(B, k)`, which have the highest IPS, and of the redundant tokens
-    `(B, n - k)`, both in their original order. Among equally important tokens the first is kept.
+    Equations 5 and 6: the indices of the primary tokens `(B, k)`, which have the highest IPS, in their original order, and
+    of the redundant tokens `(B, n - k)`, from the most to the least important. Among equally important tokens the first
+    counts as more important.
     """
     order = importance.sort(dim=-1, descending=True, stable=True).indices
-    return order[:, :num_kept].sort(dim=-1).values, order[:, num_kept:].sort(dim=-1).values
+    return order[:, :num_kept].sort(dim=-1).values, order[:, num_kept:]
+
+
+def choose_seeds(gram: torch.Tensor, importance: torch.Tensor, num_clusters: int) -> torch.Tensor:
+    """
+    The tokens that clusters start from: those with the largest importance times novelty. The novelty of a token is one minus
+    its cosine to the nearest token that is more important; that of the most important token is 2, the largest there is. All
+    seeds are found at once, where K-means++ and its kin need a round for each.
+
+    Args:
+        gram (`torch.FloatTensor` of shape `(B, n, n)`): Cosines between tokens, from the most to the least important.
+        importance (`torch.FloatTensor` of shape `(B, n)`): Their IPS, in the same order.
+
+    Returns:
+        `torch.LongTensor` of shape `(B, c)`.
+    """
+    later = torch.ones_like(gram[0], dtype=torch.bool).triu()
+    novelty = 1 - gram.masked_fill(later, -1).amax(dim=-1)
+    return (importance * novelty).sort(dim=-1, descending=True, stable=True).indices[:, :num_clusters]
 
 
 @torch.no_grad()
-def cosine_kmeans(tokens: torch.Tensor, num_clusters: int, max_iterations: int = 10) -> torch.Tensor:
+def cosine_kmeans(
+    tokens: torch.Tensor, importance: torch.Tensor, num_clusters: int, num_iterations: int = 1
+) -> torch.Tensor:
     """
     K-means by cosine similarity: Lloyd's algorithm on tokens scaled to length 1, whose squared distance is twice one minus
-    their cosine. It is deterministic: it starts from tokens that are chosen one by one, each to reduce the inertia most.
-    Every cluster has a member: an empty one gets the token that is farthest from its centre.
+    their cosine. It starts from the tokens of `choose_seeds`. A seed always stays in its cluster, so no cluster is empty.
 
-    All distances come from the Gram matrix of the tokens, since there are far fewer tokens than dimensions.
+    All distances come from the Gram matrix of the tokens, since there are far fewer tokens than dimensions. The result does
+    not depend on chance, and no step waits for values: a GPU gets about 25 kernels, whatever the number of clusters.
 
     Args:
-        tokens (`torch.FloatTensor` of shape `(B, n, d)`).
+        tokens (`torch.FloatTensor` of shape `(B, n, d)`): From the most to the least important.
+        importance (`torch.FloatTensor` of shape `(B, n)`): Their IPS.
         num_clusters (`int`): Number of clusters c, at most n.
-        max_iterations (`int`): Lloyd steps; a few are enough from that start. They end earlier if nothing changes any more
-            and the host can see so without waiting for a device.
+        num_iterations (`int`): Lloyd steps. One is enough from that start.
 
     Returns:
         `torch.LongTensor` of shape `(B, n)`: The cluster of each token, from 0 to c - 1.
@@ -280,34 +301,18 @@ def cosine_kmeans(tokens: torch.Tensor, num_clusters: int, max_iterations: int =
         raise ValueError(f"{num_tokens} tokens cannot make {num_clusters} clusters that are not empty.")
     directions = nn.functional.normalize(tokens.float(), dim=-1)
     gram = directions @ directions.mT
-    seeds = _most_reducing_seeds(gram, num_clusters)
+    seeds = choose_seeds(gram, importance, num_clusters)
+    clusters = torch.arange(num_clusters, device=tokens.device).expand_as(seeds)
     similarity = gram.gather(2, seeds[:, None, :].expand(-1, num_tokens, -1))
-    best, labels = similarity.max(dim=-1)
-    labels = _fill_empty_clusters(labels, -best, num_clusters)
-    for _ in range(max_iterations):
+    labels = similarity.argmax(dim=-1).scatter(1, seeds, clusters)
+    for _ in range(num_iterations):
         membership = _membership(labels, num_clusters)
         centres = membership / membership.sum(dim=1, keepdim=True)  # as weights of the tokens
         similarity = gram @ centres
-        # Half the squared distance to the centre, up to a constant of the token.
-        distance = (centres * similarity).sum(dim=1, keepdim=True) / 2 - similarity
-        best, nearest = distance.min(dim=-1)
-        to_own_centre = distance.gather(2, labels[..., None]).squeeze(2)
-        stays = to_own_centre <= best + 1e-6  # on ties, so that equal tokens do not change clusters for ever
-        nearest = torch.where(stays, labels, nearest)
-        if _host_can_see(labels) and torch.equal(nearest, labels):
-            break
-        labels = _fill_empty_clusters(nearest, best, num_clusters)
+        # The squared distance to the centre is, up to a constant of the token, -2 times this.
+        nearness = similarity - (centres * similarity).sum(dim=1, keepdim=True) / 2
+        labels = nearness.argmax(dim=-1).scatter(1, seeds, clusters)
     return labels
-
-
-def _most_reducing_seeds(gram: torch.Tensor, num_clusters: int) -> torch.Tensor:
-    """Indices `(B, c)` of tokens. Each next one makes the sum of squared distances to the nearest seed smallest."""
-    # The similarity of each token to the candidate or to a seed, whichever is nearer: (B, candidate, token).
-    nearest, seeds = gram.clone(), []
-    for _ in range(num_clusters):
-        seeds.append(nearest.sum(dim=-1).argmax(dim=-1, keepdim=True))
-        torch.maximum(nearest, _take_tokens(nearest, seeds[-1]), out=nearest)
-    return torch.cat(seeds, dim=1)
 
 
 def _take_tokens(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -320,33 +325,9 @@ def _take_tokens(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _fill_empty_clusters(labels: torch.Tensor, distance: torch.Tensor, num_clusters: int) -> torch.Tensor:
-    """
-    Gives each empty cluster one token; the tokens with the largest `distance` `(B, n)` to their centres go first. The
-    nearest member of a cluster never leaves it, so no cluster becomes empty.
-    """
-    membership = _membership(labels, num_clusters).bool()
-    empty = ~membership.any(dim=1)
-    if _host_can_see(labels) and not empty.any():
-        return labels
-    index = torch.arange(labels.shape[1], device=labels.device)
-    nearest = torch.where(membership, distance[..., None], torch.inf).argmin(dim=1)
-    is_nearest = (membership & (index[:, None] == nearest[:, None])).any(dim=-1)
-    leaving = distance.masked_fill(is_nearest, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
-    leaving = leaving[:, :num_clusters]
-    empty_first = empty.int().sort(dim=-1, descending=True, stable=True).indices
-    moves = index[:num_clusters] < empty.sum(dim=-1, keepdim=True)
-    return labels.scatter(1, leaving, torch.where(moves, empty_first, labels.gather(1, leaving)))
-
-
 def _membership(labels: torch.Tensor, num_clusters: int) -> torch.Tensor:
     """One column for each cluster, `(B, n, c)`: 1 for its members, 0 for others."""
     return (labels[..., None] == torch.arange(num_clusters, device=labels.device)).float()
-
-
-def _host_can_see(values: torch.Tensor) -> bool:
-    """Whether the host may branch on values without waiting: they are in its memory, and they are real."""
-    return type(values) is torch.Tensor and values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def merge_clusters(
@@ -391,10 +372,10 @@ def compress_tokens(
     index = torch.arange(num_kept, device=tokens.device).expand(len(tokens), -1)
     becomes = torch.full_like(importance, -1, dtype=torch.long).scatter(1, kept, index)
     if num_clusters > 0:
-        redundant_tokens = _take_tokens(tokens, redundant)
-        several = num_clusters > 1
-        labels = cosine_kmeans(redundant_tokens.detach(), num_clusters) if several else torch.zeros_like(redundant)
-        weights = importance.gather(1, redundant)
+        redundant_tokens, weights = _take_tokens(tokens, redundant), importance.gather(1, redundant)
+        labels = torch.zeros_like(redundant)
+        if num_clusters > 1:
+            labels = cosine_kmeans(redundant_tokens, weights, num_clusters)
         output.append(merge_clusters(redundant_tokens, weights, labels, num_clusters, merge_weights))
         becomes = becomes.scatter(1, redundant, num_kept + labels)
     return torch.cat(output, dim=1), becomes
