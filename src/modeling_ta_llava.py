@@ -70,6 +70,7 @@ from .prefix_adapters import (
     adapter_after_layer,
     prefix_reading_layer_class,
     replace_prefix,
+    signed_rotary,
 )
 from .vision_language_model import VisionLanguageModelMixin, kept_columns
 from .vision_towers import blank_image, blocks_of, compression_of_call, has_class_token, make_compressible
@@ -135,6 +136,11 @@ def find_response_start(marker_matches: torch.Tensor, instruction_scope: str) ->
         return torch.where(complete, last_token, sequence_length).amin(dim=-1)
     end = torch.where(complete, last_token, -1).amax(dim=-1)
     return torch.where(end < 0, sequence_length, end)
+
+
+def _count_from_0(mask: torch.Tensor) -> torch.Tensor:
+    """Positions `(B, length)` of tokens inside an adapter: those that `mask` keeps count 0, 1, ..."""
+    return (mask.cumsum(dim=-1) - 1).clamp(min=0)
 
 
 def keep_num_images(cache: Cache, num_images: list[int]) -> None:
@@ -348,15 +354,17 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         dtype = self.prefix_embedding.weight.dtype
         visual_tokens = self.multi_modal_projector(vision_features.to(dtype)).to(dtype)  # autocast has its own
         if image_mask is None:
-            image_mask = torch.ones(visual_tokens.shape[:2])
+            image_mask = torch.ones(visual_tokens.shape[:2], dtype=torch.bool, device=visual_tokens.device)
         image_mask = image_mask.to(visual_tokens.device).bool()
         # CODEPATH: the paper's models have no index embeddings.
         if self.config.num_image_index_embeddings > 0:
             image_index = self._embed_image_index(image_mask).to(visual_tokens.device)
             visual_tokens = visual_tokens + image_index[:, :, None, :]
         source = visual_tokens.flatten(1, 2)
-        rotary = self._rotary_embedding(source, image_mask.repeat_interleave(visual_tokens.shape[2], dim=1))
-        key, value = self.vision_adapter("project", source, *rotary)
+        positions = _count_from_0(image_mask.repeat_interleave(visual_tokens.shape[2], dim=1))
+        rotary = self._rotary_embedding(source, positions)
+        # Laid out once as they are multiplied, since they are read at several insertions.
+        key, value = (states.contiguous() for states in self.vision_adapter("project", source, *rotary))
         return TaLlavaEncodedImages(key=key, value=value, image_mask=image_mask), visual_tokens
 
     def _embed_image_index(self, image_mask: torch.Tensor) -> torch.Tensor:
@@ -542,12 +550,13 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
             return inputs_embeds, None, None
         is_prefix, text_mask = self._find_prefix(input_ids, inputs_embeds, attention_mask)
         has_prefix = is_prefix.any(dim=-1)
+        first_column = None
         if not is_tracing(is_prefix):  # a graph must not wait for values
             if (images.is_empty or images.are_all_filler()) and not has_prefix.any():
                 if not is_trained:
                     return inputs_embeds, None, None
                 images = ImageInputs()
-            self._check_prefix(is_prefix, has_prefix, images)
+            first_column = self._check_prefix(is_prefix, has_prefix, images)
 
         encoded_images, visual_tokens = self._encode_images(images, has_prefix, is_trained)
         columns, prefix = self._place_prefix(inputs_embeds, is_prefix, has_prefix)
@@ -562,10 +571,11 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
             self.text_adapter,
             self.vision_adapter,
             columns=columns,
+            first_column=first_column,
             has_prefix=has_prefix,
             instruction_mask=instruction_mask,
-            instruction_rotary=self._rotary_embedding(inputs_embeds, instruction_mask),
-            prefix_rotary=self._rotary_embedding(prefix, torch.ones_like(columns[:1])),
+            instruction_rotary=self._rotary_embedding(inputs_embeds, _count_from_0(instruction_mask)),
+            prefix_rotary=self._rotary_embedding(prefix, torch.arange(columns.shape[1], device=columns.device)[None]),
             visual_key_value=visual_key_value,
             visual_mask=visual_mask,
         )
@@ -697,10 +707,9 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         scale = getattr(self.get_input_embeddings(), "embed_scale", None)
         return prefix if scale is None else prefix * torch.as_tensor(scale, device=prefix.device).to(prefix.dtype)
 
-    def _rotary_embedding(self, states: torch.Tensor, mask: torch.Tensor) -> Rotary:
-        """Rotary embedding inside an adapter: the tokens that `mask` `(B, length)` keeps count 0, 1, ..."""
-        position_ids = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
-        return self.language_model.rotary_emb(states, position_ids, **self.rotary_kwargs)
+    def _rotary_embedding(self, states: torch.Tensor, position_ids: torch.Tensor) -> Rotary:
+        """Rotary embedding inside an adapter, for tokens at `position_ids` `(B, length)`."""
+        return signed_rotary(*self.language_model.rotary_emb(states, position_ids, **self.rotary_kwargs))
 
     def _vision_features_of_rows(self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None) -> torch.Tensor:
         """Features of `pixel_values` `(B, I, 3, H, W)`: `(B, I, M, vision width)`, zeros for filler."""
@@ -720,11 +729,15 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
                 "(`text_config.max_position_embeddings`). Shorten the prompt."
             )
 
-    def _check_prefix(self, is_prefix: torch.Tensor, has_prefix: torch.Tensor, images: ImageInputs) -> None:
-        """Raises `ValueError` unless every row begins with no placeholder or with exactly L of them, side by side."""
-        num_prefix_tokens = self.config.num_prefix_tokens
+    def _check_prefix(self, is_prefix: torch.Tensor, has_prefix: torch.Tensor, images: ImageInputs) -> int | None:
+        """
+        Raises `ValueError` unless every row begins with no placeholder or with exactly L of them, side by side. Returns the
+        column where they begin if it is the same in all rows.
+        """
+        num_prefix_tokens, starts = self.config.num_prefix_tokens, set()
         for row, columns in enumerate(is_prefix.tolist()):
             count = sum(columns)
+            starts.add(columns.index(True) if count > 0 else None)
             if count == 0 or (count == num_prefix_tokens and all(columns[columns.index(True) :][:count])):
                 continue
             raise ValueError(
@@ -738,6 +751,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
                 "The text has placeholders for images, but no images (`pixel_values`, `vision_features` or "
                 "`encoded_images`) were given, so the prefix reads only text."
             )
+        return starts.pop() if len(starts) == 1 else None
 
     def _encoded_images_of_rows(
         self, encoded_images: TaLlavaEncodedImages, has_prefix: torch.Tensor

@@ -15,7 +15,8 @@
 The two adapters of TA-LLaVA, through which the prefix reads the instruction and the image, and the layers that call them.
 
 Conventions of this file. B: batch, S: columns of the sequence, L: prefix tokens Y, I: images of a row, M: visual tokens of
-one image, d: width of the language model. A source is what the prefix reads, and a rotary embedding a pair (cos, sin).
+one image, d: width of the language model. A source is what the prefix reads, and a rotary embedding a pair (cos, sin) of
+`signed_rotary`.
 """
 
 from functools import cache
@@ -42,11 +43,19 @@ def adapter_after_layer(layer_idx: int, num_layers: int, adapter_interval: int) 
     return {0: "text", 1: "vision"}.get(layer_idx % adapter_interval)
 
 
+def signed_rotary(cos: torch.Tensor, sin: torch.Tensor) -> Rotary:
+    """A rotary embedding of the library as `apply_rotary` takes it: the first half of `sin` is negated, once for all."""
+    first, second = sin.chunk(2, dim=-1)
+    return cos, torch.cat((-first, second), dim=-1)
+
+
 def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of `states` `(B, heads, length, head_dim)` by `cos`, `sin` `(B or 1, length, head_dim)`."""
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    """
+    Rotary embedding of `states` `(B, heads, length, head_dim)` by the `cos`, `sin` `(B or 1, length, head_dim)` that
+    `signed_rotary` gives. The result is contiguous.
+    """
     first, second = states.chunk(2, dim=-1)
-    return states * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.addcmul(torch.cat((second, first), dim=-1) * sin.unsqueeze(1), states, cos.unsqueeze(1))
 
 
 def replace_prefix(hidden_states: torch.Tensor, columns: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
@@ -64,11 +73,13 @@ def reading_masks(has_prefix: torch.Tensor, source_mask: torch.Tensor) -> tuple[
         source_mask (`torch.BoolTensor` of shape `(B, length)`): Tokens of the source that may be read.
 
     Returns:
-        Rows that read at all, `(B, 1, 1)`, and the mask for the attention, `(B, 1, 1, length)`. A row without anything to
-        read keeps its prefix. It is shown all keys, since attention over no key would give nan.
+        Rows that read at all, `(B, 1, 1)`, and the additive mask for the attention, `(B, 1, 1, length)`, float32. A row
+        without anything to read keeps its prefix. It is shown all keys, since attention over no key would give nan.
     """
     reads = has_prefix & source_mask.any(dim=-1)
-    return reads[:, None, None], (source_mask | ~reads[:, None])[:, None, None, :]
+    is_hidden = reads[:, None] & ~source_mask
+    mask = torch.zeros_like(is_hidden, dtype=torch.float32).masked_fill(is_hidden, -torch.inf)
+    return reads[:, None, None], mask[:, None, None, :]
 
 
 def eager_attention_forward(
@@ -76,21 +87,55 @@ def eager_attention_forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor,
     scaling: float,
     dropout: float = 0.0,
     softcap: float | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention with soft-capping; `attention_mask` is boolean, True where a key may be read."""
-    scores = query @ key.transpose(2, 3) * scaling
+    """Attention with soft-capping and an additive mask. Its two results are those of the library's attention functions."""
+    # One product gives the scaled scores of all rows and heads.
+    scale = scaling if softcap is None else scaling / softcap
+    left, right = query.flatten(0, 1), key.flatten(0, 1).mT
+    scores = torch.baddbmm(query.new_empty(()), left, right, beta=0, alpha=scale).unflatten(0, query.shape[:2])
     if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+        scores = torch.tanh(scores)
+    scores = torch.add(attention_mask, scores, alpha=1 if softcap is None else softcap)
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
+    return (weights @ value).transpose(1, 2), weights
+
+
+# Norms of the library that PyTorch computes in one operation, and what they add to their weights.
+_FUSED_NORMS = {
+    **dict.fromkeys(("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm"), 1.0),
+    **dict.fromkeys(("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"), 0.0),
+}
+
+
+@cache
+def fused_norm_class(norm_class: Any) -> type[nn.Module]:
+    """Subclass of an RMS norm class of the library: it computes the same in float32, but with `nn.functional.rms_norm`."""
+    added = _FUSED_NORMS[norm_class.__name__]
+
+    class FusedNorm(norm_class):
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            eps = self.eps if added else self.variance_epsilon
+            weight = self.weight.float() + added if added else self.weight.float()
+            normed = nn.functional.rms_norm(hidden_states.float(), weight.shape, weight, eps)
+            return normed.to(
+                hidden_states.dtype if added else torch.promote_types(hidden_states.dtype, self.weight.dtype)
+            )
+
+    return pass_as_parent(FusedNorm, fused_norm_class)
+
+
+def fuse_norms(module: nn.Module) -> None:
+    """Makes the RMS norms in a module start one kernel each, where they start seven. Norms of other classes stay."""
+    for norm in module.modules():
+        if type(norm).__name__ in _FUSED_NORMS:
+            norm_class: Any = type(norm)
+            norm.__class__ = fused_norm_class(norm_class)
 
 
 class TaLlavaCrossAttention(nn.Module):
@@ -118,16 +163,14 @@ class TaLlavaCrossAttention(nn.Module):
         key = self.k_proj(source).view(shape)
         if self.k_norm is not None:
             key = self.k_norm(key)
-        value = self.v_proj(source).view(shape)
-        # Laid out once as they are multiplied, since those of the image are read at several insertions.
-        return apply_rotary(key.transpose(1, 2), cos, sin).contiguous(), value.transpose(1, 2).contiguous()
+        return apply_rotary(key.transpose(1, 2), cos, sin), self.v_proj(source).view(shape).transpose(1, 2)
 
     def forward(
         self,
         prefix: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        attention_mask: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
     ) -> torch.Tensor:
@@ -137,7 +180,7 @@ class TaLlavaCrossAttention(nn.Module):
         query = apply_rotary(query.transpose(1, 2), cos, sin)
         # Heads that share keys and values become more queries of one head. Without a causal mask this is the same, and no
         # key is copied for each of them.
-        shape_by_head = query.shape
+        num_tokens = query.shape[2]
         query = query.reshape(*key.shape[:2], -1, self.head_dim)
 
         # The L queries are few, and so are their scores, whatever attention the language model uses for its own. SDPA serves
@@ -150,14 +193,14 @@ class TaLlavaCrossAttention(nn.Module):
             query,
             key,
             value,
-            attention_mask,
+            attention_mask.to(query.dtype),
             scaling=self.scaling,
             dropout=self.attention_dropout if self.training else 0.0,
             softcap=self.softcap,
             is_causal=False,
         )
-        output = output.transpose(1, 2).reshape(shape_by_head).transpose(1, 2)
-        return self.o_proj(output.reshape(*prefix.shape[:-1], -1))
+        output = output.unflatten(1, (-1, num_tokens)).permute(0, 2, 3, 1, 4)
+        return self.o_proj(output.flatten(2))  # from (B, L, kv_heads, heads that share them, head_dim)
 
 
 class TaLlavaAdapter(nn.Module):
@@ -183,6 +226,7 @@ class TaLlavaAdapter(nn.Module):
             self.post_attention_layernorm = nn.Identity()
             self.pre_feedforward_layernorm = decoder_layer.post_attention_layernorm
             self.post_feedforward_layernorm = nn.Identity()
+        fuse_norms(self)
 
     def forward(self, step: Literal["project", "read"], *args: torch.Tensor) -> Any:
         """
@@ -220,7 +264,7 @@ class TaLlavaAdapter(nn.Module):
         Args:
             prefix (`torch.FloatTensor` of shape `(B, L, d)`): Y.
             key, value (`torch.FloatTensor` of shape `(B, kv_heads, length, head_dim)`): What `project` gives.
-            attention_mask (`torch.BoolTensor` of shape `(B, 1, 1, length)`): True where a key is read.
+            attention_mask (`torch.FloatTensor` of shape `(B, 1, 1, length)`): 0 where a key is read, else -inf.
             cos, sin (`torch.FloatTensor` of shape `(1, L, head_dim)`): Rotary embedding of the prefix.
         """
         attended = self.cross_attn(self.input_layernorm(prefix), key, value, attention_mask, cos, sin)
@@ -235,6 +279,7 @@ class PrefixReader:
 
     Args:
         columns (`torch.LongTensor` of shape `(B, L)`): Columns of the prefix in the sequence.
+        first_column (`int`, *optional*): The first of them, if the host knows that it is the same in all rows.
         has_prefix (`torch.BoolTensor` of shape `(B,)`): Rows that have one. Others stay as they are.
         instruction_mask (`torch.BoolTensor` of shape `(B, S)`): The instruction tokens.
         instruction_rotary, prefix_rotary: Pairs (cos, sin) of shapes `(B, S, head_dim)` and `(1, L, head_dim)`.
@@ -247,6 +292,7 @@ class PrefixReader:
         text_adapter: TaLlavaAdapter,
         vision_adapter: TaLlavaAdapter,
         columns: torch.Tensor,
+        first_column: int | None,
         has_prefix: torch.Tensor,
         instruction_mask: torch.Tensor,
         instruction_rotary: Rotary,
@@ -256,6 +302,7 @@ class PrefixReader:
     ):
         self.text_adapter, self.vision_adapter = text_adapter, vision_adapter
         self.columns, self.instruction_rotary, self.prefix_rotary = columns, instruction_rotary, prefix_rotary
+        self.first_column = first_column
         # The masks are made once, not at every insertion.
         self.text_masks = reading_masks(has_prefix, instruction_mask)
         self.visual_key_value = visual_key_value
@@ -279,16 +326,23 @@ class PrefixReader:
         reads: torch.Tensor,
         attention_mask: torch.Tensor,
     ) -> torch.Tensor:
-        prefix = hidden_states.gather(1, self.columns[:, :, None].expand(-1, -1, hidden_states.shape[-1]))
+        start, end = self.first_column, self.columns.shape[1]
+        if start is None:
+            prefix = hidden_states.gather(1, self.columns[:, :, None].expand(-1, -1, hidden_states.shape[-1]))
+        else:  # a slice needs no kernel of its own
+            end += start
+            prefix = hidden_states[:, start:end]
         updated = adapter("read", prefix, *key_value, attention_mask, *self.prefix_rotary)
         updated = torch.where(reads, updated.to(prefix.device), prefix)
-        return replace_prefix(hidden_states, self.columns, updated)
+        if start is None:
+            return replace_prefix(hidden_states, self.columns, updated)
+        return hidden_states.slice_scatter(updated.to(hidden_states.dtype), dim=1, start=start, end=end)
 
     def _move_to(self, device: torch.device) -> None:
         """Follows the hidden states where the layers are on several devices."""
         if self.columns.device != device:
             for name, value in vars(self).items():
-                if not isinstance(value, nn.Module):
+                if isinstance(value, (torch.Tensor, tuple)):
                     setattr(self, name, _to_device(value, device))
 
 
@@ -296,7 +350,7 @@ def _to_device(value: Any, device: torch.device) -> Any:
     """A tensor, or a tuple of tensors, on another device."""
     if isinstance(value, tuple):
         return tuple(_to_device(item, device) for item in value)
-    return value if value is None else value.to(device)
+    return value.to(device)
 
 
 @cache

@@ -34,6 +34,7 @@ from transformers import (
 
 from ta_llava import TaLlavaConfig, TaLlavaForConditionalGeneration
 from ta_llava.analysis.cost import clip_large, full_size_config
+from ta_llava.prefix_adapters import signed_rotary
 from ta_llava.vision_towers import blocks_of
 
 
@@ -137,9 +138,10 @@ def test_an_adapter_is_a_layer_of_the_backbone(language_model, adapter_name):
     states = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
     cos, sin = base.language_model.rotary_emb(states, torch.arange(5)[None], **base.rotary_kwargs)
     expected = layer(states, position_embeddings=(cos, sin), attention_mask=torch.zeros(2, 1, 5, 5))
-    key, value = adapter("project", states, cos, sin)
-    mask = torch.ones(2, 1, 1, 5, dtype=torch.bool)
-    torch.testing.assert_close(adapter("read", states, key, value, mask, cos, sin), expected, **TOLERANCE)
+    rotary = signed_rotary(cos, sin)
+    key, value = adapter("project", states, *rotary)
+    mask = torch.zeros(2, 1, 1, 5)
+    torch.testing.assert_close(adapter("read", states, key, value, mask, *rotary), expected, **TOLERANCE)
 
 
 @torch.no_grad()
@@ -172,7 +174,8 @@ def test_adapters_rotate_by_the_base_of_layer_0(language_model):
         positions = torch.cat([torch.arange(count) for count in tokens.sum(dim=-1)])
         angles = (positions[:, None] * frequencies).repeat(1, 2)
         torch.testing.assert_close(cos[tokens], angles.cos(), **TOLERANCE)
-        torch.testing.assert_close(sin[tokens], angles.sin(), **TOLERANCE)
+        sign = torch.tensor([-1.0, 1.0]).repeat_interleave(HEAD_DIM // 2)
+        torch.testing.assert_close(sin[tokens], sign * angles.sin(), **TOLERANCE)
 
 
 @torch.no_grad()

@@ -1,16 +1,24 @@
 """The parts of Algorithm 1 of TA-LLaVA: the schedule, the cross-attention, and where the prefix stands."""
 
+import copy
+import math
+
 import pytest
 import torch
 from torch import nn
-from transformers.models.gemma2.modeling_gemma2 import apply_rotary_pos_emb
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm, apply_rotary_pos_emb
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from ta_llava.prefix_adapters import (
     adapter_after_layer,
     apply_rotary,
     eager_attention_forward,
+    fuse_norms,
     reading_masks,
     replace_prefix,
+    signed_rotary,
 )
 
 
@@ -32,8 +40,8 @@ def test_apply_rotary_is_that_of_the_library():
     query, key = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8)
     cos, sin = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
     expected_query, expected_key = apply_rotary_pos_emb(query, key, cos, sin)
-    assert torch.equal(apply_rotary(query, cos, sin), expected_query)
-    assert torch.equal(apply_rotary(key, cos, sin), expected_key)
+    torch.testing.assert_close(apply_rotary(query, *signed_rotary(cos, sin)), expected_query)
+    torch.testing.assert_close(apply_rotary(key, *signed_rotary(cos, sin)), expected_key)
 
 
 def test_replace_prefix_writes_only_its_columns():
@@ -51,8 +59,9 @@ def test_adapter_attention_against_loops(softcap):
     torch.manual_seed(0)
     query, key, value = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
     mask = torch.tensor([[1, 1, 0, 1, 1], [0, 1, 0, 0, 1]]).bool()
+    hidden = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)[:, None, None, :]
     output, _ = eager_attention_forward(
-        nn.Module(), query.reshape(2, 2, 6, 8), key, value, mask[:, None, None, :], scaling=0.3, softcap=softcap
+        nn.Module(), query.reshape(2, 2, 6, 8), key, value, hidden, scaling=0.3, softcap=softcap
     )
     output = output.transpose(1, 2).reshape(query.shape)
     for row in range(2):
@@ -73,4 +82,22 @@ def test_reading_masks_leave_no_row_without_a_key():
     mask = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 0]]).bool()
     reads, attention_mask = reading_masks(torch.tensor([True, True, False]), mask)
     assert reads.flatten().tolist() == [True, False, False] and reads.shape == (3, 1, 1)
-    assert attention_mask[:, 0, 0].tolist() == [[True, False, True], [True] * 3, [True] * 3]
+    assert attention_mask[:, 0, 0].tolist() == [[0, -math.inf, 0], [0] * 3, [0] * 3]
+
+
+@pytest.mark.parametrize(
+    "dtype, weight_dtype",
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)],
+)
+@pytest.mark.parametrize("norm_class", [Gemma2RMSNorm, Gemma3RMSNorm, LlamaRMSNorm, Qwen3RMSNorm])
+def test_fused_norms_compute_what_those_of_the_library_do(norm_class, dtype, weight_dtype):
+    norm = norm_class(16).to(weight_dtype)
+    torch.nn.init.normal_(norm.weight)
+    states = (3 * torch.randn(2, 5, 16)).to(dtype)
+    expected = norm(states)
+    parent = nn.Sequential(copy.deepcopy(norm))
+    fuse_norms(parent)
+    assert type(parent[0]) is not norm_class and isinstance(parent[0], norm_class)
+    actual = parent(states)
+    assert actual.dtype == expected.dtype
+    torch.testing.assert_close(actual.to(dtype), expected.to(dtype))  # the library rounds once more on the way

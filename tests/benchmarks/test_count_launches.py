@@ -5,7 +5,9 @@ import pytest
 import torch
 
 
-@pytest.mark.parametrize("count", [count_launches.count_vmtc, count_launches.count_cmai])
+@pytest.mark.parametrize(
+    "count", [count_launches.count_ta_llava, count_launches.count_vmtc, count_launches.count_cmai]
+)
 def test_operations_stay_within_their_budgets(count):
     torch.manual_seed(0)
     for row in count():
