@@ -771,14 +771,15 @@ def test_what_follows_tokens_without_inhibition_knows_their_attention(cache_clas
 def test_a_compiled_decoding_step_takes_a_ratio(monkeypatch):
     model = build_llava("llama")
     inputs = llava_inputs(ROWS[:2])
+    ratios = (0.2, 0.9, 0.5)
+    expected = [generate(model, inputs, cmai_max_ratio=each, max_new_tokens=6, suppress_tokens=None) for each in ratios]
     monkeypatch.setattr(type(model), "_valid_auto_compile_criteria", lambda *args: True)  # on the CPU too
     torch._dynamo.reset()
     config = GenerationConfig(cache_implementation="static", max_new_tokens=6, eos_token_id=EOS, pad_token_id=PAD)
     config.compile_config = CompileConfig(fullgraph=True, backend="eager", mode=None)
-    for ratio in (0.2, 0.9, 0.5):
-        expected = generate(model, inputs, cmai_max_ratio=ratio, max_new_tokens=6, suppress_tokens=None)
+    for ratio, answers in zip(ratios, expected, strict=True):
         compiled = model.generate(**inputs, generation_config=config, do_sample=False, cmai_max_ratio=ratio)
-        assert torch.equal(compiled, expected)
+        assert torch.equal(compiled, answers)
 
 
 @pytest.mark.parametrize("call", ["forward", "generate"])
