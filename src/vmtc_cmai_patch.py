@@ -444,10 +444,11 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         The embeddings `(B, S, d)` of a training batch without an image. The tower and the projector run on a blank image
         (see `blank_image`), and the sum of none of its features is added: exactly 0, even if they are not finite.
         """
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
+        # Tower and projector first, as with images: other processes wait for the same weights in the same order.
         blank: Any = self.get_image_features(blank_image(self.config, self.vision_tower))
         nothing = blank.pooler_output[0][:0].sum()
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
         return inputs_embeds + nothing.to(inputs_embeds.device, inputs_embeds.dtype)
 
     def _check_ratio(self, cmai_max_ratio: float) -> None:
