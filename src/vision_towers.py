@@ -46,7 +46,7 @@ class TowerCompression:
 
     Args:
         stages (`dict[int, VmtcStage]`): By index of the block.
-        merge_weights (`str`): See [`VmtcConfig`].
+        merge_weights, kept_tokens (`str`): See [`VmtcConfig`].
         has_class_token (`bool`): Whether the first token is a class token. Without one, importance is attention received.
         trace (`list`, *optional*): For each stage, which output token each patch token has become (`compress_tokens`).
     """
@@ -54,6 +54,7 @@ class TowerCompression:
     stages: dict[int, VmtcStage]
     merge_weights: str
     has_class_token: bool
+    kept_tokens: str = "importance"
     trace: list[torch.Tensor] = field(default_factory=list)
 
     def attention_row(self, query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -82,7 +83,7 @@ class TowerCompression:
         importance = importance_scores(row, patches.shape[1])
         with maybe_autocast(patches.device.type, enabled=False):
             patches, becomes = compress_tokens(
-                patches, importance, stage.num_kept, stage.num_clusters, self.merge_weights
+                patches, importance, stage.num_kept, stage.num_clusters, self.merge_weights, self.kept_tokens
             )
         self.trace.append(becomes)
         return torch.cat([hidden_states[:, :num_first], patches], dim=1)
@@ -214,7 +215,9 @@ def compression_of_call(
     stages = plan_stages(config, num_patches, num_blocks, num_visual_tokens)
     if not stages:
         return None
-    return TowerCompression(stages, config.vmtc_merge_weights, has_class_token(tower))
+    return TowerCompression(
+        stages, config.vmtc_merge_weights, has_class_token(tower), kept_tokens=config.vmtc_kept_tokens
+    )
 
 
 def blank_image(config: Any, tower: Any) -> torch.Tensor:

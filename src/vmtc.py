@@ -20,7 +20,8 @@ A block that compresses (a stage, `plan_stages`) works on z' = MSA(z) + z, betwe
 
 1. The importance score IPS of a patch token is the attention weight that the class token pays it, averaged over heads
    (`class_token_attention`, `importance_scores`). Towers without a class token: `mean_received_attention`.
-2. Equation 5: the k patch tokens with the highest IPS are the primary tokens, and stay (`split_by_importance`).
+2. Equation 5: the k patch tokens with the highest IPS are the primary tokens, and stay (`split_by_importance`). Not of the
+   paper, for towers that were not trained with VMTC: those that are important and novel stay (`split_by_novelty`).
 3. Equation 6: all others are the redundant tokens (`split_by_importance`).
 4. K-means clusters the redundant tokens into C_1 to C_c, by cosine similarity (`cosine_kmeans`, `choose_seeds`).
 5. Equation 7: each cluster is merged into the sum of its tokens, weighted by their IPS (`merge_clusters`).
@@ -82,10 +83,18 @@ class VmtcConfig(PreTrainedConfig):
         vmtc_keep_ratio (`float`, *optional*, defaults to 0.5):
             The same as a share of the patches, in (0, 1]. It counts if `vmtc_num_visual_tokens` is `None`.
         vmtc_num_stages (`int`, *optional*, defaults to 3):
-            Number of blocks that compress. They are equally spaced among the blocks up to `vision_feature_layer`, and each
-            removes the same number of tokens.
+            Number of blocks that compress. Each removes the same number of tokens.
+        vmtc_stage_placement (`str`, *optional*, defaults to `"spaced"`):
+            Which of the blocks up to `vision_feature_layer` compress. `"spaced"`, the paper's: equally spaced ones.
+            `"last"`: the last ones. A tower that was not trained with VMTC needs this, because the attention of its early
+            class token does not know yet what matters. It saves less time in the tower.
         vmtc_layers (`list[int]`, *optional*):
-            Indices, from 0, of the blocks that compress. They replace the equally spaced ones.
+            Indices, from 0, of the blocks that compress. They replace those of the two fields above.
+        vmtc_kept_tokens (`str`, *optional*, defaults to `"importance"`):
+            Which tokens stay as they are. `"importance"`: the most important ones (equation 5). `"importance_and_novelty"`:
+            those with the largest novelty times the square root of importance. The novelty of a token is one minus its
+            cosine to the nearest more important token. It is not of the paper, and it helps a model that was not trained
+            with VMTC.
         vmtc_cluster_ratio (`float`, *optional*, defaults to 10/64):
             Share of a stage's output tokens that are merged clusters, in (0, 1]. There is at least one.
         vmtc_method (`str`, *optional*, defaults to `"cluster"`):
@@ -95,6 +104,13 @@ class VmtcConfig(PreTrainedConfig):
         vmtc_merge_weights (`str`, *optional*, defaults to `"raw"`):
             `"raw"`: a merged token is the sum of its members, weighted by importance (equation 7). `"normalized"`: the
             weights sum to 1 in a cluster. A model that was not trained with VMTC needs this.
+
+    The defaults are the paper's, for a model that is trained with VMTC. `TRAINING_FREE_VMTC` has the fields that a model
+    needs if it is not:
+
+    ```python
+    >>> config = VmtcConfig(use_vmtc=True, vmtc_num_visual_tokens=64, **TRAINING_FREE_VMTC)
+    ```
     """
 
     keys_to_ignore_at_inference = OUTPUTS_TO_IGNORE
@@ -103,9 +119,11 @@ class VmtcConfig(PreTrainedConfig):
     vmtc_num_visual_tokens: int | None = validated_field(at_least_1, default=None)
     vmtc_keep_ratio: float | int = validated_field(share_above_0, default=0.5)
     vmtc_num_stages: int = validated_field(at_least_1, default=3)
+    vmtc_stage_placement: Literal["spaced", "last"] = "spaced"
     vmtc_layers: list[int] | tuple[int, ...] | None = validated_field(rising_indices, default=None)
     vmtc_cluster_ratio: float | int = validated_field(share_above_0, default=10 / 64)
     vmtc_method: Literal["last_layer_prune", "layerwise_prune", "merge", "cluster"] = "cluster"
+    vmtc_kept_tokens: Literal["importance", "importance_and_novelty"] = "importance"
     vmtc_merge_weights: Literal["raw", "normalized"] = "raw"
 
     def validate_vmtc(self):
@@ -115,6 +133,14 @@ class VmtcConfig(PreTrainedConfig):
                 f"VMTC works with one `vision_feature_layer`, but the config has {self.vision_feature_layer}: with VMTC the "
                 "hidden states of several layers have different lengths. Set one layer, or `use_vmtc=False`."
             )
+
+
+# Fields of a [`VmtcConfig`] for a model that was not trained with VMTC. `ta-llava compress` writes them.
+TRAINING_FREE_VMTC = {
+    "vmtc_stage_placement": "last",
+    "vmtc_kept_tokens": "importance_and_novelty",
+    "vmtc_merge_weights": "normalized",
+}
 
 
 def count_visual_tokens(settings: Any, num_patches: int, num_visual_tokens: int | None = None) -> int:
@@ -208,6 +234,8 @@ def _stage_layers(config: Any, num_blocks: int) -> list[int]:
             f"`vmtc_num_stages` is {config.vmtc_num_stages}, but the output of the vision tower that is used "
             f"(`vision_feature_layer`) comes from only {num_blocks} blocks. Ask for fewer stages."
         )
+    if config.vmtc_stage_placement == "last":
+        return list(range(num_blocks - config.vmtc_num_stages, num_blocks))
     return [num_blocks * (s + 1) // (config.vmtc_num_stages + 1) for s in range(config.vmtc_num_stages)]
 
 
@@ -255,11 +283,35 @@ def split_by_importance(importance: torch.Tensor, num_kept: int) -> tuple[torch.
     return order[:, :num_kept].sort(dim=-1).values, order[:, num_kept:]
 
 
+@torch.no_grad()
+def split_by_novelty(
+    tokens: torch.Tensor, importance: torch.Tensor, num_kept: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    As `split_by_importance`, but the tokens `(B, n, d)` with the largest novelty times the square root of IPS are primary, so
+    that several equal tokens do not all stay. This is not of the paper. Importance is not negative.
+    """
+    order = importance.sort(dim=-1, descending=True, stable=True).indices
+    directions = nn.functional.normalize(_take_tokens(tokens, order).float(), dim=-1)
+    scores = importance.gather(1, order).sqrt() * _novelty(directions @ directions.mT)
+    ranks = scores.sort(dim=-1, descending=True, stable=True).indices
+    kept, redundant = ranks[:, :num_kept], ranks[:, num_kept:].sort(dim=-1).values
+    return order.gather(1, kept).sort(dim=-1).values, order.gather(1, redundant)
+
+
+def _novelty(gram: torch.Tensor) -> torch.Tensor:
+    """
+    One minus the cosine of each token to the nearest token that is more important, `(B, n)`. The most important token has 2,
+    the largest there is. `gram` `(B, n, n)` has the cosines between tokens, from the most to the least important.
+    """
+    later = torch.ones_like(gram[0], dtype=torch.bool).triu()
+    return 1 - gram.masked_fill(later, -1).amax(dim=-1)
+
+
 def choose_seeds(gram: torch.Tensor, importance: torch.Tensor, num_clusters: int) -> torch.Tensor:
     """
-    The tokens that clusters start from: those with the largest importance times novelty. The novelty of a token is one minus
-    its cosine to the nearest token that is more important; that of the most important token is 2, the largest there is. All
-    seeds are found at once, where K-means++ and its kin need a round for each.
+    The tokens that clusters start from: those with the largest importance times novelty (`_novelty`). All seeds are found at
+    once, where K-means++ and its kin need a round for each.
 
     Args:
         gram (`torch.FloatTensor` of shape `(B, n, n)`): Cosines between tokens, from the most to the least important.
@@ -268,9 +320,7 @@ def choose_seeds(gram: torch.Tensor, importance: torch.Tensor, num_clusters: int
     Returns:
         `torch.LongTensor` of shape `(B, c)`.
     """
-    later = torch.ones_like(gram[0], dtype=torch.bool).triu()
-    novelty = 1 - gram.masked_fill(later, -1).amax(dim=-1)
-    return (importance * novelty).sort(dim=-1, descending=True, stable=True).indices[:, :num_clusters]
+    return (importance * _novelty(gram)).sort(dim=-1, descending=True, stable=True).indices[:, :num_clusters]
 
 
 @torch.no_grad()
@@ -354,7 +404,12 @@ def merge_clusters(
 
 
 def compress_tokens(
-    tokens: torch.Tensor, importance: torch.Tensor, num_kept: int, num_clusters: int, merge_weights: str = "raw"
+    tokens: torch.Tensor,
+    importance: torch.Tensor,
+    num_kept: int,
+    num_clusters: int,
+    merge_weights: str = "raw",
+    kept_tokens: str = "importance",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     One stage, equations 5 to 8 without the class token: the k primary tokens in their order, then the c merged ones. With
@@ -363,11 +418,15 @@ def compress_tokens(
     Args:
         tokens (`torch.FloatTensor` of shape `(B, n, d)`).
         importance (`torch.FloatTensor` of shape `(B, n)`): IPS, not negative.
+        merge_weights, kept_tokens (`str`): See [`VmtcConfig`].
 
     Returns:
         The tokens `(B, k + c, d)`, and which of them each input token has become, `(B, n)`; -1 if it was dropped.
     """
-    kept, redundant = split_by_importance(importance, num_kept)
+    if kept_tokens == "importance":
+        kept, redundant = split_by_importance(importance, num_kept)
+    else:
+        kept, redundant = split_by_novelty(tokens, importance, num_kept)
     output = [_take_tokens(tokens, kept)]
     index = torch.arange(num_kept, device=tokens.device).expand(len(tokens), -1)
     becomes = torch.full_like(importance, -1, dtype=torch.long).scatter(1, kept, index)

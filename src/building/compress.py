@@ -23,7 +23,7 @@ from ..common.sources import check_source
 from ..configuration_ta_llava import TaLlavaConfig
 from ..safe_loading import check_sizes
 from ..vision_towers import patch_grid
-from ..vmtc import count_visual_tokens
+from ..vmtc import TRAINING_FREE_VMTC, VmtcConfig, count_visual_tokens
 from ..vmtc_cmai_patch import (
     AUTO_MAP,
     VmtcCmaiLlavaConfig,
@@ -37,6 +37,12 @@ from ..vmtc_cmai_patch import (
 DEFAULT_KEEP_RATIO = 0.5
 DEFAULT_CMAI_MAX_RATIO = 0.6
 
+# Settings of VMTC for a model that was not trained with it, and those of the paper, for one that is.
+VMTC_PRESETS = {
+    "training-free": TRAINING_FREE_VMTC,
+    "paper": {name: getattr(VmtcConfig, name) for name in TRAINING_FREE_VMTC},
+}
+
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
@@ -48,6 +54,7 @@ def compress_llava(
     cmai_max_ratio: float | None = None,
     link: bool = True,
     progress: bool = False,
+    preset: str | None = None,
 ) -> VmtcCmaiLlavaConfig:
     """
     Copies a LLaVA from a folder or Hub repo to a new folder, from which the same weights load with VMTC and CMAI. The Auto
@@ -70,17 +77,21 @@ def compress_llava(
             for one file: a program that writes into it, rather than replacing it, changes both.
         progress (`bool`):
             Show a progress bar.
+        preset (`str`, *optional*):
+            How VMTC works (`VMTC_PRESETS`). `"training-free"`: for weights that are used as they are. `"paper"`: for weights
+            that you will train with VMTC. By default, a stock LLaVA gets `"training-free"`, and one that is compressed
+            already keeps its settings.
 
     Returns:
         [`VmtcCmaiLlavaConfig`]: The content of `config.json`.
 
     Raises:
         `ValueError`: `out` is not new; `source` is no LLaVA, is incomplete or damaged, or has no safetensors; or the number
-            of tokens or the ratio is not possible.
+            of tokens, the ratio or the preset is not possible.
     """
     out = Path(out)
     check_new_folder(out)
-    folder, config, processor = compressed_parts(source, num_visual_tokens, cmai_max_ratio)
+    folder, config, processor = compressed_parts(source, num_visual_tokens, cmai_max_ratio, preset)
     files = _find_weights(source, folder)
 
     with atomic_folder(out) as unfinished:
@@ -96,7 +107,10 @@ def compress_llava(
 
 
 def compressed_parts(
-    source: str | Path, num_visual_tokens: int | None = None, cmai_max_ratio: float | None = None
+    source: str | Path,
+    num_visual_tokens: int | None = None,
+    cmai_max_ratio: float | None = None,
+    preset: str | None = None,
 ) -> tuple[Path, VmtcCmaiLlavaConfig, VmtcCmaiLlavaProcessor]:
     """
     Prepares what `compress_llava` writes beside the weights. Arguments and errors are those of `compress_llava`.
@@ -104,9 +118,11 @@ def compressed_parts(
     Returns:
         The folder of the checkpoint, which a Hub repo was downloaded to, and the config and processor with VMTC and CMAI.
     """
+    if preset is not None and preset not in VMTC_PRESETS:
+        raise ValueError(f"The preset must be one of {', '.join(VMTC_PRESETS)}, got {preset!r}.")
     flags = vmtc_cmai_flags(num_visual_tokens, cmai_max_ratio)
     folder = _find_source(source)
-    config = _compressed_config(source, folder, flags)
+    config = _compressed_config(source, folder, flags, preset)
     if folder != Path(source):
         config.base_model_name_or_path = str(source)  # for the model card
     return folder, config, _compressed_processor(source, folder, config, num_visual_tokens)
@@ -240,9 +256,11 @@ def _link_or_copy(file: Path, target: Path, link: bool) -> None:
 # --- config and processor ------------------------------------------------------------------------------------------
 
 
-def _compressed_config(source: str | Path, folder: Path, flags: dict[str, Any]) -> VmtcCmaiLlavaConfig:
+def _compressed_config(
+    source: str | Path, folder: Path, flags: dict[str, Any], preset: str | None
+) -> VmtcCmaiLlavaConfig:
     """
-    The config with the `vmtc_cmai_flags`. The number of visual tokens is set later, when the size of the images is known.
+    The config with the `vmtc_cmai_flags` and the preset of VMTC. The number of visual tokens is set later, when the size of the images is known.
 
     Raises:
         `ValueError`: The config does not belong to a LLaVA, or not to one that VMTC can be used with.
@@ -256,8 +274,10 @@ def _compressed_config(source: str | Path, folder: Path, flags: dict[str, Any]) 
         if not flags and not stock.get("use_vmtc") and not stock.get("use_cmai"):
             flags |= {"use_vmtc": True, "vmtc_num_visual_tokens": None, "vmtc_keep_ratio": DEFAULT_KEEP_RATIO}
             flags |= {"use_cmai": True, "cmai_max_ratio": DEFAULT_CMAI_MAX_RATIO}
-        if stock.get("model_type") == LlavaConfig.model_type:  # it was not trained with merged tokens
-            flags["vmtc_merge_weights"] = "normalized"
+        if preset is None and stock.get("model_type") == LlavaConfig.model_type:  # it was not trained with VMTC
+            preset = "training-free"
+        if preset is not None:
+            flags |= {"vmtc_layers": None, **VMTC_PRESETS[preset]}
         config = VmtcCmaiLlavaConfig.from_pretrained(folder, **flags)
     except StrictDataclassError as error:
         raise ValueError(f"{source}: {one_line(error.__cause__ or error)}") from error

@@ -28,6 +28,14 @@ def compress(
     copy: Annotated[
         bool, typer.Option("--copy", help="Copy the weights, even if the file system can link to them.")
     ] = False,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="Set how VMTC works: training-free, for weights that are used as they are, or paper, for weights that you "
+            "will train with VMTC. Default: training-free for a stock LLaVA.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """
     Write a LLaVA with VMTC (fewer visual tokens) and CMAI (inhibited attention to them) turned on. The weights stay as they
@@ -45,7 +53,7 @@ def compress(
         from ..building.compress import compress_llava
 
         logging.set_verbosity_error()
-        config = compress_llava(llava, out, visual_tokens, cmai, link=not copy, progress=True)
+        config = compress_llava(llava, out, visual_tokens, cmai, link=not copy, progress=True, preset=preset)
     budget = config.vmtc_num_visual_tokens or f"{config.vmtc_keep_ratio:.0%} of the"
     settings = [f"VMTC with {budget} visual tokens"] if config.use_vmtc else []
     settings += [f"CMAI up to {config.cmai_max_ratio}"] if config.use_cmai else []
