@@ -21,7 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ta_llava import TaLlavaConfig, TaLlavaForConditionalGeneration
 from ta_llava.vision_towers import TowerCompression, compression_of_call, make_compressible
-from ta_llava.vmtc import VmtcConfig, VmtcStage, compress_tokens
+from ta_llava.vmtc import TRAINING_FREE_VMTC, VmtcConfig, VmtcStage, compress_tokens
 
 
 # --- the tower -----------------------------------------------------------------------------------------------------
@@ -46,12 +46,13 @@ def build_tower(kind, implementation="sdpa"):
 
 
 def tower_settings(tower, **kwargs):
-    config = VmtcConfig(use_vmtc=True, vmtc_num_visual_tokens=9, vmtc_merge_weights="normalized", **kwargs)
+    flags = {"use_vmtc": True, "vmtc_num_visual_tokens": 9, "vmtc_merge_weights": "normalized"}
+    config = VmtcConfig(**(flags | kwargs))
     config.vision_config = tower.config
     return config
 
 
-def slow_tower(tower, pixel_values, feature_layer, stages):
+def slow_tower(tower, pixel_values, feature_layer, stages, kept_tokens="importance"):
     """Hidden states of a tower that compresses, block by block from its own modules, with attention written out."""
     states = tower.embeddings(pixel_values)
     states = tower.pre_layrnorm(states) if hasattr(tower, "pre_layrnorm") else states
@@ -80,6 +81,7 @@ def slow_tower(tower, pixel_values, feature_layer, stages):
                 stages[index].num_kept,
                 stages[index].num_clusters,
                 "normalized",
+                kept_tokens,
             )
             states = torch.cat([states[:, :first], patches], 1)
         mlp = block.mlp(block.layer_norm2(states)) if is_clip else block.layer_scale2(block.mlp(block.norm2(states)))
@@ -108,6 +110,24 @@ def test_a_tower_compresses_between_attention_and_mlp(kind, implementation, meth
     assert [states.shape[1] for states in outputs.hidden_states[1:]] == lengths
     stage_lengths = [stage.num_kept + stage.num_clusters for stage in compression.stages.values()]
     assert [becomes.shape[1] for becomes in compression.trace] == [36, *stage_lengths[:-1]]
+
+
+@pytest.mark.parametrize("kind", list(VISION_CONFIGS))
+@pytest.mark.parametrize("feature_layer, layers", [(-2, [1, 2, 3]), (-1, [2, 3, 4])])
+@torch.no_grad()
+def test_without_training_the_last_blocks_that_run_keep_what_is_novel(kind, feature_layer, layers):
+    tower = build_tower(kind)
+    pixel_values = torch.randn(2, 3, 24, 24)
+    config = tower_settings(tower, **TRAINING_FREE_VMTC)
+    compression = compression_of_call(config, tower, pixel_values, feature_layer)
+    assert list(compression.stages) == layers
+    states = tower(pixel_values, output_hidden_states=True, compression=compression).hidden_states[layers[-1] + 1]
+    expected, other = (
+        slow_tower(tower, pixel_values, layers[-1] + 1, compression.stages, kept_tokens)
+        for kept_tokens in ("importance_and_novelty", "importance")
+    )
+    torch.testing.assert_close(states, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(expected, other, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", list(VISION_CONFIGS))

@@ -9,6 +9,7 @@ import torch
 from sklearn.cluster import KMeans
 
 from ta_llava.vmtc import (
+    TRAINING_FREE_VMTC,
     VmtcConfig,
     VmtcStage,
     choose_seeds,
@@ -22,6 +23,7 @@ from ta_llava.vmtc import (
     plan_stages,
     spatial_downsample,
     split_by_importance,
+    split_by_novelty,
 )
 
 
@@ -61,6 +63,31 @@ def test_split_keeps_the_most_important_in_their_order(num_tokens, num_kept):
         ranked = sorted(range(num_tokens), key=lambda i: (-float(importance[row, i]), i))
         assert kept[row].tolist() == sorted(ranked[:num_kept])
         assert redundant[row].tolist() == ranked[num_kept:]
+
+
+@pytest.mark.parametrize("num_tokens, num_kept", [(1, 1), (1, 0), (7, 3), (16, 16), (9, 0), (200, 90)])
+def test_split_by_novelty_keeps_tokens_that_are_important_and_unlike(num_tokens, num_kept):
+    tokens = torch.stack([blobs(num_tokens, 8, seed=seed) for seed in range(5)]).double()
+    importance = torch.randint(1, 4, (5, num_tokens)).double()  # many ties
+    scale = torch.rand(5, num_tokens, 1) + 0.1  # the length of a token does not count
+    kept, redundant = split_by_novelty(tokens * scale, importance, num_kept)
+    for row in range(5):
+        ranked = sorted(range(num_tokens), key=lambda i: (-float(importance[row, i]), i))
+        scores = {}
+        for position, i in enumerate(ranked):
+            nearest = max([float(tokens[row, i] @ tokens[row, j]) for j in ranked[:position]], default=-1.0)
+            scores[i] = math.sqrt(float(importance[row, i])) * (1 - nearest)
+        best = sorted(ranked, key=lambda i: -scores[i])[:num_kept]
+        assert kept[row].tolist() == sorted(best)
+        assert redundant[row].tolist() == [i for i in ranked if i not in best]
+
+
+def test_of_equal_tokens_only_one_is_novel():
+    tokens = torch.eye(4).repeat_interleave(3, dim=0)[None]
+    importance = torch.tensor([[9.0, 9, 9, 2, 3, 2, 1, 1, 1, 5, 6, 7]])
+    assert split_by_novelty(tokens, importance, 4)[0].tolist() == [[0, 4, 6, 11]]
+    assert split_by_importance(importance, 4)[0].tolist() == [[0, 1, 2, 11]]
+    assert split_by_novelty(tokens * 0, importance, 12)[0].tolist() == [list(range(12))]
 
 
 @pytest.mark.parametrize("merge_weights", ["raw", "normalized"])
@@ -190,11 +217,14 @@ def test_more_clusters_than_tokens_are_refused():
 
 
 @pytest.mark.parametrize("num_kept, num_clusters", [(5, 3), (5, 1), (5, 0), (0, 1), (0, 4), (10, 1)])
-def test_a_stage_keeps_and_merges(num_kept, num_clusters):
+@pytest.mark.parametrize("kept_tokens", ["importance", "importance_and_novelty"])
+def test_a_stage_keeps_and_merges(num_kept, num_clusters, kept_tokens):
     tokens, importance = torch.randn(3, 12, 4), torch.rand(3, 12)
-    output, becomes = compress_tokens(tokens, importance, num_kept, num_clusters)
+    output, becomes = compress_tokens(tokens, importance, num_kept, num_clusters, kept_tokens=kept_tokens)
     assert output.shape == (3, num_kept + num_clusters, 4)
     kept, redundant = split_by_importance(importance, num_kept)
+    if kept_tokens == "importance_and_novelty":
+        kept, redundant = split_by_novelty(tokens, importance, num_kept)
     for row in range(3):
         assert torch.equal(output[row, :num_kept], tokens[row, kept[row]])
         assert becomes[row, kept[row]].tolist() == list(range(num_kept))
@@ -235,6 +265,14 @@ def settings(**kwargs):
 def test_stages_are_equally_spaced_and_remove_the_same_number():
     stages = plan_stages(settings(vmtc_num_visual_tokens=12), 48, 23)
     assert {layer: stage.num_kept + stage.num_clusters for layer, stage in stages.items()} == {5: 36, 11: 24, 17: 12}
+
+
+@pytest.mark.parametrize("num_blocks, layers", [(23, [20, 21, 22]), (11, [8, 9, 10]), (3, [0, 1, 2])])
+def test_the_last_blocks_that_run_compress(num_blocks, layers):
+    stages = plan_stages(settings(vmtc_num_visual_tokens=12, **TRAINING_FREE_VMTC), 48, num_blocks)
+    assert {layer: stage.num_kept + stage.num_clusters for layer, stage in stages.items()} == dict(
+        zip(layers, (36, 24, 12), strict=True)
+    )
 
 
 def test_the_published_budgets():
@@ -295,6 +333,8 @@ def test_the_processor_counts_from_its_own_settings():
         ({"vmtc_layers": [-2]}, "vmtc_layers.*must be indices"),
         ({"vmtc_method": "prune"}, "vmtc_method"),
         ({"vmtc_merge_weights": "mean"}, "vmtc_merge_weights"),
+        ({"vmtc_kept_tokens": "novelty"}, "vmtc_kept_tokens"),
+        ({"vmtc_stage_placement": "first"}, "vmtc_stage_placement"),
         ({"use_vmtc": "yes"}, "use_vmtc"),
     ],
 )
@@ -315,6 +355,7 @@ def test_wrong_fields_are_named(kwargs, message):
         ({"vmtc_layers": [4]}, 5, "`vmtc_layers` names block 4, .* blocks 0 to 3"),
         ({"vmtc_layers": []}, 5, "no block may compress"),
         ({"vmtc_num_stages": 5}, 5, "`vmtc_num_stages` is 5, .* only 4 blocks.* fewer stages"),
+        ({"vmtc_num_stages": 5, "vmtc_stage_placement": "last"}, 5, "`vmtc_num_stages` is 5, .* only 4 blocks"),
         ({"use_vmtc": False}, 5, "`num_visual_tokens` is 5, but `use_vmtc` is off"),
     ],
 )

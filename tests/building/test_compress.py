@@ -24,9 +24,10 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from ta_llava import VmtcCmaiLlavaForConditionalGeneration, VmtcCmaiLlavaProcessor
-from ta_llava.building.compress import compress_llava
+from ta_llava import VmtcCmaiLlavaConfig, VmtcCmaiLlavaForConditionalGeneration, VmtcCmaiLlavaProcessor
+from ta_llava.building.compress import VMTC_PRESETS, compress_llava
 from ta_llava.publishing.export import export_model
+from ta_llava.vmtc import TRAINING_FREE_VMTC
 
 
 IMAGE_SIZE, PATCH_SIZE, NUM_PATCHES = 24, 4, 36
@@ -107,6 +108,11 @@ def load(folder: Path, **kwargs):
     return model.eval(), VmtcCmaiLlavaProcessor.from_pretrained(folder)
 
 
+def vmtc_settings(config):
+    """Those of a preset."""
+    return {name: getattr(config, name) for name in TRAINING_FREE_VMTC}
+
+
 def inputs_of(processor, **kwargs):
     return processor(
         images=EXAMPLE_IMAGE, text="USER: <image> what color is the shape?", return_tensors="pt", **kwargs
@@ -133,13 +139,29 @@ def test_the_command_line_turns_on_what_it_names_or_both(stock, tmp_path, argume
     model, processor = load(out)
     config = model.config
     assert (config.use_vmtc, config.vmtc_num_visual_tokens, config.use_cmai, config.cmai_max_ratio) == flags
-    assert config.vmtc_merge_weights == "normalized"
+    assert vmtc_settings(config) == TRAINING_FREE_VMTC
     assert (processor.use_vmtc, processor.vmtc_num_visual_tokens) == flags[:2]
     inputs = inputs_of(processor)
     expected = {(True, None): NUM_PATCHES // 2, (False, None): NUM_PATCHES}.get(flags[:2], flags[1])
     assert (inputs["input_ids"] == IMAGE_TOKEN_ID).sum() == expected
     assert model(**inputs).logits.isfinite().all()
     assert [path.name for path in out.parent.iterdir()] == ["out"]  # nothing is left of the work
+
+
+def test_the_papers_settings_on_request(stock, tmp_path):
+    paper, free = tmp_path / "paper", tmp_path / "free"
+    assert run("compress", stock, paper, "--visual-tokens", 9, "--preset", "paper")[0] == 0
+    config = load(paper)[0].config
+    stock_settings = vmtc_settings(VmtcCmaiLlavaConfig())
+    assert vmtc_settings(config) == stock_settings == VMTC_PRESETS["paper"]
+    assert stock_settings != TRAINING_FREE_VMTC
+    edit_json(paper / "config.json", vmtc_layers=[1, 2])  # they would replace the stages of the preset
+    config = compress_llava(paper, free, preset="training-free")
+    assert vmtc_settings(config) == TRAINING_FREE_VMTC
+    assert (config.vmtc_layers, config.vmtc_num_visual_tokens) == (None, 9)
+    code, _, error = run("compress", stock, tmp_path / "none", "--preset", "best")
+    assert code != 0 and "training-free, paper, got 'best'" in error
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_folder_has_all_that_the_hub_needs(stock, tmp_path):
@@ -332,15 +354,15 @@ def test_a_stock_processor_beside_a_compressed_model_is_named(stock, tmp_path):
 )
 def test_of_a_compressed_folder_what_is_not_named_stays(stock, tmp_path, arguments, flags, message):
     compress_llava(stock, tmp_path / "one", 9, 0.3)
-    # How it merges is what it was trained with, if it was.
-    edit_json(tmp_path / "one" / "config.json", vmtc_merge_weights="raw")
+    # How VMTC works is what it was trained with, if it was.
+    edit_json(tmp_path / "one" / "config.json", vmtc_layers=[1, 2], **VMTC_PRESETS["paper"])
     code, printed, _ = run("compress", tmp_path / "one", tmp_path / "two", *arguments)
     assert (code, printed.splitlines()[0]) == (0, f"Wrote {tmp_path / 'two'}: {message}")
     model, processor = load(tmp_path / "two")
     config = model.config
     assert (config.use_vmtc, config.vmtc_num_visual_tokens, config.use_cmai, config.cmai_max_ratio) == flags
     assert (processor.use_vmtc, processor.vmtc_num_visual_tokens) == flags[:2]
-    assert config.vmtc_merge_weights == "raw"
+    assert (vmtc_settings(config), config.vmtc_layers) == (VMTC_PRESETS["paper"], [1, 2])
     assert model(**inputs_of(processor)).logits.isfinite().all()
 
 
