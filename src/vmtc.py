@@ -276,8 +276,8 @@ def importance_scores(attention_row: torch.Tensor, num_patches: int) -> torch.Te
 def split_by_importance(importance: torch.Tensor, num_kept: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Equations 5 and 6: the indices of the primary tokens `(B, k)`, which have the highest IPS, in their original order, and
-    of the redundant tokens `(B, n - k)`, from the most to the least important. Among equally important tokens the first
-    counts as more important.
+    of the redundant tokens `(B, n - k)`, from the highest to the lowest IPS. Among equally important tokens the first is
+    kept.
     """
     order = importance.sort(dim=-1, descending=True, stable=True).indices
     return order[:, :num_kept].sort(dim=-1).values, order[:, num_kept:]
@@ -288,39 +288,45 @@ def split_by_novelty(
     tokens: torch.Tensor, importance: torch.Tensor, num_kept: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    As `split_by_importance`, but the tokens `(B, n, d)` with the largest novelty times the square root of IPS are primary, so
-    that several equal tokens do not all stay. This is not of the paper. Importance is not negative.
+    As `split_by_importance`, but by `novelty` times the square root of IPS, so that tokens `(B, n, d)` which are alike do not
+    all stay. This is not of the paper. Importance is not negative.
     """
-    order = importance.sort(dim=-1, descending=True, stable=True).indices
-    directions = nn.functional.normalize(_take_tokens(tokens, order).float(), dim=-1)
-    scores = importance.gather(1, order).sqrt() * _novelty(directions @ directions.mT)
-    ranks = scores.sort(dim=-1, descending=True, stable=True).indices
-    kept, redundant = ranks[:, :num_kept], ranks[:, num_kept:].sort(dim=-1).values
-    return order.gather(1, kept).sort(dim=-1).values, order.gather(1, redundant)
+    return split_by_importance(importance.sqrt() * novelty(_cosines(tokens), importance), num_kept)
 
 
-def _novelty(gram: torch.Tensor) -> torch.Tensor:
+def novelty(gram: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
     """
     One minus the cosine of each token to the nearest token that is more important, `(B, n)`. The most important token has 2,
-    the largest there is. `gram` `(B, n, n)` has the cosines between tokens, from the most to the least important.
+    the largest there is. Equally important tokens do not count for each other.
+
+    Args:
+        gram (`torch.FloatTensor` of shape `(B, n, n)`): Cosines between tokens.
+        importance (`torch.FloatTensor` of shape `(B, n)`): Their IPS.
     """
-    later = torch.ones_like(gram[0], dtype=torch.bool).triu()
-    return 1 - gram.masked_fill(later, -1).amax(dim=-1)
+    return 1 - gram.masked_fill(importance[:, None, :] <= importance[:, :, None], -1).amax(dim=-1)
+
+
+def _cosines(tokens: torch.Tensor) -> torch.Tensor:
+    """Cosines between tokens `(B, n, d)`: `(B, n, n)`, float32."""
+    directions = nn.functional.normalize(tokens.float(), dim=-1)
+    return directions @ directions.mT
 
 
 def choose_seeds(gram: torch.Tensor, importance: torch.Tensor, num_clusters: int) -> torch.Tensor:
     """
-    The tokens that clusters start from: those with the largest importance times novelty (`_novelty`). All seeds are found at
-    once, where K-means++ and its kin need a round for each.
+    The tokens that clusters start from: those with the largest importance times `novelty`. All seeds are found at once,
+    where K-means++ and its kin need a round for each.
 
     Args:
-        gram (`torch.FloatTensor` of shape `(B, n, n)`): Cosines between tokens, from the most to the least important.
-        importance (`torch.FloatTensor` of shape `(B, n)`): Their IPS, in the same order.
+        gram (`torch.FloatTensor` of shape `(B, n, n)`): Cosines between tokens.
+        importance (`torch.FloatTensor` of shape `(B, n)`): Their IPS.
 
     Returns:
         `torch.LongTensor` of shape `(B, c)`.
     """
-    return (importance * _novelty(gram)).sort(dim=-1, descending=True, stable=True).indices[:, :num_clusters]
+    return (
+        (importance * novelty(gram, importance)).sort(dim=-1, descending=True, stable=True).indices[:, :num_clusters]
+    )
 
 
 @torch.no_grad()
@@ -335,7 +341,7 @@ def cosine_kmeans(
     not depend on chance, and no step waits for values: a GPU gets about 25 kernels, whatever the number of clusters.
 
     Args:
-        tokens (`torch.FloatTensor` of shape `(B, n, d)`): From the most to the least important.
+        tokens (`torch.FloatTensor` of shape `(B, n, d)`).
         importance (`torch.FloatTensor` of shape `(B, n)`): Their IPS.
         num_clusters (`int`): Number of clusters c, at most n.
         num_iterations (`int`): Lloyd steps. One is enough from that start.
@@ -349,8 +355,7 @@ def cosine_kmeans(
     num_tokens = tokens.shape[1]
     if not 1 <= num_clusters <= num_tokens:
         raise ValueError(f"{num_tokens} tokens cannot make {num_clusters} clusters that are not empty.")
-    directions = nn.functional.normalize(tokens.float(), dim=-1)
-    gram = directions @ directions.mT
+    gram = _cosines(tokens)
     seeds = choose_seeds(gram, importance, num_clusters)
     clusters = torch.arange(num_clusters, device=tokens.device).expand_as(seeds)
     similarity = gram.gather(2, seeds[:, None, :].expand(-1, num_tokens, -1))
