@@ -288,8 +288,8 @@ def split_by_novelty(
     tokens: torch.Tensor, importance: torch.Tensor, num_kept: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    As `split_by_importance`, but by `novelty` times the square root of IPS, so that tokens `(B, n, d)` which are alike do not
-    all stay. This is not of the paper. Importance is not negative.
+    As `split_by_importance`, but by `novelty` times the square root of IPS: not all of the tokens `(B, n, d)` that are alike
+    stay. This is not of the paper. Importance is not negative.
     """
     return split_by_importance(importance.sqrt() * novelty(_cosines(tokens), importance), num_kept)
 

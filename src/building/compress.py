@@ -260,7 +260,8 @@ def _compressed_config(
     source: str | Path, folder: Path, flags: dict[str, Any], preset: str | None
 ) -> VmtcCmaiLlavaConfig:
     """
-    The config with the `vmtc_cmai_flags` and the preset of VMTC. The number of visual tokens is set later, when the size of the images is known.
+    The config with the `vmtc_cmai_flags` and the preset of VMTC. The number of visual tokens is set later, when the size of
+    the images is known.
 
     Raises:
         `ValueError`: The config does not belong to a LLaVA, or not to one that VMTC can be used with.
