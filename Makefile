@@ -78,6 +78,7 @@ bench: $(VENV)/installed-dev  ## measure both systems against LLaVA with the sam
 	$(BIN)/python benchmarks/compare_vmtc_cmai.py
 	$(BIN)/python benchmarks/compare_cached_features.py
 	$(BIN)/python benchmarks/count_training_cost.py
+	$(BIN)/python benchmarks/count_launches.py
 	$(BIN)/python benchmarks/plot_frames.py --output-dir benchmarks/results
 
 bench-full: $(VENV)/installed-dev  ## measure TA-LLaVA at the papers' sizes, and where its time goes (about 14 GB of memory; up to 90 minutes on 2 cores)

@@ -772,7 +772,9 @@ def test_a_compiled_decoding_step_takes_a_ratio(monkeypatch):
     model = build_llava("llama")
     inputs = llava_inputs(ROWS[:2])
     ratios = (0.2, 0.9, 0.5)
-    expected = [generate(model, inputs, cmai_max_ratio=each, max_new_tokens=6, suppress_tokens=None) for each in ratios]
+    expected = [
+        generate(model, inputs, cmai_max_ratio=each, max_new_tokens=6, suppress_tokens=None) for each in ratios
+    ]
     monkeypatch.setattr(type(model), "_valid_auto_compile_criteria", lambda *args: True)  # on the CPU too
     torch._dynamo.reset()
     config = GenerationConfig(cache_implementation="static", max_new_tokens=6, eos_token_id=EOS, pad_token_id=PAD)
