@@ -1,0 +1,237 @@
+"""
+Lets the models of `photographs.py` answer the questions of the test, with the visual tokens of each method.
+
+The vision tower is frozen, so what it gives for the pictures of the test is computed once for all seeds: its output, which
+the rivals select from, and the tokens of the methods that work inside it (VMTC and ToMe). Every finished piece is a file.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from grocery_questions import Question, score
+from photograph_models import cache_training_features, data_of, trained_model
+from PIL import Image
+from rival_towers import read_tower, run_tome
+from rivals import RIVALS, TowerOutput
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import ta_llava.vmtc
+from ta_llava import VmtcCmaiLlavaForConditionalGeneration
+from ta_llava.common.files import atomic_file, write_text
+from ta_llava.data.samples import open_image
+from ta_llava.inference import GREEDY
+from ta_llava.training.vision_feature_cache import VisionFeatureCache
+
+
+ALL_TOKENS, TOME = "all tokens", "ToMe"
+BATCH_SIZE = 64
+IMAGES_AT_ONCE = 20
+MAX_NEW_TOKENS = 20
+
+
+# --- methods -------------------------------------------------------------------------------------------------------
+
+
+def vmtc_variants(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Fields of VMTC by name: those of the config, and the package's own for models that were not trained with VMTC."""
+    preset = getattr(ta_llava.vmtc, "TRAINING_FREE_VMTC", None)
+    return config["vmtc"] | ({} if preset is None else {"VMTC, training-free preset": preset})
+
+
+def methods(config: dict[str, Any]) -> list[str]:
+    """All ways to give the LLaVA fewer tokens."""
+    return [*vmtc_variants(config), *RIVALS, TOME]
+
+
+def file_name(name: str) -> str:
+    return "".join(character if character.isalnum() else "-" for character in name.lower())
+
+
+# --- the vision tower ----------------------------------------------------------------------------------------------
+
+
+def pixels_of_test(folder: Path, config: dict[str, Any], title: str) -> Iterator[torch.Tensor]:
+    """The pictures of the test in batches `(B, 3, H, W)`."""
+    processor = AutoProcessor.from_pretrained(folder / "features-llava-init")
+    pictures = data_of(folder, config).test
+    for start in tqdm(range(0, len(pictures), IMAGES_AT_ONCE), desc=title):
+        images = [open_image(str(picture.path)) for picture in pictures[start : start + IMAGES_AT_ONCE]]
+        yield processor.image_processor(images, return_tensors="pt")["pixel_values"]
+
+
+def compute_tower_outputs(folder: Path, config: dict[str, Any]) -> None:
+    """Writes what the rivals need of all pictures of the test."""
+    path = folder / "test" / "tower.safetensors"
+    if path.is_file():
+        return
+    model = AutoModelForImageTextToText.from_pretrained(folder / "features-llava-init").eval()
+    outputs = [read_tower(model, pixels) for pixels in pixels_of_test(folder, config, "tower")]
+    tensors = {
+        "tokens": torch.cat([output.tokens for output in outputs]).half(),
+        "attention": torch.cat([output.attention for output in outputs]),
+        "keys": torch.cat([output.keys for output in outputs]).half(),
+    }
+    write_tensors(path, tensors, {"grid": json.dumps(outputs[0].grid)})
+
+
+def compute_compressed(folder: Path, config: dict[str, Any], method: str, budget: int) -> None:
+    """Writes the tokens of a method that works inside the tower, for all pictures of the test."""
+    path = folder / "test" / f"{file_name(method)}-{budget}.safetensors"
+    if path.is_file():
+        return
+    run = tower_method(folder / "features-llava-init", config, method, budget)
+    batches = [run(pixels) for pixels in pixels_of_test(folder, config, f"{method}, {budget}")]
+    write_tensors(path, {"tokens": torch.cat(batches).half()})
+
+
+def tower_method(
+    source: Path, config: dict[str, Any], method: str, budget: int
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function from pixels `(B, 3, H, W)` to the tokens `(B, budget, d)` of VMTC or ToMe."""
+    if method == TOME:
+        model: Any = AutoModelForImageTextToText.from_pretrained(source).eval()
+        return lambda pixels: run_tome(model, pixels, budget)
+    fields = {"use_vmtc": True, "vmtc_num_visual_tokens": budget, **vmtc_variants(config)[method]}
+    compressed: Any = VmtcCmaiLlavaForConditionalGeneration.from_pretrained(source, **fields).eval()
+    return torch.no_grad()(compressed.get_vision_features)
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as unfinished:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, metadata)
+
+
+@cache
+def load_tower_outputs(path: Path, side: int) -> TowerOutput:
+    tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
+    return TowerOutput(tensors["tokens"], tensors["attention"], tensors["keys"], (side, side))
+
+
+def features_of(folder: Path, config: dict[str, Any], model: Any, method: str, budget: int | None) -> torch.Tensor:
+    """The tokens `(pictures, budget, d)` that `method` leaves of all pictures of the test."""
+    if method not in (ALL_TOKENS, *RIVALS):
+        return load_file(folder / "test" / f"{file_name(method)}-{budget}.safetensors")["tokens"].float()
+    output = load_tower_outputs(folder / "test" / "tower.safetensors", config["image_size"] // 14)
+    if method == ALL_TOKENS:
+        return output.tokens
+    batches = []
+    for start in range(0, len(output.tokens), IMAGES_AT_ONCE):
+        part = slice(start, start + IMAGES_AT_ONCE)
+        tokens = output.tokens[part]
+        projected = model.model.multi_modal_projector(tokens) if method == "DivPrune" else None
+        batch = TowerOutput(tokens, output.attention[part], output.keys[part], output.grid, projected)
+        batches.append(RIVALS[method](batch, int(budget or 0)))
+    return torch.cat(batches)
+
+
+# --- answers -------------------------------------------------------------------------------------------------------
+
+
+class Prompts:
+    """
+    Token ids of questions about one picture, as the processor of a model makes them.
+
+    Args:
+        processor: Processor of a LLaVA or a TA-LLaVA.
+        num_placeholders (`int`, *optional*): Placeholders of the picture, in place of those that the processor writes.
+    """
+
+    def __init__(self, processor: Any, num_placeholders: int | None = None):
+        self.processor, self.num_placeholders = processor, num_placeholders
+        self.image_token_id = processor.image_token_id
+        self.known: dict[str, list[int]] = {}
+
+    def __call__(self, text: str) -> list[int]:
+        if text not in self.known:
+            content = [{"type": "image", "image": Image.new("RGB", (32, 32))}, {"type": "text", "text": text}]
+            inputs = self.processor.apply_chat_template(
+                [{"role": "user", "content": content}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+            ids = inputs["input_ids"][0].tolist()
+            if self.num_placeholders is not None:
+                first = ids.index(self.image_token_id)
+                rest = [token for token in ids[first:] if token != self.image_token_id]
+                ids = [*ids[:first], *[self.image_token_id] * self.num_placeholders, *rest]
+            self.known[text] = ids
+        return self.known[text]
+
+
+@torch.no_grad()
+def answer(
+    model: Any, processor: Any, asked: Sequence[tuple[str, torch.Tensor]], num_placeholders: int | None = None
+) -> list[str]:
+    """
+    Answers questions by greedy decoding.
+
+    Args:
+        asked: Questions, each with the `vision_features` of its picture: `(M, d)` for a LLaVA, `(1, M, d)` for a TA-LLaVA.
+        num_placeholders (`int`, *optional*): See [`Prompts`].
+    """
+    prompts = Prompts(processor, num_placeholders)
+    ids = [prompts(text) for text, _ in asked]
+    pad = processor.tokenizer.pad_token_id
+    order = sorted(range(len(ids)), key=lambda index: (len(ids[index]), asked[index][0]))  # alike questions together
+    answers = [""] * len(ids)
+    for start in range(0, len(order), BATCH_SIZE):
+        chosen = order[start : start + BATCH_SIZE]
+        length = max(len(ids[index]) for index in chosen)
+        rows = [[pad] * (length - len(ids[index])) + ids[index] for index in chosen]
+        mask = [[0] * (length - len(ids[index])) + [1] * len(ids[index]) for index in chosen]
+        output = model.generate(
+            input_ids=torch.tensor(rows),
+            attention_mask=torch.tensor(mask),
+            vision_features=torch.stack([asked[index][1] for index in chosen]),
+            max_new_tokens=MAX_NEW_TOKENS,
+            **GREEDY,
+        )
+        for index, row in zip(chosen, output[:, length:]):
+            answers[index] = processor.tokenizer.decode(row, skip_special_tokens=True).strip()
+    return answers
+
+
+def write_scores(path: Path, questions: Sequence[Question], answers: Sequence[str]) -> None:
+    scores = [score(question, given) for question, given in zip(questions, answers)]
+    write_text(path, json.dumps({"scores": scores, "answers": list(answers)}))
+
+
+load_once = cache(trained_model)
+
+
+def answer_with_llava(folder: Path, config: dict[str, Any], seed: int, method: str, budget: int | None) -> None:
+    """Writes the answers of the LLaVA of a seed with the tokens that a method leaves."""
+    path = folder / "scores" / f"llava-{seed}" / f"{file_name(method)}-{budget or 'all'}.json"
+    if path.is_file():
+        return
+    model, processor = load_once(folder, f"llava-{seed}")
+    with torch.no_grad():
+        features = features_of(folder, config, model, method, budget)
+    data = data_of(folder, config)
+    places = {picture.path: index for index, picture in enumerate(data.test)}
+    asked = [(question.text, features[places[picture.path]]) for picture, question in data.questions]
+    answers = answer(model, processor, asked, features.shape[1])
+    write_scores(path, [question for _, question in data.questions], answers)
+
+
+def answer_with_ta_llava(folder: Path, config: dict[str, Any], seed: int, length: int) -> None:
+    """Writes the answers of the TA-LLaVA of a seed with `length` prefix tokens."""
+    path = folder / "scores" / f"ta-llava-{seed}" / f"{length}.json"
+    if path.is_file():
+        return
+    cache_training_features(folder, config, "ta_llava")  # nothing to compute if the model was trained here
+    model, processor = load_once(folder, f"ta-llava-{length}-{seed}")
+    features = VisionFeatureCache(folder / "features" / "ta_llava", model, processor)
+    data = data_of(folder, config)
+    by_path = {picture.path: features.get(str(picture.path.resolve()))[None] for picture in data.test}
+    asked = [(question.text, by_path[picture.path]) for picture, question in data.questions]
+    write_scores(path, [question for _, question in data.questions], answer(model, processor, asked))

@@ -1,0 +1,281 @@
+"""
+Compares VMTC with its rivals at equal tokens on photographs: accuracy without training, time and operations. TA-LLaVA
+answers the same questions.
+
+    PYTHONPATH=experiments python benchmarks/photographs.py --data GroceryStoreDataset
+
+The photographs are those of the public GroceryStoreDataset (`grocery_questions.py`). Sizes of models and training are in
+`photographs.yaml`. The output folder keeps finished work: rerun the same command to resume. The results are a JSON file with
+all scores, and tables in Markdown.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from compare_with_llava import describe_machine
+from grocery_questions import read_photos
+from photograph_answers import (
+    ALL_TOKENS,
+    TOME,
+    Prompts,
+    answer_with_llava,
+    answer_with_ta_llava,
+    compute_compressed,
+    compute_tower_outputs,
+    methods,
+    tower_method,
+    vmtc_variants,
+)
+from photograph_models import cache_training_features, data_of, prepare, train_llava, train_ta_llava, trained_model
+from photograph_tables import (
+    Results,
+    cell,
+    format_average,
+    format_differences,
+    format_ta_llava,
+    format_times,
+    format_types,
+)
+from rival_towers import read_tower
+from rivals import RIVALS
+from tables import Job, run_job
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
+
+from ta_llava.analysis.cost import CPU_ATTENTION
+from ta_llava.common.files import write_text
+
+
+CONFIG = Path(__file__).parent / "photographs.yaml"
+IMAGES = 8  # timed at once
+ROUNDS = 7
+
+
+# --- jobs ----------------------------------------------------------------------------------------------------------
+
+
+def list_jobs(config: dict[str, Any]) -> list[list[Job]]:
+    """All jobs. The jobs of a list need those of the lists before it."""
+    budgets, seeds = config["budgets"], config["seeds"]
+    features = [Job(f"features-{stage}", cache_training_features, (stage,)) for stage in ("llava", "ta_llava")]
+    towers = [Job("tower", compute_tower_outputs, ())]
+    towers += [
+        Job(f"tower-{name}-{budget}", compute_compressed, (name, budget))
+        for name in (*vmtc_variants(config), TOME)
+        for budget in budgets
+    ]
+    training = [Job(f"train-llava-{seed}", train_llava, (seed,)) for seed in seeds]
+    training += [
+        Job(f"train-ta-llava-{length}-{seed}", train_ta_llava, (seed, length))
+        for seed in seeds
+        for length in config["prefix_lengths"]
+    ]
+    answers = [
+        Job(f"answers-{seed}-{name}-{budget}", answer_with_llava, (seed, name, budget))
+        for seed in seeds
+        for name, budget in [(ALL_TOKENS, None), *((name, budget) for budget in budgets for name in methods(config))]
+    ]
+    answers += [
+        Job(f"answers-ta-llava-{length}-{seed}", answer_with_ta_llava, (seed, length))
+        for seed in seeds
+        for length in config["prefix_lengths"]
+    ]
+    return [features, training + towers, answers]
+
+
+def run_jobs(folder: Path, config: dict[str, Any], workers: int) -> list[str]:
+    """Runs the jobs, each on one core, and returns the names of those that failed."""
+    failed: list[str] = []
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    lists = list_jobs(config)
+    context = multiprocessing.get_context("spawn")
+    with (
+        tqdm(total=sum(map(len, lists)), unit="job") as bar,
+        ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool,
+    ):
+        for jobs in lists:
+            futures = {pool.submit(run_job, job, folder, config): job for job in jobs}
+            for future in as_completed(futures):
+                if not future.result():
+                    failed.append(futures[future].name)
+                    tqdm.write(f"{failed[-1]} failed, see {folder / 'logs' / failed[-1]}.log", file=sys.stderr)
+                bar.update()
+            if failed:
+                break
+    return failed
+
+
+def check_config(folder: Path, config: dict[str, Any]) -> None:
+    """
+    Remembers the config of a folder. A later run may add seeds, budgets, prefix lengths and variants of VMTC.
+
+    Raises:
+        `ValueError`: The folder was begun with other sizes.
+    """
+    path = folder / "config.json"
+    fixed = {
+        name: value for name, value in config.items() if name not in ("data", "seeds", "budgets", "prefix_lengths")
+    }
+    begun_with = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else fixed
+    common = begun_with["vmtc"].keys() & fixed["vmtc"].keys()
+    for name in fixed.keys() | begun_with.keys():
+        now, then = fixed.get(name), begun_with.get(name)
+        if name == "vmtc":
+            now, then = ({key: variants[key] for key in common} for variants in (now, then))
+        if now != then:
+            raise ValueError(f"{folder} was begun with `{name}` {then}, not {now}. Choose another --output-dir.")
+    write_text(path, json.dumps(fixed | {"vmtc": begun_with["vmtc"] | fixed["vmtc"]}, indent=1))
+
+
+# --- time ----------------------------------------------------------------------------------------------------------
+
+
+def measure_times(folder: Path, config: dict[str, Any], rounds: int = ROUNDS) -> dict[str, Any]:
+    """
+    Time and operations of the tower with each method, and of the prefill, in turns. The file `times.json` keeps them.
+    """
+    path = folder / "times.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    name = f"llava-{config['seeds'][0]}"
+    model, processor = trained_model(folder, name)
+    pixels = torch.randn(IMAGES, 3, config["image_size"], config["image_size"])
+    calls = list_calls(folder / name / "trained", config, model, processor, pixels)
+    seconds: dict[tuple[str, int, str], list[float]] = {key: [] for key in calls}
+    with torch.no_grad():
+        for number in tqdm(range(rounds + 1), desc="times", unit="round"):
+            for key, call in calls.items():
+                start = time.perf_counter()
+                call()
+                if number > 0:  # the first warms up
+                    seconds[key].append(time.perf_counter() - start)
+        operations = {key: count_operations(call) for key, call in calls.items()}
+    torch.set_num_threads(num_threads)
+    rows = [
+        {"method": method, "tokens": tokens}
+        | {f"{part}_s": median(seconds[method, tokens, part]) for part in ("tower", "prefill")}
+        | {f"{part}_operations": operations[method, tokens, part] // IMAGES for part in ("tower", "prefill")}
+        for method, tokens, part in calls
+        if part == "tower"
+    ]
+    times = {"machine": describe_machine(torch.float32), "rounds": rounds, "images": IMAGES, "rows": rows}
+    write_text(path, json.dumps(times, indent=1))
+    return times
+
+
+def list_calls(
+    source: Path, config: dict[str, Any], model: Any, processor: Any, pixels: torch.Tensor
+) -> dict[tuple[str, int, str], Callable[[], Any]]:
+    """What is timed, by method, visual tokens and part ("tower" with the method, or "prefill")."""
+    all_tokens = model.get_vision_features(pixels).shape[1]
+    calls: dict[tuple[str, int, str], Callable[[], Any]] = {}
+
+    def add(method: str, budget: int, tower: Callable[[], torch.Tensor]) -> None:
+        with torch.no_grad():
+            features = tower()
+        ids = torch.tensor([Prompts(processor, features.shape[1])("What kind of product is this?")] * IMAGES)
+        calls[method, budget, "tower"] = tower
+        calls[method, budget, "prefill"] = lambda: model(input_ids=ids, vision_features=features, logits_to_keep=1)
+
+    add(ALL_TOKENS, all_tokens, lambda: model.get_vision_features(pixels))
+    for budget in config["budgets"]:
+        for method in methods(config):
+            if method in RIVALS:
+                add(method, budget, lambda method=method, budget=budget: run_rival(model, pixels, method, budget))
+            else:
+                run = tower_method(source, config, method, budget)
+                add(method, budget, lambda run=run: run(pixels))
+    return calls
+
+
+def run_rival(model: Any, pixels: torch.Tensor, method: str, budget: int) -> torch.Tensor:
+    output = read_tower(model, pixels)
+    if method == "DivPrune":
+        output.projected = model.model.multi_modal_projector(output.tokens)
+    return RIVALS[method](output, budget)
+
+
+def count_operations(call: Callable[[], Any]) -> int:
+    """Floating point operations of matrix products."""
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+# --- results -------------------------------------------------------------------------------------------------------
+
+
+def write_results(folder: Path, config: dict[str, Any], out: Path) -> None:
+    """Writes `photographs.json` and `photographs.md` of a finished run to the folder `out`."""
+    data, times = data_of(folder, config), measure_times(folder, config)
+    results = Results(folder, config, data)
+    seeds = ", ".join(map(str, config["seeds"]))
+    over = (
+        f"questions and {len(config['seeds'])} seeds" if len(config["seeds"]) > 1 else "questions (there is one seed)"
+    )
+    head = (
+        f"# Photographs\n\n{len(data.questions)} questions about {config['test_photographs']} photographs and "
+        f"{config['test_grids']} grids of the official test split; seeds {seeds}. ± is half of a 95 % interval over {over}. "
+        f"The language model has {config['language_model']['num_hidden_layers']} layers of width "
+        f"{config['language_model']['hidden_size']}, and was trained with all visual tokens of DINOv2-small."
+    )
+    parts = [format_average(results), format_differences(results), format_types(results)]
+    parts += [format_ta_llava(results)] if config["prefix_lengths"] else []
+    write_text(out / "photographs.md", "\n\n".join([head, *parts, format_times(times)]) + "\n")
+    accuracy = {
+        f"{method}-{budget or 'all'}": {name: cell(draws) for name, draws in results.llava(method, budget).items()}
+        for method, budget in [(ALL_TOKENS, None), *((m, b) for b in config["budgets"] for m in methods(config))]
+    }
+    accuracy |= {
+        f"TA-LLaVA-{length}": {name: cell(draws) for name, draws in results.read("ta-llava", str(length)).items()}
+        for length in config["prefix_lengths"]
+    }
+    record = {
+        "config": {name: value for name, value in config.items() if name != "data"},
+        "vmtc": vmtc_variants(config),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "accuracy": accuracy,
+        "times": times,
+    }
+    write_text(out / "photographs.json", json.dumps(record, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder of the GroceryStoreDataset")
+    parser.add_argument("--config", type=Path, default=CONFIG)
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/photographs"))
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--seeds", type=int, nargs="+", help="seeds to train with (default: those of the config)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="jobs at a time, each on one core")
+    arguments = parser.parse_args()
+    config = yaml.safe_load(arguments.config.read_text(encoding="utf-8"))
+    config["data"] = str(arguments.data)
+    config["seeds"] = arguments.seeds or config["seeds"]
+    try:
+        read_photos(arguments.data)
+        check_config(arguments.output_dir, config)
+    except ValueError as error:
+        sys.exit(str(error))
+    prepare(arguments.output_dir, config)
+    if failed := run_jobs(arguments.output_dir, config, arguments.workers):
+        sys.exit(f"{len(failed)} jobs failed: {', '.join(failed)}. Rerun the same command to retry only these.")
+    write_results(arguments.output_dir, config, arguments.results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""The benchmark on photographs: prompts, answers with given features, intervals, tables, and what a folder remembers."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import photograph_answers
+import photograph_tables
+import pytest
+import torch
+from conftest import make_lively
+from grocery_questions import Question
+from photograph_answers import ALL_TOKENS, Prompts, answer, features_of, file_name, vmtc_variants, write_tensors
+from photograph_tables import AVERAGE, Resamples, Results, accuracies, format_average, format_differences, interval
+from photographs import check_config, list_jobs
+from PIL import Image
+from rivals import RIVALS
+from tiny_parts import save_language_model, save_tower
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from ta_llava.building.assemble import assemble_llava, assemble_ta_llava
+from ta_llava.inference import answer as answer_about_images
+
+
+CONFIG = {
+    "seeds": [0, 1],
+    "budgets": [12, 6],
+    "prefix_lengths": [2],
+    "vmtc": {"VMTC": {}},
+    "image_size": 56,
+    "train_grids": 3,
+}
+QUESTIONS = ["What is this?", "Compare the two.", "Is the model an assistant?"]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parts")
+    save_tower(folder / "tower", "dinov2")
+    save_language_model(folder / "language-model", "gemma")
+    return folder / "tower", folder / "language-model"
+
+
+def talkative(folder):
+    """A model that answers differently to each question, and at full length."""
+    model = make_lively(AutoModelForImageTextToText.from_pretrained(folder)).eval()
+    model.generation_config.eos_token_id = None
+    return model, AutoProcessor.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def llava(parts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llava") / "model"
+    assemble_llava(folder, *parts)
+    return talkative(folder)
+
+
+@pytest.fixture(scope="module")
+def ta_llava(parts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ta-llava") / "model"
+    assemble_ta_llava(folder, *parts, num_prefix_tokens=3, adapter_interval=2)
+    return talkative(folder)
+
+
+def pictures():
+    generator = np.random.default_rng(0)
+    return [Image.fromarray(generator.integers(0, 255, (24, 24, 3), dtype=np.uint8)) for _ in QUESTIONS]
+
+
+@pytest.mark.parametrize("kind", ["llava", "ta_llava"])
+def test_answers_with_features_are_those_about_the_images(kind, request):
+    """So prompts, placeholders and features are what `ta-llava ask` makes of the same images."""
+    model, processor = request.getfixturevalue(kind)
+    images = pictures()
+    expected = list(
+        answer_about_images(model, processor, [([i], q) for i, q in zip(images, QUESTIONS)], max_new_tokens=20)
+    )
+    pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        features = model.get_vision_features(pixels if kind == "llava" else pixels[:, None])
+    if kind == "ta_llava":
+        features = features.reshape(len(images), 1, -1, features.shape[-1])
+    assert answer(model, processor, list(zip(QUESTIONS, features))) == expected
+    assert len(set(expected)) > 1 and all(expected)
+
+
+def test_placeholders_for_fewer_tokens(llava):
+    _, processor = llava
+    full, fewer = Prompts(processor)(QUESTIONS[0]), Prompts(processor, 5)(QUESTIONS[0])
+    token = processor.image_token_id
+    assert fewer.count(token) == 5 < full.count(token)
+    assert [i for i in fewer if i != token] == [i for i in full if i != token]
+    assert fewer.index(token) == full.index(token)
+
+
+def test_features_of_each_method(llava, tmp_path):
+    model, _ = llava
+    generator = torch.Generator().manual_seed(0)
+    width = model.config.vision_config.hidden_size
+    tensors = {
+        "tokens": torch.randn(3, 16, width, generator=generator),
+        "attention": torch.rand(3, 16, generator=generator),
+        "keys": torch.randn(3, 2, 16, 4, generator=generator),
+    }
+    write_tensors(tmp_path / "test" / "tower.safetensors", tensors)
+    write_tensors(tmp_path / "test" / "vmtc-6.safetensors", {"tokens": torch.full((3, 6, width), 2.0)})
+    with torch.no_grad():
+        assert torch.equal(features_of(tmp_path, CONFIG, model, ALL_TOKENS, None), tensors["tokens"])
+        assert (features_of(tmp_path, CONFIG, model, "VMTC", 6) == 2).all()
+        for name in RIVALS:
+            assert features_of(tmp_path, CONFIG, model, name, 4).shape == (3, 4, width)
+
+
+def test_the_presets_of_the_package_are_measured_when_it_has_them(monkeypatch):
+    preset = {"vmtc_merge_weights": "normalized"}
+    monkeypatch.setattr(photograph_answers.ta_llava.vmtc, "TRAINING_FREE_VMTC", preset, raising=False)
+    assert vmtc_variants(CONFIG) == {"VMTC": {}, "VMTC, training-free preset": preset}
+    monkeypatch.delattr(photograph_answers.ta_llava.vmtc, "TRAINING_FREE_VMTC")
+    assert vmtc_variants(CONFIG) == {"VMTC": {}}
+
+
+# --- tables --------------------------------------------------------------------------------------------------------
+
+
+def test_accuracies_by_hand():
+    scores = np.array([[1, 0, 1, 1], [0, 0, 1, 0.5]])
+    types, pictures = ["kind", "list", "kind", "list"], np.array([0, 0, 1, 1])
+    once = Resamples(np.array([[1, 1], [2, 0]]), np.array([[1, 1], [0, 2]]))
+    result = accuracies(scores, types, pictures, once)
+    np.testing.assert_allclose(result["kind"], [75, 0])  # then: only picture 0, only the second seed
+    np.testing.assert_allclose(result["list"], [37.5, 0])
+    np.testing.assert_allclose(result[AVERAGE], [56.25, 0])
+
+
+def test_the_interval_covers_questions_and_seeds():
+    resamples = Resamples.draw(400, 1, draws=4000)
+    assert (resamples.pictures[0] == 1).all() and (resamples.pictures.sum(axis=1) == 400).all()
+    scores = (np.arange(400) % 2)[None].astype(float)
+    draws = accuracies(scores, ["kind"] * 400, np.arange(400), resamples)["kind"]
+    value, half = interval(draws)
+    assert value == 50 and half == pytest.approx(100 * 1.96 * (0.25 / 400) ** 0.5, rel=0.1)
+    alike = np.repeat(scores[:, :100], 4, axis=1)  # four questions about each picture, with the same score
+    of_pictures = Resamples.draw(100, 1, draws=4000)
+    _, wider = interval(accuracies(alike, ["kind"] * 400, np.repeat(np.arange(100), 4), of_pictures)["kind"])
+    assert wider == pytest.approx(2 * half, rel=0.15)
+    seeds = np.stack([np.zeros(400), np.ones(400)])
+    _, over_seeds = interval(accuracies(seeds, ["kind"] * 400, np.arange(400), Resamples.draw(400, 2))["kind"])
+    assert over_seeds == 50  # both seeds, or one of them twice
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Scores of two seeds on 20 pictures: the methods lose less the later they are in the list."""
+    questions = [(SimpleNamespace(path=n // 2), Question(("kind", "random")[n % 2], "?", "yes")) for n in range(40)]
+    data = SimpleNamespace(test=[SimpleNamespace(path=n) for n in range(20)], questions=questions)
+    names = ["VMTC", *RIVALS, "ToMe"]
+    for seed in (0, 1):
+        folder = tmp_path / "scores" / f"llava-{seed}"
+        folder.mkdir(parents=True)
+        (folder / f"{file_name(ALL_TOKENS)}-all.json").write_text(json.dumps({"scores": [1.0] * 40}))
+        for budget in (12, 6):
+            for index, name in enumerate(names):
+                wrong = 2 * (len(names) - index)
+                scores = [0.0] * wrong + [1.0] * (40 - wrong)
+                (folder / f"{file_name(name)}-{budget}.json").write_text(json.dumps({"scores": scores}))
+    return Results(tmp_path, CONFIG, data)
+
+
+@pytest.fixture(autouse=True)
+def no_preset(monkeypatch):
+    monkeypatch.delattr(photograph_answers.ta_llava.vmtc, "TRAINING_FREE_VMTC", raising=False)
+
+
+def test_tables(results):
+    table = format_average(results)
+    rows = {row.split("|")[1].strip(): row.split("|")[2:-1] for row in table.splitlines() if row.startswith("|")}
+    assert set(rows) == {"visual tokens", "---", "VMTC", *RIVALS, "ToMe"}
+    assert rows["ToMe"][0].strip().startswith("95.0 ±") and rows["VMTC"][0].strip().startswith("55.0 ±")
+    (row, *_) = [
+        line.split("|")[1:-1] for line in format_differences(results).splitlines() if line.startswith("| VMTC")
+    ]
+    cells = [cell.strip() for cell in row]
+    assert cells[:3] == ["VMTC", "12", "ToMe"]
+    assert [cell.split(" ")[0] for cell in cells[3:]] == ["-40.0", "-15.0", "-5.0", "-45.0"]
+
+
+def test_equal_methods_differ_by_nothing(results):
+    scores = results.all_methods(12)
+    assert interval(scores["VMTC"][AVERAGE] - scores["VMTC"][AVERAGE]) == (0, 0)
+    assert photograph_tables.cell(np.zeros(5), "+") == "+0.0 ± 0.0"
+
+
+# --- the run -------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_keeps_its_sizes_and_may_get_more_seeds(tmp_path):
+    check_config(tmp_path, {**CONFIG, "data": "here"})
+    more = {**CONFIG, "seeds": [0, 1, 2], "data": "there", "vmtc": {"other": {"vmtc_num_stages": 2}}}
+    check_config(tmp_path, more)
+    check_config(tmp_path, CONFIG)
+    with pytest.raises(ValueError, match="`train_grids` 3, not 4"):
+        check_config(tmp_path, {**CONFIG, "train_grids": 4})
+    with pytest.raises(ValueError, match="`vmtc`.*'vmtc_num_stages': 2"):
+        check_config(tmp_path, {**CONFIG, "vmtc": {"other": {"vmtc_num_stages": 4}}})
+
+
+def test_every_method_is_asked_with_every_budget_and_seed():
+    *_, last = list_jobs(CONFIG)
+    names = [job.name for job in last]
+    assert len(set(names)) == len(names) == 2 * (1 + 2 * (1 + len(RIVALS) + 1)) + 2
+    assert {job.arguments for job in last if "DivPrune" in job.name} == {
+        (seed, "DivPrune", budget) for seed in (0, 1) for budget in (12, 6)
+    }
