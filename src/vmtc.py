@@ -92,7 +92,7 @@ class VmtcConfig(PreTrainedConfig):
             Indices, from 0, of the blocks that compress. They replace those of the two fields above.
         vmtc_kept_tokens (`str`, *optional*, defaults to `"importance"`):
             Which tokens stay as they are. `"importance"`: the most important ones (equation 5). `"importance_and_novelty"`:
-            those with the largest novelty times the square root of importance. The novelty of a token is one minus its
+            those with the largest importance times novelty. The novelty of a token is one minus its
             cosine to the nearest more important token. It is not of the paper, and it helps a model that was not trained
             with VMTC.
         vmtc_cluster_ratio (`float`, *optional*, defaults to 10/64):
@@ -288,10 +288,10 @@ def split_by_novelty(
     tokens: torch.Tensor, importance: torch.Tensor, num_kept: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    As `split_by_importance`, but by `novelty` times the square root of IPS: not all of the tokens `(B, n, d)` that are alike
-    stay. This is not of the paper. Importance is not negative.
+    As `split_by_importance`, but by IPS times `novelty`: not all of the tokens `(B, n, d)` that are alike stay. This is not
+    of the paper.
     """
-    return split_by_importance(importance.sqrt() * novelty(_cosines(tokens), importance), num_kept)
+    return split_by_importance(importance * novelty(_cosines(tokens), importance), num_kept)
 
 
 def novelty(gram: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
