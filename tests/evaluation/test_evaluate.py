@@ -136,12 +136,12 @@ def test_paths_of_images_are_relative_to_the_file(tmp_path):
 
 
 def test_vmtc_and_cmai(tmp_path, data):
-    results = run(tmp_path / "out", data, model=DEFAULT_LLAVA, num_visual_tokens=16, cmai_max_ratio=0.6)
+    results = run(tmp_path / "out", data, model=DEFAULT_LLAVA, num_visual_tokens=32, cmai_max_ratio=0.6)
     assert results["scores"]["color"]["accuracy"] == 1
-    assert (results["settings"]["visual_tokens"], results["settings"]["cmai"]) == (16, 0.6)
+    assert (results["settings"]["visual_tokens"], results["settings"]["cmai"]) == (32, 0.6)
     assert results["model_type"] == "llava"
     title = (tmp_path / "out" / "results.md").read_text().splitlines()[0]
-    assert title == f"# {DEFAULT_LLAVA}: data, 5 questions, 16 visual tokens, CMAI 0.6"
+    assert title == f"# {DEFAULT_LLAVA}: data, 5 questions, 32 visual tokens, CMAI 0.6"
 
 
 def test_an_adapter(tmp_path, data):
