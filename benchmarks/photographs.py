@@ -142,7 +142,7 @@ def check_config(folder: Path, config: dict[str, Any]) -> None:
 # --- time ----------------------------------------------------------------------------------------------------------
 
 
-def measure_times(folder: Path, config: dict[str, Any], rounds: int = ROUNDS) -> dict[str, Any]:
+def measure_times(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     """
     Time and operations of the tower with each method, and of the prefill, in turns. The file `times.json` keeps them.
     """
@@ -157,7 +157,7 @@ def measure_times(folder: Path, config: dict[str, Any], rounds: int = ROUNDS) ->
     calls = list_calls(folder / name / "trained", config, model, processor, pixels)
     seconds: dict[tuple[str, int, str], list[float]] = {key: [] for key in calls}
     with torch.no_grad():
-        for number in tqdm(range(rounds + 1), desc="times", unit="round"):
+        for number in tqdm(range(ROUNDS + 1), desc="times", unit="round"):
             for key, call in calls.items():
                 start = time.perf_counter()
                 call()
@@ -172,7 +172,7 @@ def measure_times(folder: Path, config: dict[str, Any], rounds: int = ROUNDS) ->
         for method, tokens, part in calls
         if part == "tower"
     ]
-    times = {"machine": describe_machine(torch.float32), "rounds": rounds, "images": IMAGES, "rows": rows}
+    times = {"machine": describe_machine(torch.float32), "rounds": ROUNDS, "images": IMAGES, "rows": rows}
     write_text(path, json.dumps(times, indent=1))
     return times
 
