@@ -62,7 +62,8 @@ def load_shipped(name: str, backend: str | None = None, dtype: torch.dtype = tor
         model = AutoModelForImageTextToText.from_pretrained(SHIPPED_MODEL, **kwargs)
         return model.to(DEVICE), AutoProcessor.from_pretrained(SHIPPED_MODEL)
     _, config, processor = compressed_parts(SHIPPED_LLAVA, num_visual_tokens=16, cmai_max_ratio=0.6)
-    config.vmtc_kept_tokens = "importance"  # by novelty, rounded weights keep other patches, and outputs are of other columns
+    # By novelty, rounded weights keep other patches, and outputs are of other columns.
+    config.vmtc_kept_tokens = "importance"
     model = VmtcCmaiLlavaForConditionalGeneration.from_pretrained(SHIPPED_LLAVA, config=config, **kwargs)
     return model.to(DEVICE), processor
 
