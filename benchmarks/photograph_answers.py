@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from grocery_questions import Question, score
-from photograph_models import cache_training_features, data_of, trained_model
+from photograph_models import cache_training_features, data_of, open_cache, trained_model
 from PIL import Image
 from rival_towers import read_tower, run_tome
 from rivals import RIVALS, TowerOutput
@@ -26,7 +26,6 @@ from ta_llava import VmtcCmaiLlavaForConditionalGeneration
 from ta_llava.common.files import atomic_file, write_text
 from ta_llava.data.samples import open_image
 from ta_llava.inference import GREEDY
-from ta_llava.training.vision_feature_cache import VisionFeatureCache
 
 
 ALL_TOKENS, TOME = "all tokens", "ToMe"
@@ -230,8 +229,8 @@ def answer_with_ta_llava(folder: Path, config: dict[str, Any], seed: int, length
         return
     cache_training_features(folder, config, "ta_llava")  # nothing to compute if the model was trained here
     model, processor = load_once(folder, f"ta-llava-{length}-{seed}")
-    features = VisionFeatureCache(folder / "features" / "ta_llava", model, processor)
+    features = open_cache(folder, "ta_llava", model, processor)
     data = data_of(folder, config)
-    by_path = {picture.path: features.get(str(picture.path.resolve()))[None] for picture in data.test}
+    by_path = {picture.path: features.get(str(picture.path.resolve()))[None].float() for picture in data.test}
     asked = [(question.text, by_path[picture.path]) for picture, question in data.questions]
     write_scores(path, [question for _, question in data.questions], answer(model, processor, asked))

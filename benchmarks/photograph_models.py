@@ -84,10 +84,9 @@ def write_training_data(folder: Path, config: dict[str, Any], stage: str, seed: 
     path = folder / "data" / f"{stage}-{seed}.json"
     if not path.is_file():
         data = data_of(folder, config)
-        records_of = {"text": "text", "llava": "conversations", "ta_llava": "questions"}[stage]
-        write_records(
-            path, training_records(data.train, data.kinds, config["stages"][stage]["copies"], seed, records_of)
-        )
+        copies = config["stages"][stage]["copies"]
+        one_each = stage == "ta_llava"
+        write_records(path, training_records(data.train, data.kinds, copies, seed, one_each))
     return path
 
 
@@ -150,7 +149,7 @@ def train_stage(
         "training_arguments.max_steps": sizes["steps"],
         "training_arguments.learning_rate": sizes["learning_rate"],
         "training_arguments.seed": seed,
-        "training_arguments.bf16": "false",
+        "training_arguments.bf16": "true",
         "training_arguments.gradient_checkpointing": "false",
         "training_arguments.dataloader_num_workers": 0,
         "training_arguments.save_steps": 100,
@@ -169,11 +168,16 @@ def cache_training_features(folder: Path, config: dict[str, Any], stage: str) ->
         settings = {} if stage == "llava" else {"adapter_interval": config["adapter_interval"]}
         assemble(start, folder / "tower", folder / f"language-model-{config['seeds'][0]}", **settings)
     model, processor = AutoModelForImageTextToText.from_pretrained(start), AutoProcessor.from_pretrained(start)
-    cached = VisionFeatureCache(folder / "features" / stage, model, processor)
+    cached = open_cache(folder, stage, model, processor)
     pictures = data_of(folder, config).train
     if stage == "ta_llava":  # it answers the test from this cache too
         pictures = [*pictures, *data_of(folder, config).test]
     cached.fill([str(picture.path.resolve()) for picture in pictures])
+
+
+def open_cache(folder: Path, stage: str, model: Any, processor: Any) -> VisionFeatureCache:
+    """The cache of features that all models of a stage train with, in the dtype of the training."""
+    return VisionFeatureCache(folder / "features" / stage, model, processor, torch.bfloat16)
 
 
 def train_llava(folder: Path, config: dict[str, Any], seed: int) -> None:

@@ -23,7 +23,7 @@ A layer of the language model does this:
 2. It takes two parts from the rows of the text tokens (`split`): the text-to-image attention A_t2i, whose keys are image
    tokens, and the text-to-text attention A_t2t, whose keys are text tokens.
 3. Equation 9: the neighborhood text-to-text attention A_t2n is A_t2t without the token itself and those after it (`split`).
-   `focus_weights` replaces it in the variants of Table 5.
+   In the variants of Table 5, `focus_weights` gives other weights instead of A_t2n.
 4. Equations 10 and 11: the neighborhood text-to-image attention is A_n2i = A_t2n A_t2i, and the text-to-image focus is
    F = A_n2i + A_t2i (`focus_scores`).
 5. The threshold of a text token is the gamma-quantile of its row of F (`threshold_rank`). The inhibition ratio gamma grows
@@ -36,8 +36,9 @@ by slices (`_AlignedKeys`) if all rows are alike, as a prompt alone is, or by in
 decoding needs the rows of A_t2i of all earlier text tokens, which the cache keeps (`cmai_cache.py`).
 
 Conventions of this file. B: batch, S: columns of this call, q: text queries among them, T: text tokens so far (cached ones
-and those of this call), n: image tokens of a row, K: keys. A column is a place in the whole sequence; -1 stands for none.
-The averaged attention, the focus and its quantile are float32.
+and those of this call), n: image tokens of a row, K: keys. A column is an index into the whole sequence, padding and cached
+tokens included, unlike a position id; -1 means none. The averaged attention, the focus and the threshold are float32. The
+scores that a decoding step averages have the dtype of the keys (`_attend_decoding_step`).
 """
 
 import math
@@ -117,9 +118,9 @@ def focus_weights(
     How much the text tokens before another one count in its focus: A_t2n, or what Table 5 puts in its place.
 
     Args:
-        neighbors (`torch.FloatTensor` of shape `(B, q, T)`): Rows of A_t2n, equation 9; 0 where `hidden`.
-        hidden (`torch.BoolTensor` of shape `(B, q, T)`): Where a text token is not seen or does not stand before.
-        distance (`torch.LongTensor` of shape `(B, q, T)`): How many text tokens it stands before; `None` for `"sum"`.
+        neighbors (`torch.FloatTensor` of shape `(B, q, T - 1)`): Rows of A_t2n, equation 9; 0 where `hidden`.
+        hidden (`torch.BoolTensor` of shape `(B, q, T - 1)`): Where a text token is masked or not earlier.
+        distance (`torch.LongTensor` of shape `(B, q, T - 1)`): How many text tokens earlier it is; `None` for `"sum"`.
         focus (`str`): `"focus"`: A_t2n. `"sum"`: 1. `"discounted_sum"`: `discount ** distance`.
     """
     if focus == "focus":
@@ -128,30 +129,33 @@ def focus_weights(
     return weights.to(neighbors.dtype).masked_fill(hidden, 0)
 
 
-def focus_scores(text_to_image: torch.Tensor, weights: torch.Tensor, all_text_to_image: torch.Tensor) -> torch.Tensor:
+def focus_scores(
+    text_to_image: torch.Tensor, weights: torch.Tensor, earlier_text_to_image: torch.Tensor
+) -> torch.Tensor:
     """
     The text-to-image focus F of some text tokens, equations 10 and 11: their own attention to the image tokens, plus that
     of the text tokens before them.
 
     Args:
-        text_to_image (`torch.FloatTensor` of shape `(B, q, n)`): Their rows of A_t2i; 0 where they cannot see.
-        weights (`torch.FloatTensor` of shape `(B, q, T)`): How much each text token counts for them (`focus_weights`).
-        all_text_to_image (`torch.FloatTensor` of shape `(B, T, n)`): A_t2i of all text tokens.
+        text_to_image (`torch.FloatTensor` of shape `(B, q, n)`): Their rows of A_t2i; 0 where they cannot attend.
+        weights (`torch.FloatTensor` of shape `(B, q, T - 1)`): How much each text token counts for them (`focus_weights`).
+        earlier_text_to_image (`torch.FloatTensor` of shape `(B, T - 1, n)`): A_t2i of all text tokens but the last, which
+            is earlier than none.
 
     Returns:
         `torch.FloatTensor` of shape `(B, q, n)`.
     """
-    return torch.baddbmm(text_to_image, weights, all_text_to_image)
+    return torch.baddbmm(text_to_image, weights, earlier_text_to_image)  # F = A_t2i + A_t2n A_t2i
 
 
 def threshold_rank(num_seen: Any, ratio: Any) -> Any:
     """
-    The rank, from 0, of the smallest of `num_seen` values that is not below their `ratio`-quantile. A value is below that
-    one if and only if it is below the quantile, as `torch.quantile` interpolates it linearly. The product of the two
-    arguments is taken for whole if it is so within 1e-3, so that its rounding does not count.
+    Rank, from 0, of the smallest value that is not below the `ratio`-quantile of `num_seen` values. To compare with that
+    value gives the same result as to compare with the quantile that `torch.quantile` interpolates linearly. The position of
+    the quantile is rounded down if it is at most 1e-3 above an integer, so that rounding errors do not raise the rank.
 
     Args:
-        num_seen (`int` or `torch.LongTensor`): How many values there are; 0 gives the rank 0.
+        num_seen (`int` or `torch.LongTensor`): Number of values; 0 gives the rank 0.
         ratio (`float` or `torch.FloatTensor`): In [0, 1]; a number if `num_seen` is one.
     """
     rank = (num_seen - 1) * ratio - 1e-3
@@ -165,10 +169,10 @@ def inhibited_pairs(focus: torch.Tensor, num_lowest: int, rank: torch.Tensor | N
     Which image tokens have less focus than the image token of a given rank.
 
     Args:
-        focus (`torch.FloatTensor` of shape `(B, q, n)`): Infinite where the text token does not see.
-        num_lowest (`int`): More than the highest rank, at most n: so many of the lowest values are sorted.
-        rank (`torch.LongTensor` of shape `(B, q, 1)`, *optional*): `threshold_rank` of each text token; without it, the
-            rank is `num_lowest - 1` for all.
+        focus (`torch.FloatTensor` of shape `(B, q, n)`): Infinite where the text token cannot attend.
+        num_lowest (`int`): Number of lowest values to sort. It is above every rank and at most n.
+        rank (`torch.LongTensor` of shape `(B, q, 1)`, *optional*): `threshold_rank` of each text token. If it is `None`,
+            every text token has the rank `num_lowest - 1`.
 
     Returns:
         `torch.BoolTensor` of shape `(B, q, n)`.
@@ -182,7 +186,7 @@ def inhibited_pairs(focus: torch.Tensor, num_lowest: int, rank: torch.Tensor | N
 
 class Inhibition:
     """
-    CMAI in one forward pass. The model makes it, and hands it through the language model to the attention as the keyword
+    The state of CMAI in one forward pass. The model creates it and passes it to every attention layer as the keyword
     argument `cmai`.
 
     Args:
@@ -199,7 +203,7 @@ class Inhibition:
         query_columns (`torch.LongTensor` of shape `(B, q)`), is_query (`torch.BoolTensor` of shape `(B, q)`):
             The columns of the text queries; in a row that has fewer of them, the rest are fillers, `False` in `is_query`.
         text_columns (`torch.LongTensor` of shape `(B, T)`), image_columns (`(B, n)`): Of the whole sequence so far.
-        row_positions (`torch.LongTensor` of shape `(q,)`): Places of the queries among the T text tokens.
+        row_positions (`torch.LongTensor` of shape `(q,)`): Indices of the queries among the T text tokens.
         aligned_images (`slice`, *optional*): The columns of the image tokens, if they are the same in all rows and if text
             alone follows them in the whole sequence so far. See `_AlignedKeys`.
         ratios (`list[float]`): gamma of each layer; 0 where nothing is inhibited.
@@ -228,7 +232,7 @@ class Inhibition:
         image_columns = self.query_columns[:, :0]
         self.aligned_images: slice | None = None
         if is_image is not None:
-            image_columns = self._find_images(is_image, is_text, past_length)
+            image_columns = self._find_images_and_queries(is_image, is_text, past_length)
         elif cache is not None and not torch.compiler.is_compiling():
             self.aligned_images = cmai_layer(cache, 0).aligned_images
         self.has_row_per_column = self.query_slots is None
@@ -240,8 +244,13 @@ class Inhibition:
         self.ratios = [inhibition_ratio(layer_idx, num_layers, max_ratio) for layer_idx in range(num_layers)]
         self._visible_keys: dict[Any, Any] = {}
 
-    def _find_images(self, is_image: torch.Tensor, is_text: torch.Tensor, past_length: Any) -> torch.Tensor:
-        """The columns `(B, n)` of the image tokens of this call. If there are any, only text becomes queries and rows."""
+    def _find_images_and_queries(
+        self, is_image: torch.Tensor, is_text: torch.Tensor, past_length: Any
+    ) -> torch.Tensor:
+        """
+        Returns the columns `(B, n)` of the image tokens of this call, -1 where a row has fewer. If there are any, it limits
+        the queries (`query_slots`, `query_columns`, `is_query`) to the text tokens. Sets `aligned_images`.
+        """
         is_first_call = isinstance(past_length, int) and past_length == 0
         num_images = num_texts = is_text.shape[1]
         if not torch.compiler.is_compiling():  # a graph must not wait for numbers, and takes all columns
@@ -312,12 +321,12 @@ class Inhibition:
             is_plain = attention is ALL_ATTENTION_FUNCTIONS["sdpa"] and dropout == 0 and self.attention == "scores"
             with maybe_autocast(query.device.type, enabled=False):
                 if self.ratios[layer_idx] > 0 and query.shape[2] == 1 and is_plain:
-                    return self._attend_once(visible, layer_idx, query, key, value, scaling)
+                    return self._attend_decoding_step(visible, layer_idx, query, key, value, scaling)
                 averaged = self._average_heads(visible, query, key, scaling, kwargs.get("softcap"))
                 if self.ratios[layer_idx] > 0:
                     attention_mask = visible.mask(self.inhibited_images(visible, layer_idx, averaged), query.dtype)
-                else:
-                    self._all_text_to_image(layer_idx, visible.split(averaged)[0])
+                else:  # later calls need the rows
+                    self._update_text_to_image(layer_idx, visible.split(averaged)[0])
         return attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
     def _keeps_rows(self, layer_idx: int) -> bool:
@@ -337,7 +346,7 @@ class Inhibition:
             return attention_weights(text_query, key.detach(), scaling, visible.allowed(), softcap).mean(dim=1)
         return head_averaged_scores(text_query, key.detach(), scaling)
 
-    def _attend_once(
+    def _attend_decoding_step(
         self,
         visible: "_VisibleKeys",
         layer_idx: int,
@@ -347,8 +356,8 @@ class Inhibition:
         scaling: float,
     ) -> tuple[torch.Tensor, None]:
         """
-        `attend` in a step of the decoding: with one query the scores of all heads are few, and serve both the focus and the
-        attention. They have the dtype of the keys; a float32 copy of the keys would cost more than all else.
+        `attend` in a decoding step. The scores of the single query are computed once, for both the focus and the attention.
+        They have the dtype of the keys, since a float32 copy of the keys would cost more than all else.
         """
         batch_size, num_heads, _, head_dim = query.shape
         # One product over rows and heads is faster than a nested one.
@@ -370,13 +379,13 @@ class Inhibition:
         text_to_image, neighbors = visible.split(averaged)
         focus = text_to_image
         if self.focus != "tia":
-            weights = visible.focus_weights(neighbors)
-            rows = self._all_text_to_image(layer_idx, text_to_image)
+            weights = visible.neighbor_weights(neighbors)
+            rows = self._update_text_to_image(layer_idx, text_to_image)
             focus = focus_scores(text_to_image, weights, rows[:, :-1])
         return inhibited_pairs(visible.seen_focus(focus), *visible.ranks[layer_idx])
 
-    def _all_text_to_image(self, layer_idx: int, text_to_image: torch.Tensor) -> torch.Tensor:
-        """The rows `(B, T, n)` of A_t2i of all text tokens so far: the cached ones, and those of this call."""
+    def _update_text_to_image(self, layer_idx: int, text_to_image: torch.Tensor) -> torch.Tensor:
+        """Adds the rows `(B, q, n)` of A_t2i of this call to the cache, if there is one. Returns all rows, `(B, T, n)`."""
         if self.cache is None:
             return text_to_image
         num_rows = self.text_columns.shape[1]
@@ -401,8 +410,8 @@ class _VisibleKeys(ABC):
     """
     Which keys the columns of a call see under an attention mask, and where the text queries find image keys and text keys.
 
-    hidden_images (`torch.BoolTensor` of shape `(B, q, n)`, *optional*): Which image keys the text queries do not see, or
-        stand before; `None` if they see all.
+    hidden_images (`torch.BoolTensor` of shape `(B, q, n)`, *optional*): Image keys that a text query cannot attend to,
+        because they are masked or later; `None` if it can attend to all.
     ranks (`list[tuple[int, torch.LongTensor | None]]`): For each layer, the last arguments of `inhibited_pairs`.
     """
 
@@ -417,12 +426,12 @@ class _VisibleKeys(ABC):
     def split(self, averaged: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
         A_t2i `(B, q, n)` and A_t2n `(B, q, T - 1)`, equation 9, out of A_s `(B, q, K)`; 0 where a key is not seen. The last
-        text token stands before none, so A_t2n has no column for it.
+        text token is earlier than none, so A_t2n has no column for it.
         """
 
     @abstractmethod
-    def focus_weights(self, neighbors: torch.Tensor) -> torch.Tensor:
-        """`focus_weights` of these keys."""
+    def neighbor_weights(self, neighbors: torch.Tensor) -> torch.Tensor:
+        """The weights of `focus_weights`, from A_t2n."""
 
     @abstractmethod
     def seen_focus(self, focus: torch.Tensor) -> torch.Tensor:
@@ -437,15 +446,15 @@ class _VisibleKeys(ABC):
         """Writes negative infinity to the `scores` `(B, heads, K)` of a single query where `mask` would have it."""
 
     def allowed(self) -> torch.Tensor:
-        """Which keys `(B, q, K)` the text queries see."""
+        """Which keys `(B, q, K)` the text queries see. `cmai_attention="weights"` needs it, with `_ScatteredKeys` alone."""
         raise NotImplementedError
 
 
 class _AlignedKeys(_VisibleKeys):
     """
     The keys if all rows are alike (a prompt alone, or prompts of one length): the same columns hold the image tokens, text
-    alone follows them, and the mask is the causal one. So every text query sees all image tokens, and slices do what
-    `_ScatteredKeys` does by indices: a GPU has half as many kernels to start.
+    alone follows them, and the mask is the causal one. So every text query sees all image tokens, and slices replace the
+    index operations of `_ScatteredKeys`, which launches fewer GPU kernels.
     """
 
     def __init__(self, call: Inhibition, attention_mask: torch.Tensor | None, key: torch.Tensor):
@@ -464,11 +473,11 @@ class _AlignedKeys(_VisibleKeys):
     def split(self, averaged: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         neighbors = averaged[..., self._images.stop : -1]
         num_queries, num_neighbors = neighbors.shape[1:]
-        if num_queries > 1:  # all others stand before the last
+        if num_queries > 1:  # equation 9; to the last token all others are earlier
             neighbors = neighbors.tril(num_neighbors - num_queries)
         return averaged[..., self._images], neighbors
 
-    def focus_weights(self, neighbors: torch.Tensor) -> torch.Tensor:
+    def neighbor_weights(self, neighbors: torch.Tensor) -> torch.Tensor:
         return neighbors
 
     def seen_focus(self, focus: torch.Tensor) -> torch.Tensor:
@@ -494,45 +503,56 @@ class _ScatteredKeys(_VisibleKeys):
     def __init__(self, call: Inhibition, attention_mask: torch.Tensor | None, key: torch.Tensor):
         device, num_keys = key.device, key.shape[2]
         query_columns, is_query = call.query_columns.to(device), call.is_query.to(device)
-        # The keys end with this call's, unless room is left for later ones; a sliding window has lost the first.
-        lost = call.num_seen - num_keys
-        lost = lost.to(device).clamp(min=0) if isinstance(lost, torch.Tensor) else max(lost, 0)
+        # A sliding window has dropped the first keys. A static cache has more keys than columns so far.
+        num_dropped = call.num_seen - num_keys
+        num_dropped = (
+            num_dropped.to(device).clamp(min=0) if isinstance(num_dropped, torch.Tensor) else max(num_dropped, 0)
+        )
+
+        # Keys that each column must not attend to
         if attention_mask is None:
-            allowed = torch.arange(num_keys, device=device) + lost <= call.columns.to(device)[:, None]
+            allowed = torch.arange(num_keys, device=device) + num_dropped <= call.columns.to(device)[:, None]
             allowed = allowed.expand(len(query_columns), -1, -1)
         else:
             allowed = as_boolean_mask(attention_mask[:, 0]).expand(len(query_columns), -1, -1)
-        # Padding sees nothing, and attention to no key is not a number. So it sees all, which changes no text.
+        # The softmax of a row without any key (padding) is NaN. Such a row gets all keys; nothing reads its output.
         blocked = ~allowed & allowed.any(dim=-1, keepdim=True)
         self._num_keys = num_keys
         self._blocked = nn.functional.pad(blocked, (0, _aligned_width(num_keys) - num_keys))
-        self._rows: torch.Tensor | None = None  # where the text queries are among the B * S columns
+
+        # Indices of the text queries in the flattened (B * S) columns
+        self._rows: torch.Tensor | None = None
         if call.query_slots is not None:
             starts = torch.arange(len(query_columns), device=device)[:, None] * blocked.shape[1]
             self._rows = (starts + call.query_slots.to(device)).flatten()
         self._text_blocked = self.text_rows(self._blocked)
 
+        # Index of each image and text token among the keys, and whether a query can attend to it (only if it is earlier)
         key_columns = torch.cat([call.image_columns, call.text_columns], dim=1).to(device)
-        place = key_columns - lost
-        is_key = ((key_columns >= 0) & (place >= 0))[:, None]
-        self._place = place.clamp(0, num_keys - 1)[:, None].expand(-1, query_columns.shape[1], -1)
-        stands_before = is_key & is_query[..., None] & (key_columns[:, None] < query_columns[..., None])
-        self._hidden = ~stands_before | self._text_blocked.gather(2, self._place)
+        key_index = key_columns - num_dropped
+        is_key = ((key_columns >= 0) & (key_index >= 0))[:, None]
+        self._key_index = key_index.clamp(0, num_keys - 1)[:, None].expand(-1, query_columns.shape[1], -1)
+        is_earlier = is_key & is_query[..., None] & (key_columns[:, None] < query_columns[..., None])
+        self._hidden = ~is_earlier | self._text_blocked.gather(2, self._key_index)
         self._num_images = num_images = call.image_columns.shape[1]
         self.hidden_images, self._hidden_texts = self._hidden[..., :num_images], self._hidden[..., num_images:-1]
-        # What a query does not see anyway stays as it is: its inhibition is written behind the last key.
-        self._image_place = self._place[..., :num_images].masked_fill(self.hidden_images, num_keys)
+        # Keys that are masked already must stay so. Their index is that of a spare column, which `mask` cuts off.
+        self._image_index = self._key_index[..., :num_images].masked_fill(self.hidden_images, num_keys)
 
+        # Distances between text tokens
         self._focus, self._discount = call.focus, call.discount
-        self._distance: torch.Tensor | None = None  # (B, q, T - 1): how many text tokens a key stands before a query
+        self._distance: torch.Tensor | None = None  # (B, q, T - 1): how many text tokens a key is earlier than a query
         if call.focus == "discounted_sum":
             order = (call.text_columns.to(device) >= 0).cumsum(dim=-1)
             self._distance = order[:, call.row_positions.to(device)][..., None] - order[:, None, :-1]
+
+        # Rank of the threshold in each layer
         ratios = torch.tensor(call.ratios, device=device)
         num_seen = (~self.hidden_images).sum(dim=-1)
         ranks = threshold_rank(num_seen, ratios[:, None, None])[..., None]
-        highest = [threshold_rank(num_images, ratio) + 1 for ratio in call.ratios]  # rounded in another way
-        self.ranks = [(min(top + 1, num_images), rank) for rank, top in zip(ranks.unbind(), highest)]
+        # `ranks` are computed in float32, so one may be higher by one than the same rank in Python's float64.
+        num_sorted = [threshold_rank(num_images, ratio) + 2 for ratio in call.ratios]
+        self.ranks = [(min(number, num_images), rank) for rank, number in zip(ranks.unbind(), num_sorted)]
         self._mask: torch.Tensor | None = None
 
     def text_rows(self, states: torch.Tensor) -> torch.Tensor:
@@ -541,10 +561,11 @@ class _ScatteredKeys(_VisibleKeys):
         return states.flatten(0, 1).index_select(0, self._rows).unflatten(0, (len(states), -1))
 
     def split(self, averaged: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        attention = averaged.gather(2, self._place).masked_fill(self._hidden, 0)
+        # Equation 9: the token itself and later ones are hidden
+        attention = averaged.gather(2, self._key_index).masked_fill(self._hidden, 0)
         return attention[..., : self._num_images], attention[..., self._num_images : -1]
 
-    def focus_weights(self, neighbors: torch.Tensor) -> torch.Tensor:
+    def neighbor_weights(self, neighbors: torch.Tensor) -> torch.Tensor:
         return focus_weights(neighbors, self._hidden_texts, self._distance, self._focus, self._discount)
 
     def seen_focus(self, focus: torch.Tensor) -> torch.Tensor:
@@ -557,14 +578,14 @@ class _ScatteredKeys(_VisibleKeys):
             self._text_mask = self.text_rows(self._mask)
             self._nothing_inhibited = torch.zeros(inhibited.shape, dtype=dtype, device=inhibited.device)
         mask = self._text_mask.scatter(
-            2, self._image_place, self._nothing_inhibited.masked_fill(inhibited, -torch.inf)
+            2, self._image_index, self._nothing_inhibited.masked_fill(inhibited, -torch.inf)
         )
         if self._rows is not None:
             mask = self._mask.flatten(0, 1).index_copy(0, self._rows, mask.flatten(0, 1)).view_as(self._mask)
         return mask[:, None, :, : self._num_keys]
 
     def hide_keys(self, scores: torch.Tensor, inhibited: torch.Tensor) -> None:
-        blocked = self._text_blocked.scatter(2, self._image_place, inhibited)
+        blocked = self._text_blocked.scatter(2, self._image_index, inhibited)
         scores.masked_fill_(blocked[..., : self._num_keys], -torch.inf)
 
     def allowed(self) -> torch.Tensor:

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The cache of CMAI: beside keys and values it keeps A_t2i, what earlier text tokens attended to in the image."""
+"""KV cache layers for CMAI. They also keep A_t2i, the attention of earlier text tokens to the image tokens."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -33,9 +33,10 @@ from transformers.cache_utils import (
 
 class CmaiLayerMixin(CacheLayerMixin):
     """
-    What a cache layer keeps beside keys and values, so that the focus of later tokens can be computed: the row of A_t2i of
-    every text token. The first layer also keeps the columns of these text tokens and of the image tokens. All of it stays
-    on the device when keys and values are offloaded: it is small, and the attention needs it after they have left.
+    What a cache layer keeps beside keys and values, so that the focus of later tokens can be computed. Every layer but the
+    first keeps the row of A_t2i of each text token. The first layer, which inhibits nothing, keeps the columns of the text
+    tokens and of the image tokens instead. All of it stays on the device when keys and values are offloaded: it is small,
+    and the attention needs it after they have left.
 
     text_to_image (`torch.FloatTensor` of shape `(B, T, n)`, *optional*)
     text_columns (`torch.LongTensor` of shape `(B, T)`, *optional*): -1 for a row that is no text token.
@@ -59,10 +60,10 @@ class CmaiLayerMixin(CacheLayerMixin):
         Args:
             has_row_per_column (`bool`): Whether each column of the call gets a row, not only those of text.
             num_columns (`int`): Columns of the call.
-            max_length (`int`): Columns that the cache has place for, if its size is fixed.
+            max_length (`int`): Capacity of the cache in columns, if it is fixed.
 
         Returns:
-            `torch.LongTensor` of shape `(t,)`: Where the rows of this call stand among all rows.
+            `torch.LongTensor` of shape `(t,)`: Indices of the rows of this call among all rows.
         """
 
     @abstractmethod
@@ -85,7 +86,7 @@ class CmaiLayerMixin(CacheLayerMixin):
         self._apply_to_state(lambda value: value.index_select(0, beam_idx.to(value.device)))
 
 
-# A buffer that is made or that grows has place for at least so many more rows.
+# Minimum number of spare rows when a buffer is made or grows.
 _MIN_SPARE_ROWS = 16
 
 
@@ -93,10 +94,10 @@ class CmaiDynamicLayer(CmaiLayerMixin, DynamicLayer):
     """
     A layer that grows.
 
-    row_buffer (`torch.FloatTensor` of shape `(B, T or more, n)`, *optional*): Holds `text_to_image`, and has place for rows
-        to come, so that a step of the decoding does not copy it.
+    row_buffer (`torch.FloatTensor` of shape `(B, T or more, n)`, *optional*): Holds `text_to_image`, with spare rows, so
+        that a decoding step does not copy it.
     num_rows (`int`): Rows of the buffer in use.
-    num_columns_with_row (`int`): Each of the last so many columns has a row; before them, only text has one.
+    num_columns_with_row (`int`): Number of columns at the end that all have a row. Before them only text tokens have one.
     """
 
     row_buffer: torch.Tensor | None = None
@@ -145,7 +146,7 @@ class CmaiDynamicLayer(CmaiLayerMixin, DynamicLayer):
         super().crop(tokens_to_remove)
         after = self.get_seq_length()
         num_removed = min(before - after, self.num_columns_with_row)
-        if num_removed < before - after:  # rows of the columns that went stay
+        if num_removed < before - after:  # part of the prompt is removed, but its rows stay: -1 marks them below
             self.aligned_images = None
         self.num_columns_with_row -= num_removed
         self.num_rows = max(self.num_rows - num_removed, 0)
@@ -177,7 +178,7 @@ class CmaiStaticLayer(CmaiLayerMixin, StaticLayer):
     A layer of fixed size: its buffers are written in place, so that decoding can be compiled.
 
     num_rows (`torch.LongTensor` of shape `()`, *optional*): Rows of the buffers in use; in the first layer.
-    max_columns (`int`): The buffers have place for a sequence of that length.
+    max_columns (`int`): Longest sequence that the buffers can hold.
     """
 
     num_rows: torch.Tensor | None = None
@@ -187,7 +188,7 @@ class CmaiStaticLayer(CmaiLayerMixin, StaticLayer):
     def update_columns(
         self, text: torch.Tensor, image: torch.Tensor, has_row_per_column: bool, num_columns: int, max_length: int
     ) -> torch.Tensor:
-        self._make_place_for_columns(text, num_columns, max_length)
+        self._ensure_capacity(text, num_columns, max_length)
         buffer, num_rows = cast(torch.Tensor, self.text_columns), cast(torch.Tensor, self.num_rows)
         if self.image_columns is None or self.is_empty:
             self.image_columns = image
@@ -199,7 +200,7 @@ class CmaiStaticLayer(CmaiLayerMixin, StaticLayer):
         num_rows.add_(text.shape[1])
         return positions
 
-    def _make_place_for_columns(self, text: torch.Tensor, num_columns: int, max_length: int) -> None:
+    def _ensure_capacity(self, text: torch.Tensor, num_columns: int, max_length: int) -> None:
         """Makes the buffer `text_columns`, or a longer one for a sequence that gets longer than the cache."""
         seen = self.get_seq_length()
         if self.is_empty:
@@ -228,12 +229,25 @@ class CmaiStaticLayer(CmaiLayerMixin, StaticLayer):
         self.text_to_image.index_copy_(1, positions.to(rows.device), rows)
         return self.text_to_image
 
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        if self.text_columns is None or self.num_rows is None or self.image_columns is None:
+            return  # not the first layer, whose columns say which rows count
+        after = self.get_seq_length()
+        self.text_columns.masked_fill_(self.text_columns >= after, -1)
+        # The next call overwrites the rows behind the last one that any sequence still needs.
+        in_use = (self.text_columns >= 0).any(dim=0)
+        self.num_rows.copy_((in_use * torch.arange(1, len(in_use) + 1, device=in_use.device)).amax())
+        self.image_columns = self.image_columns.masked_fill(self.image_columns >= after, -1)
+        self.aligned_images = None
+
     def reset(self) -> None:
         super().reset()
         for name, value in (("text_to_image", 0), ("text_columns", -1), ("num_rows", 0)):
             if (buffer := getattr(self, name)) is not None:
                 buffer.fill_(value)
-        self.image_columns, self.is_empty = None, True
+        self.image_columns = self.aligned_images = None
+        self.is_empty = True
 
 
 class CmaiStaticSlidingWindowLayer(CmaiStaticLayer, StaticSlidingWindowLayer):
@@ -262,11 +276,11 @@ def prepare_cache(cache: Cache, text_config: PreTrainedConfig) -> None:
     Raises:
         `ValueError`: The cache was filled without CMAI, or its layers are of a kind that is not supported.
     """
-    if not cache.layers:  # a cache that makes its layers as it meets them
+    if not cache.layers:  # a cache that makes its layers lazily
         cache.layers = list(DynamicCache(config=text_config).layers)
     layer: Any
     for layer in cache.layers:
-        # By name: the same classes may have come twice, from the package and with a checkpoint.
+        # By name: the package and the remote code of a checkpoint may both define these classes.
         if type(layer).__name__.startswith("Cmai"):
             continue
         if type(layer) not in _CMAI_LAYERS:

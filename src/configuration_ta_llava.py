@@ -36,7 +36,7 @@ _DEFAULT_VISION_CONFIG = {
 }
 _DEFAULT_TEXT_CONFIG = {"model_type": "gemma2"}
 
-# More than an image has visual tokens, and than a row has images; a config that asks for more is damaged.
+# Upper bounds that catch damaged configs: no image has as many visual tokens, and no row as many images.
 _MAX_PREFIX_TOKENS = 10_000
 _MAX_IMAGE_INDEX_EMBEDDINGS = 10_000
 
@@ -74,9 +74,11 @@ class TaLlavaConfig(VmtcConfig):
             `"first"`: the prefix reads the text before the first response marker, as in the paper. It can then be cached
             across turns. `"last"`: it reads the text before the last marker.
         num_image_index_embeddings (`int`, *optional*, defaults to 0):
-            Number of learned embeddings that are added to the visual tokens of an image, one for each place in its row.
+            Number of learned embeddings that are added to the visual tokens of an image, one for each index in its row.
             They limit the number of images of a row; 0 means no embeddings and no limit. New embeddings are zero, so you
             can add them to a trained model.
+        tie_word_embeddings (`bool`, *optional*):
+            Always that of `text_config`: the head is tied if the language model's is. A value that you pass is ignored.
 
     Example:
 

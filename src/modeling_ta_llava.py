@@ -19,7 +19,7 @@ Algorithm 1 of the paper, and where each step of it is. V are the visual tokens,
 1. V = projector(vision tower(image)): `TaLlavaModel.get_vision_features`, then `TaLlavaModel._encode_vision_features`, which
    also makes the keys and values of V, once for all insertions (`TaLlavaAdapter.project`).
 2. [Y, X]: the learned prefix takes the placeholder columns before the text: `TaLlavaModel._place_prefix`.
-3. [X_instruct, X_response] = X, line 3: `TaLlavaModel._instruction_mask`, with `find_response_start`.
+3. [X_instruct, X_response] = X, line 3: `TaLlavaModel._instruction_mask`, with `find_instruction_end`.
 4. In each layer i of the language model, with k = `adapter_interval`:
    a. [Y, X] = layer(Y, X), lines 1 and 2: the layer of the library, unchanged, within `prefix_reading_layer_class`.
    b. i % k == 0, lines 4 to 6: Y reads X_instruct as it is after this layer: `PrefixReader`, `TaLlavaAdapter.read`.
@@ -110,9 +110,10 @@ class TaLlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
     image_hidden_states: torch.Tensor | None = None
 
 
-def find_response_start(marker_matches: torch.Tensor, instruction_scope: str) -> torch.Tensor:
+def find_instruction_end(marker_matches: torch.Tensor, instruction_scope: str) -> torch.Tensor:
     """
-    Column at which the instruction of each row ends: the last token of its first (or last) response marker.
+    Column before which the instruction of each row ends: that of the last token of its first (or last) response marker. The
+    other tokens of the marker belong to the instruction.
 
     Args:
         marker_matches (`torch.BoolTensor` of shape `(marker_length, batch_size, sequence_length)`):
@@ -143,18 +144,16 @@ def _count_from_0(mask: torch.Tensor) -> torch.Tensor:
     return (mask.cumsum(dim=-1) - 1).clamp(min=0)
 
 
-def keep_num_images(cache: Cache, num_images: list[int]) -> None:
+def record_num_images(cache: Cache, num_images: list[int]) -> None:
     """
-    Notes in a cache how many images the prefix of each row in it has read, so that a later turn with others is refused.
-
-    The note is an attribute of ours. A `Cache` has no place for what is true of its rows rather than of a layer, and no hook
-    of `generate()` outlives the call, while a cache, and a copy of it (`copy.deepcopy`), goes from one call to the next.
+    Stores on a cache how many images the prefix of each row has read, so that a later turn with other images is refused. It
+    is a plain attribute, because a `Cache` has no field for facts about its rows. It survives `copy.deepcopy`.
     """
     cache.num_images = num_images  # type: ignore[attr-defined]
 
 
-def kept_num_images(cache: Cache) -> list[int] | None:
-    """What `keep_num_images` has noted; `None` for a cache that was filled otherwise."""
+def recorded_num_images(cache: Cache) -> list[int] | None:
+    """What `record_num_images` has stored; `None` for a cache that was filled otherwise."""
     return getattr(cache, "num_images", None)
 
 
@@ -197,22 +196,6 @@ class TaLlavaPreTrainedModel(VisionLanguageModelMixin, PreTrainedModel):
         plan = super()._get_dtype_plan(dtype)
         return {name: kept for name, kept in plan.items() if name not in type(self)._keep_in_fp32_modules}
 
-    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
-        """
-        Sets the attention of the whole model or of its parts (`{"text_config": ..., "vision_config": ...}`), as in the
-        library. SDPA cannot soft-cap: if you ask for it, a language model that soft-caps (Gemma-2) gets eager attention.
-        """
-        # CODEPATH: Gemma-2 caps its attention scores, other language models do not.
-        if soft_caps_attention(self.config.text_config):
-            if attn_implementation == "sdpa":
-                attn_implementation = dict.fromkeys(("", *self.config.sub_configs), "sdpa")
-            if isinstance(attn_implementation, dict) and attn_implementation.get("text_config") in (
-                "sdpa",
-                {"": "sdpa"},
-            ):
-                attn_implementation = {**attn_implementation, "text_config": "eager"}
-        super().set_attn_implementation(attn_implementation, *args, **kwargs)
-
 
 class TaLlavaModel(TaLlavaPreTrainedModel):
     """Vision tower, projector, prefix, the two adapters and the language model, without a language modelling head."""
@@ -223,7 +206,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         text_config = config.text_config
         self.vision_tower = AutoModel.from_config(config.vision_config)
         make_compressible(self.vision_tower)
-        # trf-ignore: TRF051
+        # trf-ignore: TRF051 (SDPA cannot soft-cap)
         if soft_caps_attention(text_config) and text_config._attn_implementation in (None, "sdpa"):
             text_config._attn_implementation = "eager"
         self.language_model = AutoModel.from_config(text_config)
@@ -368,7 +351,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         return TaLlavaEncodedImages(key=key, value=value, image_mask=image_mask), visual_tokens
 
     def _embed_image_index(self, image_mask: torch.Tensor) -> torch.Tensor:
-        """Learned embedding `(E, I, d)` of the place of each image in its row. Filler does not count."""
+        """Learned embedding `(E, I, d)` of the index of each image in its row. Filler does not count."""
         limit = self.config.num_image_index_embeddings
         if not is_tracing(image_mask):
             most = int(image_mask.sum(dim=-1).max())
@@ -496,7 +479,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         )
         cache = getattr(outputs, CACHE)
         if num_images is not None and cache is not None:
-            keep_num_images(cache, num_images)
+            record_num_images(cache, num_images)
         return TaLlavaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             **{CACHE: cache},
@@ -508,7 +491,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
     def _check_call(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, images: ImageInputs
     ) -> None:
-        """Raises `ValueError` for arguments of `forward` that exclude each other, and for reentrant checkpointing."""
+        """Raises `ValueError` for arguments of `forward` that are mutually exclusive, and for reentrant checkpointing."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of `input_ids` or `inputs_embeds`.")
         if input_ids is not None and input_ids.dtype not in (torch.int64, torch.int32):
@@ -524,7 +507,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
 
     @staticmethod
     def _is_prefill(cache: Cache | None, has_images: bool) -> bool:
-        """Whether the sequence starts at its beginning, where the prefix is. Otherwise the prefix is in the cache."""
+        """Whether this call is the prefill, which has the prefix. In later calls the prefix is in the cache."""
         if cache is None:
             return True
         if torch.compiler.is_compiling():  # the length of a static cache is a tensor; generate() prefills with images
@@ -559,7 +542,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
             first_column = self._check_prefix(is_prefix, has_prefix, images)
 
         encoded_images, visual_tokens = self._encode_images(images, has_prefix, is_trained)
-        columns, prefix = self._place_prefix(inputs_embeds, is_prefix, has_prefix)
+        columns, prefix = self._locate_prefix(inputs_embeds, is_prefix, has_prefix)
         instruction_mask = self._instruction_mask(text_mask, has_prefix, input_ids, inputs_embeds)
         visual_key_value = visual_mask = None
         if encoded_images is not None:
@@ -593,7 +576,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         if tokens is None:
             tokens = torch.ones(batch_size, sequence_length, dtype=torch.bool, device=inputs_embeds.device)
         is_placeholder = self._columns_of_token(self.config.image_token_id, input_ids, inputs_embeds)
-        # A placeholder after the first word is a word like others, should a model ever write one.
+        # Later placeholders are ordinary tokens, in case the model generates one.
         is_prefix = is_placeholder & ((tokens & ~is_placeholder).cumsum(dim=-1) == 0)
         return is_prefix, tokens & ~is_prefix
 
@@ -628,19 +611,20 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
             return blank.expand(batch_size), None
         return None, None
 
-    def _place_prefix(
+    def _locate_prefix(
         self, inputs_embeds: torch.Tensor, is_prefix: torch.Tensor, has_prefix: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Step 2 of Algorithm 1: the columns `(B, L)` of the prefix, and Y `(B, L, d)`. A row without a prefix gets any L
-        columns, fewer if the text is shorter, and as Y what stands on them.
+        Step 2 of Algorithm 1: the columns `(B, L)` of the prefix, and Y `(B, L, d)`. For a row without a prefix these are
+        its first columns and the embeddings already there, so that writing them changes nothing. L is smaller if the
+        sequence is shorter.
         """
         start = is_prefix.int().argmax(dim=-1, keepdim=True)
         length = min(self.config.num_prefix_tokens, inputs_embeds.shape[1])
         columns = start + torch.arange(length, device=inputs_embeds.device)
         prefix = self._embed_prefix(inputs_embeds.device)[:, :length].to(inputs_embeds.device, inputs_embeds.dtype)
-        present = inputs_embeds.gather(1, columns[:, :, None].expand(-1, -1, prefix.shape[-1]))
-        return columns, torch.where(has_prefix[:, None, None], prefix, present)
+        current = inputs_embeds.gather(1, columns[:, :, None].expand(-1, -1, prefix.shape[-1]))
+        return columns, torch.where(has_prefix[:, None, None], prefix, current)
 
     def _instruction_mask(
         self,
@@ -652,11 +636,11 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         """Step 3 of Algorithm 1: the instruction `(B, S)`, which is the text before the response."""
         sequence_length = text_mask.shape[1]
         markers = self._response_markers(input_ids, inputs_embeds)
-        response_start = find_response_start(markers & text_mask, self.config.instruction_scope)
-        no_marker = response_start == sequence_length
+        instruction_end = find_instruction_end(markers & text_mask, self.config.instruction_scope)
+        no_marker = instruction_end == sequence_length
         if not is_tracing(no_marker) and (no_marker & has_prefix).any():
             self._warn_of_missing_marker()
-        return text_mask & (torch.arange(sequence_length, device=text_mask.device) < response_start[:, None])
+        return text_mask & (torch.arange(sequence_length, device=text_mask.device) < instruction_end[:, None])
 
     def _response_markers(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Which columns hold each token of the response marker, `(marker length, B, S)`."""
@@ -690,13 +674,13 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         is_placeholder = self._columns_of_token(self.config.image_token_id, input_ids, inputs_embeds)
         columns = torch.arange(is_placeholder.shape[1], device=is_placeholder.device)
         markers = self._response_markers(input_ids, inputs_embeds)
-        response_start = find_response_start(markers, self.config.instruction_scope)[:, None]
-        has_instruction = is_placeholder.any(dim=-1, keepdim=True) & (response_start < len(columns))
-        in_instruction = has_instruction & ~is_placeholder & (columns + len(markers) <= response_start)
+        instruction_end = find_instruction_end(markers, self.config.instruction_scope)[:, None]
+        has_instruction = is_placeholder.any(dim=-1, keepdim=True) & (instruction_end < len(columns))
+        in_instruction = has_instruction & ~is_placeholder & (columns + len(markers) <= instruction_end)
         if (in_instruction[:, kept].to(labels.device) & (labels != -100)).any():
             logger.warning_once(
-                "The labels of a row with an image include its instruction, which the prefix has read: the model need "
-                "only copy it. Set them to -100 up to the response marker (`config.response_marker_ids` "
+                "The labels of a row with an image include its instruction, which the prefix has already read, so the model "
+                "can simply copy it. Set them to -100 up to the response marker (`config.response_marker_ids` "
                 f"{self.config.response_marker_ids}), as `ta-llava train` does. In TRL, give prompt and completion, and "
                 "`completion_only_loss=True`."
             )
@@ -731,7 +715,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
 
     def _check_prefix(self, is_prefix: torch.Tensor, has_prefix: torch.Tensor, images: ImageInputs) -> int | None:
         """
-        Raises `ValueError` unless every row begins with no placeholder or with exactly L of them, side by side. Returns the
+        Raises `ValueError` unless every row begins with no placeholder or with exactly L consecutive ones. Returns the
         column where they begin if it is the same in all rows.
         """
         num_prefix_tokens, starts = self.config.num_prefix_tokens, set()
@@ -742,8 +726,8 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
                 continue
             raise ValueError(
                 f"Row {row} begins with {count} placeholder tokens (id {self.config.image_token_id}), but a row with images "
-                f"needs {num_prefix_tokens} (`num_prefix_tokens`) side by side, whatever the number of its images, and a "
-                "row without images none. Let the processor write them. If the row was truncated (`max_length`), allow more "
+                f"needs {num_prefix_tokens} consecutive ones (`num_prefix_tokens`), however many images it has, and a row "
+                "without images needs 0. Let the processor write them. If the row was truncated (`max_length`), allow more "
                 "tokens."
             )
         if images.is_empty and has_prefix.any():  # not an error, since assistants are called like this
@@ -867,10 +851,10 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin):
             num_images = ImageInputs.of(model_kwargs).count(input_ids.shape[0])
             past_length = int(cache.get_seq_length())
             if past_length == 0:
-                keep_num_images(cache, num_images)  # here too, since a compiled forward cannot
+                record_num_images(cache, num_images)  # here too, since a compiled forward cannot
             else:
                 new_ids = input_ids[:, past_length:] if input_ids.shape[1] > past_length else input_ids
-                self._check_next_turn(new_ids, num_images, kept_num_images(cache))
+                self._check_next_turn(new_ids, num_images, recorded_num_images(cache))
                 # Even a compiled forward, which does not see that the prefix is in the cache, now needs no image.
                 model_kwargs = {name: value for name, value in model_kwargs.items() if name not in IMAGE_ARGUMENTS}
         return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
@@ -916,7 +900,7 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin):
         if self.config.instruction_scope == "first":
             return
         markers = self.model._response_markers(new_ids, None)
-        if (find_response_start(markers, "last") < new_ids.shape[1]).any():
+        if (find_instruction_end(markers, "last") < new_ids.shape[1]).any():
             logger.warning_once(
                 'With `instruction_scope="last"` the prefix reads every new question, but the one in `past_key_values` has '
                 "read only the earlier questions. The answer differs from that to the same prompt with an empty cache. "
@@ -1009,7 +993,7 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin):
             attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*):
                 1 for tokens, 0 for padding. The masks that `generate()` prepares work too.
             position_ids (`torch.LongTensor` of shape `(B, S)`, *optional*):
-                Place of each token in its row.
+                Position of each token in its row.
             past_key_values, cache (`Cache`, *optional*):
                 Two names for the columns before `input_ids`. The library uses the second since 5.24.
             inputs_embeds (`torch.FloatTensor` of shape `(B, S, d)`, *optional*):

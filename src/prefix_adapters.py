@@ -15,8 +15,8 @@
 The two adapters of TA-LLaVA, through which the prefix reads the instruction and the image, and the layers that call them.
 
 Conventions of this file. B: batch, S: columns of the sequence, L: prefix tokens Y, I: images of a row, M: visual tokens of
-one image, d: width of the language model. A source is what the prefix reads, and a rotary embedding a pair (cos, sin) of
-`signed_rotary`.
+one image, d: width of the language model. A source is what the prefix reads: the instruction or the image. A `Rotary` is
+the pair (cos, sin) of `signed_rotary`.
 """
 
 from functools import cache
@@ -44,7 +44,7 @@ def adapter_after_layer(layer_idx: int, num_layers: int, adapter_interval: int) 
 
 
 def signed_rotary(cos: torch.Tensor, sin: torch.Tensor) -> Rotary:
-    """A rotary embedding of the library as `apply_rotary` takes it: the first half of `sin` is negated, once for all."""
+    """Moves the minus sign of the library's `rotate_half` into `sin`, so that `apply_rotary` needs no negation."""
     first, second = sin.chunk(2, dim=-1)
     return cos, torch.cat((-first, second), dim=-1)
 
@@ -106,32 +106,30 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2), weights
 
 
-# Norms of the library that PyTorch computes in one operation, and what they add to their weights.
-_FUSED_NORMS = {
-    **dict.fromkeys(("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm"), 1.0),
-    **dict.fromkeys(("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"), 0.0),
-}
+# Norms of the library that PyTorch computes in one operation. Gemma's add 1 to their weights.
+_GEMMA_NORMS = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm")
+_FUSED_NORMS = (*_GEMMA_NORMS, "LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 
 
 @cache
 def fused_norm_class(norm_class: Any) -> type[nn.Module]:
     """Subclass of an RMS norm class of the library: it computes the same in float32, but with `nn.functional.rms_norm`."""
-    added = _FUSED_NORMS[norm_class.__name__]
+    is_gemma = norm_class.__name__ in _GEMMA_NORMS
 
     class FusedNorm(norm_class):
         def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-            eps = self.eps if added else self.variance_epsilon
-            weight = self.weight.float() + added if added else self.weight.float()
-            normed = nn.functional.rms_norm(hidden_states.float(), weight.shape, weight, eps)
-            return normed.to(
-                hidden_states.dtype if added else torch.promote_types(hidden_states.dtype, self.weight.dtype)
-            )
+            weight, dtype = self.weight.float(), hidden_states.dtype
+            if is_gemma:
+                eps, weight = self.eps, weight + 1
+            else:
+                eps, dtype = self.variance_epsilon, torch.promote_types(dtype, self.weight.dtype)
+            return nn.functional.rms_norm(hidden_states.float(), weight.shape, weight, eps).to(dtype)
 
     return pass_as_parent(FusedNorm, fused_norm_class)
 
 
 def fuse_norms(module: nn.Module) -> None:
-    """Makes the RMS norms in a module start one kernel each, where they start seven. Norms of other classes stay."""
+    """Makes each RMS norm in a module launch one kernel instead of seven. Norms of other classes stay."""
     for norm in module.modules():
         if type(norm).__name__ in _FUSED_NORMS:
             norm_class: Any = type(norm)
@@ -178,13 +176,12 @@ class TaLlavaCrossAttention(nn.Module):
         if self.q_norm is not None:
             query = self.q_norm(query)
         query = apply_rotary(query.transpose(1, 2), cos, sin)
-        # Heads that share keys and values become more queries of one head. Without a causal mask this is the same, and no
-        # key is copied for each of them.
+        # Grouped-query attention: fold the query heads that share a key head into the query length. Without a causal mask
+        # this is exact, and no key is repeated.
         num_tokens = query.shape[2]
         query = query.reshape(*key.shape[:2], -1, self.head_dim)
 
-        # The L queries are few, and so are their scores, whatever attention the language model uses for its own. SDPA serves
-        # every backbone but those that soft-cap, which it cannot express.
+        # The prefix is short, so SDPA serves every backbone, also one that uses flash attention. It cannot soft-cap.
         implementation = self.config._attn_implementation
         implementation = "eager" if self.softcap is not None or implementation == "eager" else "sdpa"
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
@@ -200,7 +197,7 @@ class TaLlavaCrossAttention(nn.Module):
             is_causal=False,
         )
         output = output.unflatten(1, (-1, num_tokens)).permute(0, 2, 3, 1, 4)
-        return self.o_proj(output.flatten(2))  # from (B, L, kv_heads, heads that share them, head_dim)
+        return self.o_proj(output.flatten(2))  # from (B, L, kv_heads, heads per kv head, head_dim)
 
 
 class TaLlavaAdapter(nn.Module):

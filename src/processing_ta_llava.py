@@ -87,7 +87,7 @@ class TaLlavaProcessor(TypedPlaceholdersMixin, ProcessorMixin):
         self.image_token_id = image_token_id
         self.video_token = video_token
         self.num_video_frames = num_video_frames
-        super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template, **kwargs)
 
     def __call__(
         self,
@@ -112,7 +112,7 @@ class TaLlavaProcessor(TypedPlaceholdersMixin, ProcessorMixin):
                 `(frames, H, W, C)` or `(frames, C, H, W)`, or a list of frames, which are PIL images, arrays or tensors.
                 The `<video>`s in the texts say which row a video belongs to.
             audio (*optional*):
-                Refused: TA-LLaVA reads no sound.
+                Not supported.
             images_encoded (`bool`, *optional*, defaults to `False`):
                 Leave images and videos out, because the model is given the result of `encode_image`, or a cache. `<image>`
                 and `<video>` then only say which rows get placeholders.
@@ -132,11 +132,11 @@ class TaLlavaProcessor(TypedPlaceholdersMixin, ProcessorMixin):
             `ImportError`: A video is a file or URL, and nothing that decodes it is installed.
         """
         if audio is not None:
-            raise ValueError("TA-LLaVA reads images, videos and text, no sound.")
+            raise ValueError("TA-LLaVA does not support `audio`. Give it images, videos or text.")
         if text is None and images is None and videos is None:
             raise ValueError("Give `text`, `images`, `videos`, or several of them.")
-        kinds: Any = ProcessingKwargs
-        merged = self._merge_kwargs(kinds, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        kwargs_class: Any = ProcessingKwargs
+        merged = self._merge_kwargs(kwargs_class, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
         return_tensors = text_kwargs.pop("return_tensors", None)
         images_kwargs.pop("return_tensors", None)
@@ -232,7 +232,7 @@ class TaLlavaProcessor(TypedPlaceholdersMixin, ProcessorMixin):
         return merged
 
     def _placeholder_words(self) -> list[str]:
-        # The token of the placeholder may be another one. Its id in a text would be taken for a part of the prefix.
+        # The placeholder token may differ from `image_token`. In a message, its id would be mistaken for the prefix.
         return [self.image_token, self.video_token, self.tokenizer.convert_ids_to_tokens(self.image_token_id)]
 
     @property
@@ -355,7 +355,7 @@ class TaLlavaProcessor(TypedPlaceholdersMixin, ProcessorMixin):
             flat = [load_rgb_image(image) for image in flat]
             if self.image_processor.size.get("shortest_edge"):
                 flat = [cut_to_aspect_ratio(image) for image in flat]
-        else:  # the image processor checks arrays of values that are not rescaled
+        else:  # arrays of values that are not rescaled: the image processor checks them
             flat = open_images(flat)
         flat = resize_first(flat, self.image_processor, **kwargs)
         pixels = self.image_processor(flat, return_tensors="np", **kwargs)["pixel_values"]
@@ -401,7 +401,7 @@ def _flatten_images(images: Any) -> list:
 
 
 def _flatten_videos(videos: Any, depth: int = 0) -> list:
-    """One video, or videos in lists of any depth, as a flat list. Names that are three lists deep are those of frames."""
+    """One video, or videos in lists of any depth, as a flat list. Paths that are three lists deep are frames of a video."""
     if isinstance(videos, (str, os.PathLike)) or getattr(videos, "ndim", 0) == 4:
         return [videos]
     if getattr(videos, "ndim", 0) == 5:

@@ -18,12 +18,13 @@ from typing import Any, ClassVar
 
 import torch
 
+from .library_versions import soft_caps_attention
 from .safe_loading import SafetensorsMixin
 from .vmtc import VisualBudgetMixin
 
 
 def kept_columns(logits_to_keep: int | torch.Tensor) -> slice | torch.Tensor:
-    """The columns that `logits_to_keep` asks for: the last so many, all for 0, or those of its indices."""
+    """The columns that `logits_to_keep` asks for: the last `logits_to_keep`, all if it is 0, or the given indices."""
     return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
 
 
@@ -42,6 +43,22 @@ class VisionLanguageModelMixin(VisualBudgetMixin, SafetensorsMixin):
         self.base_model.vision_tower.initialize_weights()
         self.base_model.language_model.initialize_weights()
         super().initialize_weights()  # type: ignore[misc]
+
+    def set_attn_implementation(self: Any, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
+        """
+        Sets the attention of the whole model or of its parts (`{"text_config": ..., "vision_config": ...}`), as in the
+        library. SDPA cannot soft-cap: if you ask for it, a language model that soft-caps (Gemma-2) gets eager attention.
+        """
+        # CODEPATH: Gemma-2 caps its attention scores, other language models do not.
+        if soft_caps_attention(self.config.text_config):
+            if attn_implementation == "sdpa":
+                attn_implementation = dict.fromkeys(("", *self.config.sub_configs), "sdpa")
+            if isinstance(attn_implementation, dict) and attn_implementation.get("text_config") in (
+                "sdpa",
+                {"": "sdpa"},
+            ):
+                attn_implementation = {**attn_implementation, "text_config": "eager"}
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         if self._auto_class is not None:

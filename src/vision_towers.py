@@ -31,8 +31,8 @@ from .vmtc import (
     count_visual_tokens,
     importance_scores,
     mean_received_attention,
-    one_layer,
     plan_stages,
+    single_feature_layer,
 )
 
 
@@ -86,7 +86,7 @@ class TowerCompression:
                 patches, importance, stage.num_kept, stage.num_clusters, self.merge_weights, self.kept_tokens
             )
         self.trace.append(becomes)
-        return torch.cat([hidden_states[:, :num_first], patches], dim=1)
+        return torch.cat([hidden_states[:, :num_first], patches], dim=1)  # equation 8
 
 
 def stage_attention_forward(
@@ -115,8 +115,8 @@ AttentionInterface.register("vmtc_sdpa", stage_attention_forward)
 def compressing_block_class(block_class: Any) -> type[nn.Module]:
     """
     Subclass of the block class of a tower (CLIP, SigLIP, DINOv2). A block compresses between attention and MLP if
-    `compression` has a stage for it; if not, it is its parent. With `num_blocks`, the blocks after the first so many return
-    what they are given.
+    `compression` has a stage for it; if not, it is its parent. With `num_blocks`, the blocks from that index on return their
+    input.
     """
 
     class CompressingBlock(block_class):
@@ -197,7 +197,7 @@ def compression_of_call(
     if not config.use_vmtc:
         count_visual_tokens(config, num_patches, num_visual_tokens)  # a budget without VMTC is an error
         return None
-    layer = one_layer(feature_layer)
+    layer = single_feature_layer(feature_layer)
     if layer is None:
         raise ValueError(f"VMTC works with one `vision_feature_layer`, got {feature_layer}.")
     blocks = blocks_of(tower)

@@ -18,9 +18,9 @@ redundant ones. Later blocks work on the shorter sequence.
 
 A block that compresses (a stage, `plan_stages`) works on z' = MSA(z) + z, between attention and MLP:
 
-1. The importance score IPS of a patch token is the attention weight that the class token pays it, averaged over heads
+1. The importance score (IPS) of a patch token is the attention weight that the class token pays it, averaged over heads
    (`class_token_attention`, `importance_scores`). Towers without a class token: `mean_received_attention`.
-2. Equation 5: the k patch tokens with the highest IPS are the primary tokens, and stay (`split_by_importance`). Not of the
+2. Equation 5: the k patch tokens with the highest IPS are the primary tokens, and stay (`split_by_importance`). Not in the
    paper, for towers that were not trained with VMTC: those that are important and novel stay (`split_by_novelty`).
 3. Equation 6: all others are the redundant tokens (`split_by_importance`).
 4. K-means clusters the redundant tokens into C_1 to C_c, by cosine similarity (`cosine_kmeans`, `choose_seeds`).
@@ -47,7 +47,7 @@ from .library_versions import OUTPUTS_TO_IGNORE
 
 
 def at_least_1(value: int | None) -> None:
-    """Checks a field of a config. It does so also when the field is set later, as do the two functions below."""
+    """Validator of a config field, which also runs when the field is set later. So do the two below."""
     if value is not None and value < 1:
         raise ValueError(f"must be at least 1, got {value}.")
 
@@ -63,8 +63,8 @@ def rising_indices(value: list[int] | tuple[int, ...] | None) -> None:
         raise ValueError(f"must be indices of blocks from 0, in rising order, got {value}.")
 
 
-def one_layer(layers: Any) -> int | None:
-    """`vision_feature_layer` as an index, also if it is a list of one; `None` if it has several."""
+def single_feature_layer(layers: Any) -> int | None:
+    """The index in `vision_feature_layer`, or `None` if it lists several layers."""
     if isinstance(layers, (list, tuple)) and len(layers) == 1:
         return layers[0]
     return layers if isinstance(layers, int) else None
@@ -81,20 +81,19 @@ class VmtcConfig(PreTrainedConfig):
         vmtc_num_visual_tokens (`int`, *optional*):
             Visual tokens that an image has in the end, class token not counted. The paper uses 288 (of 576), 64 and 36.
         vmtc_keep_ratio (`float`, *optional*, defaults to 0.5):
-            The same as a share of the patches, in (0, 1]. It counts if `vmtc_num_visual_tokens` is `None`.
+            The same as a share of the patches, in (0, 1]. It is used if `vmtc_num_visual_tokens` is `None`.
         vmtc_num_stages (`int`, *optional*, defaults to 3):
             Number of blocks that compress. Each removes the same number of tokens.
         vmtc_stage_placement (`str`, *optional*, defaults to `"spaced"`):
-            Which of the blocks up to `vision_feature_layer` compress. `"spaced"`, the paper's: equally spaced ones.
-            `"last"`: the last ones. A tower that was not trained with VMTC needs this, because the attention of its early
-            class token does not know yet what matters. It saves less time in the tower.
+            Which of the blocks up to `vision_feature_layer` compress: equally `"spaced"` ones, as in the paper, or the
+            `"last"` ones. Use `"last"` for a tower that was not trained with VMTC, because the class token's attention in
+            early blocks does not show yet what matters. It saves less time in the tower.
         vmtc_layers (`list[int]`, *optional*):
             Indices, from 0, of the blocks that compress. They replace those of the two fields above.
         vmtc_kept_tokens (`str`, *optional*, defaults to `"importance"`):
             Which tokens stay as they are. `"importance"`: the most important ones (equation 5). `"importance_and_novelty"`:
-            those with the largest importance times novelty. The novelty of a token is one minus its
-            cosine to the nearest more important token. It is not of the paper, and it helps a model that was not trained
-            with VMTC.
+            those with the largest importance times novelty. The novelty of a token is one minus its cosine to the nearest
+            more important token. It is not in the paper, and is meant for a model that was not trained with VMTC.
         vmtc_cluster_ratio (`float`, *optional*, defaults to 10/64):
             Share of a stage's output tokens that are merged clusters, in (0, 1]. There is at least one.
         vmtc_method (`str`, *optional*, defaults to `"cluster"`):
@@ -105,8 +104,7 @@ class VmtcConfig(PreTrainedConfig):
             `"raw"`: a merged token is the sum of its members, weighted by importance (equation 7). `"normalized"`: the
             weights sum to 1 in a cluster. A model that was not trained with VMTC needs this.
 
-    The defaults are the paper's, for a model that is trained with VMTC. `TRAINING_FREE_VMTC` has the fields that a model
-    needs if it is not:
+    The defaults are the paper's, for a model that is trained with VMTC. For any other model, use `TRAINING_FREE_VMTC`:
 
     ```python
     >>> config = VmtcConfig(use_vmtc=True, vmtc_num_visual_tokens=64, **TRAINING_FREE_VMTC)
@@ -127,8 +125,8 @@ class VmtcConfig(PreTrainedConfig):
     vmtc_merge_weights: Literal["raw", "normalized"] = "raw"
 
     def validate_vmtc(self):
-        """`@strict` calls it, as one of its validators."""
-        if self.use_vmtc and one_layer(getattr(self, "vision_feature_layer", -1)) is None:
+        """Checks that VMTC has a single feature layer. `@strict` calls it."""
+        if self.use_vmtc and single_feature_layer(getattr(self, "vision_feature_layer", -1)) is None:
             raise ValueError(
                 f"VMTC works with one `vision_feature_layer`, but the config has {self.vision_feature_layer}: with VMTC the "
                 "hidden states of several layers have different lengths. Set one layer, or `use_vmtc=False`."
@@ -145,7 +143,7 @@ TRAINING_FREE_VMTC = {
 
 def count_visual_tokens(settings: Any, num_patches: int, num_visual_tokens: int | None = None) -> int:
     """
-    Visual tokens that an image has in the end, class token not counted. Model and processor both ask here.
+    Visual tokens that an image has in the end, class token not counted. Model and processor both call this, so they agree.
 
     Args:
         settings: The model's config or the processor; it has fields of [`VmtcConfig`], and may have `spd_factor`.
@@ -185,7 +183,7 @@ def plan_stages(
     config: Any, num_patches: int, num_blocks: int, num_visual_tokens: int | None = None
 ) -> dict[int, VmtcStage]:
     """
-    Which blocks compress, and how far. Each removes the same number of tokens: 36 -> 24 -> 12.
+    Which blocks compress, and how far. Each removes the same number of tokens, e.g. 48 -> 36 -> 24 -> 12 in three stages.
 
     Args:
         config ([`VmtcConfig`]): The fields that start with `vmtc_`.
@@ -213,7 +211,9 @@ def plan_stages(
         stages[layer] = VmtcStage(output - num_clusters, num_clusters)
         num_tokens = output
     if num_tokens != budget:
-        raise ValueError("`vmtc_layers` is empty: no block may compress. Name at least one, or set it to None.")
+        raise ValueError(
+            "`vmtc_layers` is empty, so no block can compress. Name at least one block, or set it to None."
+        )
     return stages
 
 
@@ -288,8 +288,8 @@ def split_by_novelty(
     tokens: torch.Tensor, importance: torch.Tensor, num_kept: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    As `split_by_importance`, but by IPS times `novelty`: not all of the tokens `(B, n, d)` that are alike stay. This is not
-    of the paper.
+    As `split_by_importance`, but by IPS times `novelty`, so that of tokens `(B, n, d)` that are alike not all stay. This is
+    not in the paper.
     """
     return split_by_importance(importance * novelty(_cosines(tokens), importance), num_kept)
 
@@ -405,7 +405,7 @@ def merge_clusters(
     weights = _membership(labels, num_clusters) * importance[..., None]
     if merge_weights == "normalized":
         weights = weights / weights.sum(dim=1, keepdim=True)
-    return (weights.mT @ tokens.float()).to(tokens.dtype)
+    return (weights.mT @ tokens.float()).to(tokens.dtype)  # the sum of IPS_i z'_i over each cluster
 
 
 def compress_tokens(
@@ -471,8 +471,17 @@ class VisualBudgetMixin:
 
         Args:
             num_visual_tokens (`int`): From 1 to the number of patches.
+
+        Raises:
+            `ValueError`: It is no such number, or `spd_factor` is on.
         """
         settings = getattr(self, "config", self)
         if isinstance(num_visual_tokens, bool) or not isinstance(num_visual_tokens, int) or num_visual_tokens < 1:
             raise ValueError(f"The number of visual tokens must be a whole number from 1, got {num_visual_tokens!r}.")
+        spd_factor = getattr(settings, "spd_factor", 1)
+        if spd_factor > 1:
+            raise ValueError(
+                f"`spd_factor` is {spd_factor}, but the tokens that VMTC leaves have no grid to down-sample. Set "
+                "`spd_factor=1` first."
+            )
         settings.use_vmtc, settings.vmtc_num_visual_tokens = True, num_visual_tokens

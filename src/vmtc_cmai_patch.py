@@ -13,18 +13,18 @@
 # limitations under the License.
 """
 VMTC and CMAI for LLaVA ("Enhancing Instruction-Following Capability of Visual-Language Models by Reducing Image
-Redundancy"): configuration, model and processor.
+Redundancy"): configuration, model and processor. These are subclasses of LLaVA's own; nothing of the library is patched.
 
-A stock LLaVA checkpoint loads without conversion. With both flags off the model is `LlavaForConditionalGeneration` bit for
-bit. `use_vmtc` makes the vision tower compress its tokens: equations 5 to 8, in `vmtc.py` and `vision_towers.py`. `use_cmai`
-makes each text token of the language model stop attending to the least relevant image tokens: equations 9 to 11, in
-`cmai.py` and `cmai_cache.py`. This file connects them to LLaVA:
+A stock LLaVA checkpoint loads without conversion. With both flags off the outputs are those of
+`LlavaForConditionalGeneration` bit for bit. `use_vmtc` makes the vision tower compress its tokens: equations 5 to 8, in
+`vmtc.py` and `vision_towers.py`. `use_cmai` makes each text token of the language model stop attending to the least relevant
+image tokens: equations 9 to 11, in `cmai.py` and `cmai_cache.py`. This file connects them to LLaVA:
 
 1. `make_compressible` prepares the blocks of the vision tower, `make_inhibitable` the attention of the language model
    (`VmtcCmaiLlavaModel.__init__`).
 2. `get_image_features` runs the tower with the stages of VMTC (`compression_of_call`), and projects what is left.
-3. `VmtcCmaiLlavaModel.forward` puts these visual tokens in the place of their placeholders, as LLaVA does, and hands an
-   `Inhibition` through the language model to its attention.
+3. `VmtcCmaiLlavaModel.forward` replaces the placeholders by these visual tokens, as LLaVA does, and passes an `Inhibition`
+   through the language model to its attention.
 4. The processor writes as many placeholders as VMTC leaves visual tokens (`count_visual_tokens`).
 """
 
@@ -73,17 +73,17 @@ logger = logging.get_logger(__name__)
 
 
 def from_0_to_1(value: float) -> None:
-    """Checks a field of a config. It does so also when the field is set later."""
+    """Validator of a config field, which also runs when the field is set later."""
     if not 0 <= value <= 1:
         raise ValueError(f"must be from 0 to 1, got {value}.")
 
 
-# A saved config has this part for the stock class, which looks for a part of its own model type. If it found none, it would
-# load the model with a mere warning: without VMTC and CMAI, and with a random head, because the keys of a checkpoint are
-# renamed by model type. If VMTC and CMAI are off, the part describes the stock model. If not, a field in it that the stock
-# class checks holds the message below, so that the class refuses the checkpoint and says what to do.
-_STOCK = "stock_llava"
-_REFUSAL = (
+# A saved `config.json` has this section for stock LLaVA, which reads the section whose model type is its own. Without it,
+# stock LLaVA would load the checkpoint with only a warning: without VMTC and CMAI, and with a random head, because the names
+# of weights are converted by model type. If VMTC and CMAI are off, the section describes the stock model. Otherwise a field
+# that stock LLaVA validates holds the message below, so that it refuses the checkpoint and prints the message.
+_STOCK_SECTION = "stock_llava"
+_STOCK_ERROR = (
     "VMTC or CMAI is on. Load the model with AutoModelForImageTextToText and the processor with AutoProcessor, with "
     "trust_remote_code=True or after `import ta_llava`."
 )
@@ -110,18 +110,16 @@ class VmtcCmaiLlavaConfig(VmtcConfig, LlavaConfig):
         cmai_discount (`float`, *optional*, defaults to 0.9):
             Factor of `"discounted_sum"` for each text token in between, in (0, 1].
         spd_factor (`int`, *optional*, defaults to 1):
-            The paper's baseline SPD: average the grid of visual tokens over squares of this side. It excludes VMTC.
+            The paper's baseline SPD: average the grid of visual tokens over squares of this side. It cannot be combined with
+            VMTC.
 
     Example:
 
     ```python
-    >>> from ta_llava import VmtcCmaiLlavaForConditionalGeneration, VmtcCmaiLlavaProcessor
+    >>> from ta_llava import VmtcCmaiLlavaConfig
+    >>> from ta_llava.vmtc import TRAINING_FREE_VMTC
 
-    >>> flags = {"use_vmtc": True, "vmtc_num_visual_tokens": 64, "vmtc_merge_weights": "normalized"}
-    >>> model = VmtcCmaiLlavaForConditionalGeneration.from_pretrained("llava-hf/llava-1.5-7b-hf", use_cmai=True, **flags)
-    >>> processor = VmtcCmaiLlavaProcessor.from_pretrained(
-    ...     "llava-hf/llava-1.5-7b-hf", use_vmtc=True, vmtc_num_visual_tokens=64
-    ... )
+    >>> config = VmtcCmaiLlavaConfig(use_vmtc=True, vmtc_num_visual_tokens=64, use_cmai=True, **TRAINING_FREE_VMTC)
     ```
     """
 
@@ -137,7 +135,7 @@ class VmtcCmaiLlavaConfig(VmtcConfig, LlavaConfig):
     def __post_init__(self, **kwargs):
         check_sizes("vision_config", self.vision_config)
         check_sizes("text_config", self.text_config)
-        kwargs.pop(_STOCK, None)
+        kwargs.pop(_STOCK_SECTION, None)
         super().__post_init__(**kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -146,16 +144,16 @@ class VmtcCmaiLlavaConfig(VmtcConfig, LlavaConfig):
         refuses it otherwise.
         """
         config_dict = super().to_diff_dict()
-        stock = {"vision_feature_select_strategy": _REFUSAL}
+        stock = {"vision_feature_select_strategy": _STOCK_ERROR}
         if not self.use_vmtc and not self.use_cmai and self.spd_factor == 1:
             own = {field.name for field in fields(self)} - {field.name for field in fields(LlavaConfig)}
             stock = {
                 key: value for key, value in config_dict.items() if key not in {*own, "architectures", "auto_map"}
             }
-        return {**config_dict, _STOCK: {**stock, "model_type": LlavaConfig.model_type}}
+        return {**config_dict, _STOCK_SECTION: {**stock, "model_type": LlavaConfig.model_type}}
 
-    def validate_cmai(self):
-        """`@strict` calls it, as one of its validators."""
+    def validate_spd(self):
+        """Checks that SPD and VMTC are not combined. `@strict` calls it."""
         if self.spd_factor > 1 and self.use_vmtc:
             raise ValueError(
                 f"`spd_factor` is {self.spd_factor} and `use_vmtc` is on, but the tokens that VMTC leaves have no grid to "
@@ -193,7 +191,7 @@ class VmtcCmaiLlavaPreTrainedModel(VisionLanguageModelMixin, LlavaPreTrainedMode
 def _check_config(config: VmtcCmaiLlavaConfig) -> None:
     """Raises, before anything is built, if fields do not go together or the attention cannot inhibit."""
     config.validate()  # arguments of `from_pretrained` were set after the config was made
-    # CODEPATH: a stock LLaVA is without CMAI.
+    # CODEPATH: stock LLaVA checkpoints do not use CMAI.
     if config.use_cmai:
         check_attention(config.text_config)
 
@@ -207,7 +205,7 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         make_compressible(self.vision_tower)
         make_inhibitable(self.language_model)
         text_config = self.language_model.config
-        # trf-ignore: TRF051
+        # trf-ignore: TRF051 (SDPA cannot soft-cap)
         if soft_caps_attention(text_config) and "sdpa" in text_config._attn_implementation:
             self.language_model.set_attn_implementation("eager")
 
@@ -229,7 +227,8 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
             vision_feature_layer, vision_feature_select_strategy (*optional*):
                 Replace those of the config.
             image_sizes (`torch.LongTensor` of shape `(N, 2)`, *optional*):
-                Sizes of images that differ in size, for towers that take them (Pixtral). They exclude VMTC and `spd_factor`.
+                Sizes of images that differ in size, for towers that take them (Pixtral). Not supported together with VMTC or
+                `spd_factor`.
             num_visual_tokens (`int`, *optional*):
                 A budget for this call. It replaces that of the config.
 
@@ -261,6 +260,11 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
                 vision_feature_select_strategy=vision_feature_select_strategy,
                 image_sizes=image_sizes,
                 **kwargs,
+            )
+        if image_sizes is not None:
+            raise ValueError(
+                f"`spd_factor` is {config.spd_factor}, but images of several sizes (`image_sizes`) have no common grid to "
+                "down-sample. Set `spd_factor=1`."
             )
         return self._get_downsampled_features(
             pixel_values, vision_feature_layer, vision_feature_select_strategy, **kwargs
@@ -306,7 +310,7 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
         features = torch.cat([outputs.hidden_states[layer] for layer in layers], dim=-1)
         features = features[:, 1:] if select_strategy == "default" else features
-        # CODEPATH: as in `get_image_features`.
+        # CODEPATH: only the paper's baseline SPD down-samples.
         if self.config.spd_factor == 1:
             return outputs, features
         height, width = patch_grid(self.config, pixel_values)
@@ -338,7 +342,7 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         found, needed = int(is_image.sum()), sum(len(tokens) for tokens in features)
         if found == needed:
             return
-        each = f"{len(features)} images of {len(features[0])} visual tokens each, {needed} together"
+        each = f"{needed} visual tokens ({len(features)} images of {len(features[0])})"
         remedy = (
             "Write `<image>` into the prompt before it goes to the processor. If the text was truncated (`max_length`), "
             "allow more tokens."
@@ -381,7 +385,7 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         Args:
             num_visual_tokens (`int`, *optional*):
                 Visual tokens per image in this call. It replaces that of the config. Call the processor with the same
-                number.
+                number. Images that come as `mm_encoder_outputs` are compressed already.
             vision_features (`torch.FloatTensor` of shape `(N, M, vision width)`, *optional*):
                 Replaces `pixel_values`: the result of `get_vision_features`.
             cmai_max_ratio (`float`, *optional*):
@@ -389,12 +393,15 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
                 the config. The tokens that follow in a cache may have another one.
 
         Raises:
-            `ValueError`: The placeholders do not match the visual tokens, images are given twice or have a wrong shape, the
-                cache was filled without CMAI, or `cmai_max_ratio` is not in [0, 1] or `use_cmai` is off.
+            `ValueError`: The placeholders do not match the visual tokens; images are given twice or have a wrong shape;
+                `num_visual_tokens` comes with `vision_features`; the cache was filled without CMAI; or `cmai_max_ratio` is
+                not in [0, 1], or is given while `use_cmai` is off.
         """
         cache = cache_of_call(past_key_values, cache)
         if cmai_max_ratio is not None:
             self._check_ratio(cmai_max_ratio)
+
+        # Encode the images
         if pixel_values is not None:
             _check_given_once(
                 pixel_values=True, vision_features=vision_features, mm_encoder_outputs=mm_encoder_outputs
@@ -405,21 +412,27 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
             mm_encoder_outputs = {**(mm_encoder_outputs or {}), "image": features}
         elif vision_features is not None:
             _check_given_once(vision_features=True, mm_encoder_outputs=mm_encoder_outputs)
+            _check_not_compressed_again(num_visual_tokens)
             mm_encoder_outputs = {**(mm_encoder_outputs or {}), "image": self._project(vision_features)}
 
+        # Check the placeholders; a training batch without images runs a blank one
         images: Any = (mm_encoder_outputs or {}).get("image")
         if images is not None:
             is_image = self._columns_of_token(self.config.image_token_id, input_ids, inputs_embeds)
             self._check_placeholders(is_image, images.pooler_output)
         elif self.training and torch.is_grad_enabled():
-            input_ids, inputs_embeds = None, self._embed_beside_blank_image(input_ids, inputs_embeds)
+            input_ids, inputs_embeds = None, self._embed_with_blank_image(input_ids, inputs_embeds)
+
+        # Prepare CMAI
         if use_cache is not None:
             kwargs["use_cache"] = use_cache
-        # CODEPATH: a stock LLaVA is without CMAI.
+        # CODEPATH: stock LLaVA checkpoints do not use CMAI.
         if self.config.use_cmai:
             cache, kwargs["cmai"] = self._prepare_inhibition(
                 input_ids, inputs_embeds, attention_mask, cache, use_cache, images is not None, cmai_max_ratio
             )
+
+        # LLaVA's own forward
         outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -437,19 +450,20 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
             )
         return outputs
 
-    def _embed_beside_blank_image(
+    def _embed_with_blank_image(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
     ) -> torch.Tensor:
         """
-        The embeddings `(B, S, d)` of a training batch without an image. The tower and the projector run on a blank image
-        (see `blank_image`), and the sum of none of its features is added: exactly 0, even if they are not finite.
+        The embeddings `(B, S, d)` of a training batch without images. The tower and the projector run on a blank image (see
+        `blank_image`), and the sum of an empty slice of its features is added: exactly 0, even if they are not finite, but
+        it connects their parameters to the loss.
         """
         # Tower and projector first, as with images: other processes wait for the same weights in the same order.
         blank: Any = self.get_image_features(blank_image(self.config, self.vision_tower))
-        nothing = blank.pooler_output[0][:0].sum()
+        zero = blank.pooler_output[0][:0].sum()
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        return inputs_embeds + nothing.to(inputs_embeds.device, inputs_embeds.dtype)
+        return inputs_embeds + zero.to(inputs_embeds.device, inputs_embeds.dtype)
 
     def _check_ratio(self, cmai_max_ratio: float) -> None:
         """Raises unless CMAI is on and the ratio for one call is in [0, 1]."""
@@ -479,21 +493,21 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         use_cache = text_config.use_cache if use_cache is None else use_cache
         if cache is None and use_cache and not checkpointing:
             cache = DynamicCache(config=text_config)
-        filled = None if checkpointing else cache
+        cmai_cache = None if checkpointing else cache  # a recomputed layer would write its rows twice
         past_length: Any = 0
-        if filled is not None:
-            prepare_cache(filled, text_config)
-            past_length = filled.get_seq_length()
+        if cmai_cache is not None:
+            prepare_cache(cmai_cache, text_config)
+            past_length = cmai_cache.get_seq_length()
         columns: Any = input_ids if inputs_embeds is None else inputs_embeds
         batch_size, num_columns = columns.shape[:2]
         is_image: torch.Tensor | None = None
         is_text = torch.ones(batch_size, num_columns, dtype=torch.bool, device=columns.device)
-        # A single column without images is a step of the decoding. Its token counts as text, even if it is a placeholder.
+        # A single column without images is a decoding step. Its token counts as text, even if it is a placeholder.
         if num_columns > 1 or has_images:
             tokens = non_padding_columns(attention_mask, batch_size, num_columns, columns.device, past_length)
             is_image = self._columns_of_token(self.config.image_token_id, input_ids, columns).to(columns.device)
             is_text = ~is_image if tokens is None else tokens & ~is_image
-        return cache, Inhibition(self.config, is_image, is_text, past_length, filled, max_ratio)
+        return cache, Inhibition(self.config, is_image, is_text, past_length, cmai_cache, max_ratio)
 
 
 def _check_given_once(**images: Any) -> None:
@@ -505,8 +519,17 @@ def _check_given_once(**images: Any) -> None:
         raise ValueError(f"Give {' or '.join(given)}, not both.")
 
 
+def _check_not_compressed_again(num_visual_tokens: int | None) -> None:
+    """Raises if a call that is given `vision_features` has a budget too."""
+    if num_visual_tokens is not None:
+        raise ValueError(
+            f"`num_visual_tokens` is {num_visual_tokens}, but `vision_features` are compressed already. Leave it out, or "
+            "give `pixel_values`."
+        )
+
+
 # The fields that both kinds of outputs have. The names of some, such as the cache, depend on the version of the library.
-_NAMES_OF_OUTPUTS = [
+_SHARED_OUTPUT_NAMES = [
     field.name for field in fields(LlavaCausalLMOutputWithPast) if field.name not in ("loss", "logits")
 ]
 
@@ -515,8 +538,9 @@ class VmtcCmaiLlavaForConditionalGeneration(
     VmtcCmaiLlavaPreTrainedModel, LlavaForConditionalGeneration, GenerationMixin
 ):
     r"""
-    LLaVA with VMTC, CMAI and a language modelling head, for generation and training. Both are off by default; then it is
-    [`~transformers.LlavaForConditionalGeneration`] bit for bit.
+    LLaVA with VMTC, CMAI and a language modelling head, for generation and training. Both are off by default; then its
+    outputs are those of [`~transformers.LlavaForConditionalGeneration`] bit for bit. In training, a batch without images
+    gives the vision tower and the projector gradients of zero, where the stock model gives none.
 
     Args:
         config ([`VmtcCmaiLlavaConfig`]):
@@ -527,11 +551,12 @@ class VmtcCmaiLlavaForConditionalGeneration(
 
     ```python
     >>> from ta_llava import VmtcCmaiLlavaForConditionalGeneration, VmtcCmaiLlavaProcessor
+    >>> from ta_llava.vmtc import TRAINING_FREE_VMTC
 
     >>> flags = {"use_vmtc": True, "vmtc_num_visual_tokens": 64}
     >>> processor = VmtcCmaiLlavaProcessor.from_pretrained("llava-hf/llava-1.5-7b-hf", **flags)
     >>> model = VmtcCmaiLlavaForConditionalGeneration.from_pretrained(
-    ...     "llava-hf/llava-1.5-7b-hf", vmtc_merge_weights="normalized", use_cmai=True, **flags
+    ...     "llava-hf/llava-1.5-7b-hf", use_cmai=True, **flags, **TRAINING_FREE_VMTC
     ... )
     >>> inputs = processor(images="photo.jpg", text="USER: <image>\nWhat is this? ASSISTANT:", return_tensors="pt")
     >>> output = model.generate(**inputs, max_new_tokens=30)
@@ -582,6 +607,7 @@ class VmtcCmaiLlavaForConditionalGeneration(
         if vision_features is not None:
             encoded, pixel_values = model_kwargs.get("mm_encoder_outputs"), model_kwargs.get("pixel_values")
             _check_given_once(pixel_values=pixel_values, vision_features=vision_features, mm_encoder_outputs=encoded)
+            _check_not_compressed_again(model_kwargs.get("num_visual_tokens"))
             model_kwargs["mm_encoder_outputs"] = {**(encoded or {}), "image": self.model._project(vision_features)}
         return super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
 
@@ -607,8 +633,9 @@ class VmtcCmaiLlavaForConditionalGeneration(
         # Tokens that are looked up in the prompt must not be placeholders, since there is no image for them.
         suppress = SuppressTokensLogitsProcessor([self.config.image_token_id], device=self.device)
         kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or ()), suppress])
-        # An assistant gets the arguments of its model, but an assistant without CMAI takes no ratio.
-        if not getattr(getattr(kwargs.get("assistant_model"), "config", None), "use_cmai", True):
+        # An assistant is called with the arguments of this model. Without CMAI it takes no ratio.
+        assistant = kwargs.get("assistant_model")
+        if assistant is not None and not getattr(assistant.config, "use_cmai", False):
             kwargs["model_kwargs"] = {**kwargs["model_kwargs"], "cmai_max_ratio": None}
         return super()._get_candidate_generator(*args, **kwargs)
 
@@ -652,9 +679,10 @@ class VmtcCmaiLlavaForConditionalGeneration(
             labels (`torch.LongTensor` of shape `(B, S)`, *optional*):
                 Token ids to predict, aligned with `input_ids`. -100 takes no loss.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
-                Compute logits only for so many columns at the end (0: for all), or for the given column indices.
+                Compute logits only for this number of last columns (0: for all), or for the given column indices.
             image_sizes (`torch.LongTensor` of shape `(N, 2)`, *optional*):
-                Sizes of images that differ in size, for towers that take them (Pixtral). They exclude VMTC and `spd_factor`.
+                Sizes of images that differ in size, for towers that take them (Pixtral). Not supported together with VMTC or
+                `spd_factor`.
             mm_encoder_outputs (`dict`, *optional*):
                 Replaces `pixel_values`: `{"image": model.get_image_features(...)}`.
             num_visual_tokens, vision_features, cmai_max_ratio (*optional*):
@@ -663,21 +691,7 @@ class VmtcCmaiLlavaForConditionalGeneration(
         Raises:
             `ValueError`: See [`VmtcCmaiLlavaModel.forward`].
 
-        Example:
-
-        ```python
-        >>> from ta_llava import VmtcCmaiLlavaForConditionalGeneration, VmtcCmaiLlavaProcessor
-
-        >>> flags = {"use_vmtc": True, "vmtc_num_visual_tokens": 64}
-        >>> processor = VmtcCmaiLlavaProcessor.from_pretrained("llava-hf/llava-1.5-7b-hf", **flags)
-        >>> model = VmtcCmaiLlavaForConditionalGeneration.from_pretrained(
-        ...     "llava-hf/llava-1.5-7b-hf", vmtc_merge_weights="normalized", use_cmai=True, **flags
-        ... )
-        >>> prompt = "USER: <image>\nWhat is in the image? ASSISTANT:"
-        >>> inputs = processor(images="photo.jpg", text=prompt, return_tensors="pt")
-        >>> output = model.generate(**inputs, max_new_tokens=30)
-        >>> processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        ```
+        Example: see [`VmtcCmaiLlavaForConditionalGeneration`].
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -702,13 +716,13 @@ class VmtcCmaiLlavaForConditionalGeneration(
         if labels is not None:
             if self.training and not is_tracing(labels) and (labels == self.config.image_token_id).any():
                 logger.warning_once(
-                    "`labels` hold placeholders of images. They count in the loss, as in stock LLaVA, but teach nothing. "
-                    "Set them to -100: `labels[labels == model.config.image_token_id] = -100`."
+                    "`labels` hold placeholders of images. They count in the loss, as in stock LLaVA, but predicting them "
+                    "is useless. Set them to -100: `labels[labels == model.config.image_token_id] = -100`."
                 )
             text_config: Any = self.config.text_config
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
-        handed_on = {name: getattr(outputs, name) for name in _NAMES_OF_OUTPUTS}
-        return LlavaCausalLMOutputWithPast(loss=loss, logits=logits, **handed_on)  # type: ignore[arg-type]
+        shared = {name: getattr(outputs, name) for name in _SHARED_OUTPUT_NAMES}
+        return LlavaCausalLMOutputWithPast(loss=loss, logits=logits, **shared)  # type: ignore[arg-type]
 
 
 class VmtcCmaiLlavaImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]

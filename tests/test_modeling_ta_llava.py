@@ -26,7 +26,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, CLIPVisionModel, DynamicCache, StaticCache
 
 from ta_llava import TaLlavaForConditionalGeneration, TaLlavaModel, modeling_ta_llava
-from ta_llava.modeling_ta_llava import find_response_start
+from ta_llava.modeling_ta_llava import find_instruction_end
 
 
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
@@ -42,7 +42,7 @@ def row_inputs(seed: int = 0, length: int = 6, response: int = 0, images: int = 
 
 @pytest.mark.parametrize("scope", ["first", "last"])
 @pytest.mark.parametrize("marker", [[4], [3, 4], [3, 3, 4]])
-def test_find_response_start_against_a_plain_search(scope, marker):
+def test_find_instruction_end_against_a_plain_search(scope, marker):
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, 6, (200, 9), generator=generator)
     matches = torch.stack([ids == token for token in marker])
@@ -51,12 +51,12 @@ def test_find_response_start_against_a_plain_search(scope, marker):
         starts = [start for start in range(len(row)) if row[start : start + len(marker)] == marker]
         start = None if not starts else starts[0] if scope == "first" else starts[-1]
         expected.append(len(row) if start is None else start + len(marker) - 1)
-    assert find_response_start(matches, scope).tolist() == expected
+    assert find_instruction_end(matches, scope).tolist() == expected
     assert 9 in expected and len(set(expected)) > 3
 
 
-def test_find_response_start_in_a_text_shorter_than_the_marker():
-    assert find_response_start(torch.ones(3, 2, 2, dtype=torch.bool), "first").tolist() == [2, 2]
+def test_find_instruction_end_in_a_text_shorter_than_the_marker():
+    assert find_instruction_end(torch.ones(3, 2, 2, dtype=torch.bool), "first").tolist() == [2, 2]
 
 
 def test_a_mask_of_images_of_another_shape_is_refused(model):
@@ -914,7 +914,7 @@ def test_wrong_numbers_of_placeholders(model):
         model(input_ids=torch.tensor([[IMAGE, *ids]]), pixel_values=random_images(1))
     with pytest.raises(ValueError, match="Row 0 has 1 images but its text does not begin with placeholder"):
         model(input_ids=torch.tensor([[BOS, *ids]]), pixel_values=random_images(1))
-    with pytest.raises(ValueError, match="Row 0 begins with 3 placeholder tokens.*side by side"):
+    with pytest.raises(ValueError, match="Row 0 begins with 3 placeholder tokens.*consecutive ones"):
         mask = torch.ones(1, len(ids) + 1)
         mask[0, 1] = 0
         model(input_ids=torch.tensor([[IMAGE, PAD, *ids[1:]]]), pixel_values=random_images(1), attention_mask=mask)

@@ -532,7 +532,7 @@ def test_a_video_file_without_a_decoder(processor, monkeypatch):
 
 
 def test_sound_is_refused(processor):
-    with pytest.raises(ValueError, match="no sound"):
+    with pytest.raises(ValueError, match="does not support `audio`"):
         processor(text="what?", audio=np.zeros(8))
 
 

@@ -42,6 +42,7 @@ from transformers import (
     SiglipVisionConfig,
     StaticCache,
 )
+from transformers.cache_utils import StaticLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ta_llava import (
@@ -379,6 +380,14 @@ def test_the_config_says_what_was_set_and_that_is_used(stock, monkeypatch):
         assert implementations(model)[1:] == ["sdpa", expected[2]]
 
 
+def test_a_language_model_that_soft_caps_is_never_given_sdpa():
+    model = build_llava("gemma2")
+    assert implementations(model)[1] == "eager"
+    for asked in ("sdpa", {"text_config": "sdpa"}):
+        model.set_attn_implementation(asked)
+        assert implementations(model)[1:] == ["eager", "sdpa"]
+
+
 @torch.no_grad()
 def test_a_copy_has_an_attention_of_its_own(monkeypatch):
     model = build_llava()
@@ -529,6 +538,9 @@ def test_assisted_decoding_is_greedy_decoding(backbone, assistant):
     else:
         kwargs = {"prompt_lookup_num_tokens": 3}
     assert torch.equal(generate(model, inputs, max_new_tokens=16, **kwargs), expected)
+    if getattr(StaticLayer, "is_croppable", False):
+        static = {"cache_implementation": "static", "disable_compile": True}
+        assert torch.equal(generate(model, inputs, max_new_tokens=16, **kwargs, **static), expected)
 
 
 def test_placeholders_are_not_looked_up_in_the_prompt():
@@ -689,9 +701,7 @@ def test_a_budget_may_be_set_for_a_call_or_for_good():
     prompt = llava_prompt(num_visual_tokens=4)
     inputs = llava_inputs([prompt], num_visual_tokens=4)
     for call in (model, model.generate):
-        with pytest.raises(
-            ValueError, match=r"has 4 image placeholders \(id 7\), but there are 1 images of 9 visual tokens"
-        ):
+        with pytest.raises(ValueError, match=r"has 4 image placeholders \(id 7\), but there are 9 visual tokens"):
             call(**inputs)
     logits = model(**inputs, num_visual_tokens=4).logits
     tokens = generate(model, inputs, num_visual_tokens=4)
@@ -710,7 +720,7 @@ def test_a_budget_may_be_set_for_a_call_or_for_good():
 
 @torch.no_grad()
 @pytest.mark.parametrize("backbone", ["llama", "gemma2"])
-def test_cmais_ratio_may_be_set_for_a_call_or_for_good(backbone):
+def test_cmais_ratio_may_be_set_for_a_call_or_for_good(backbone, stock):
     model = build_llava(backbone)
     inputs = llava_inputs(ROWS)
     default = model(**inputs).logits
@@ -728,12 +738,15 @@ def test_cmais_ratio_may_be_set_for_a_call_or_for_good(backbone):
         model.config.cmai_max_ratio = 0.6
         assert not torch.allclose(logits, default, atol=1e-3)
     # An assistant without CMAI is not asked for what it does not have.
-    for use_cmai in (True, False):
-        assistant = copy.deepcopy(model)
-        assistant.config.use_cmai = use_cmai
+    without_cmai = copy.deepcopy(model)
+    without_cmai.config.use_cmai = False
+    for assistant in (copy.deepcopy(model), without_cmai):
         one = llava_inputs(ROWS[:1])
         tokens = generate(model, one, cmai_max_ratio=0.2)
         assert torch.equal(generate(model, one, cmai_max_ratio=0.2, assistant_model=assistant), tokens)
+    text = llava_inputs([llava_prompt(images=0)])
+    tokens = generate(model, text)
+    assert torch.equal(generate(model, text, cmai_max_ratio=0.2, assistant_model=stock[0]), tokens)
 
 
 @torch.no_grad()
@@ -872,6 +885,11 @@ def test_the_baseline_averages_the_grid_before_the_projector():
     pooled = torch.nn.functional.avg_pool2d(states.mT.unflatten(-1, (6, 6)), 2).flatten(2).mT
     expected = model.model.multi_modal_projector(pooled)
     assert_close(torch.stack(model.get_image_features(pixels).pooler_output), expected)
+    with pytest.raises(ValueError, match="`spd_factor` is 2, but .* Set `spd_factor=1` first"):
+        model.set_visual_budget(9)
+    assert not model.config.use_vmtc
+    with pytest.raises(ValueError, match="`spd_factor` is 2, but images of several sizes"):
+        model.get_image_features(pixels, image_sizes=torch.tensor([[24, 24], [24, 20]]))
     model.config.spd_factor = 4
     with pytest.raises(ValueError, match="`spd_factor` is 4, which does not divide the grid of 6 x 6"):
         model.get_image_features(pixels)
@@ -928,8 +946,10 @@ def test_vision_features_are_checked_as_pixels_are():
             call(input_ids=inputs["input_ids"], vision_features=features[..., :20])
         with pytest.raises(ValueError, match=r"has shape \(1, 1, 9, 24\), expected \(images, visual tokens, 24\)"):
             call(input_ids=inputs["input_ids"], vision_features=features[None])
-        with pytest.raises(ValueError, match=r"has 9 image placeholders \(id 7\), but there are 1 images of 8 visual"):
+        with pytest.raises(ValueError, match=r"has 9 image placeholders \(id 7\), but there are 8 visual tokens"):
             call(input_ids=inputs["input_ids"], vision_features=features[:, :8])
+        with pytest.raises(ValueError, match="`num_visual_tokens` is 4, but `vision_features` are compressed already"):
+            call(input_ids=inputs["input_ids"], vision_features=features, num_visual_tokens=4)
     half = build_llava().to(torch.bfloat16)
     assert half(input_ids=inputs["input_ids"], vision_features=features).logits.dtype == torch.bfloat16
 
