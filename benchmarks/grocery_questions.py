@@ -29,6 +29,7 @@ SPLITS = ("train", "val", "test")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 NUMBERS = ("one", "two", "three", "four")
 NUM_POPULAR = 8  # kinds that "popular" asks about in vain
+LOOK = ("Look at the picture.", "ok")  # the turn before the question, for a prefix that must not read the question
 GRID_SIDE = 224  # pixels
 TYPES = ("product", "kind", "group", "random", "popular", "place", "grid", "count", "list")
 
@@ -224,9 +225,9 @@ def score(question: Question, answer: str) -> float:
 # --- LLaVA's format ------------------------------------------------------------------------------------------------
 
 
-def conversation(picture: Picture, questions: Sequence[Question], name: str) -> dict[str, Any]:
+def conversation(picture: Picture, questions: Sequence[Question], name: str, blind: bool = False) -> dict[str, Any]:
     """
-    A record in LLaVA's format with all `questions` about a picture.
+    A record in LLaVA's format with all `questions` about a picture. If it is `blind`, the turn `LOOK` comes first.
 
     Raises:
         `ValueError`: There is no question.
@@ -234,18 +235,24 @@ def conversation(picture: Picture, questions: Sequence[Question], name: str) -> 
     if not questions:
         raise ValueError(f"The conversation {name} about {picture.path} has no question.")
     turns = []
-    for question in questions:
-        turns += [{"from": "human", "value": question.text}, {"from": "gpt", "value": question.answer}]
+    for text, answer in [LOOK] * blind + [(question.text, question.answer) for question in questions]:
+        turns += [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
     turns[0]["value"] = "<image>\n" + turns[0]["value"]
     return {"id": name, "image": str(picture.path.resolve()), "conversations": turns}
 
 
 def training_records(
-    pictures: Sequence[Picture], kinds: Sequence[str], copies: int, seed: int, one_each: bool = False
+    pictures: Sequence[Picture],
+    kinds: Sequence[str],
+    copies: int,
+    seed: int,
+    one_each: bool = False,
+    blind: bool = False,
 ) -> list[dict[str, Any]]:
     """
     Records to train on, with `copies` draws of the questions about each picture in a random order. Conversations with all
-    questions teach a LLaVA most in the same time. A TA-LLaVA, whose prefix reads the first question, needs `one_each`.
+    questions teach a LLaVA most in the same time. A TA-LLaVA, whose prefix reads the first turn, needs `one_each`. If that
+    turn is `LOOK` (`blind`), the prefix does not know the question.
     """
     records = []
     for copy in range(copies):
@@ -254,7 +261,7 @@ def training_records(
             questions = list(dict.fromkeys(ask(picture, kinds, generator)))
             generator.shuffle(questions)
             if one_each:
-                records += [conversation(picture, [each], f"{copy}-{index}-{each.type}") for each in questions]
+                records += [conversation(picture, [each], f"{copy}-{index}-{each.type}", blind) for each in questions]
             else:
                 records.append(conversation(picture, questions, f"{copy}-{index}"))
     random.Random(f"order {seed}").shuffle(records)

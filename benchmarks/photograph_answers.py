@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from grocery_questions import Question, score
-from photograph_models import cache_training_features, data_of, open_cache, trained_model
+from grocery_questions import LOOK, Question, score
+from photograph_models import cache_training_features, data_of, open_cache, ta_llava_name, trained_model
 from PIL import Image
 from rival_towers import read_tower, run_tome
 from rivals import RIVALS, TowerOutput
@@ -140,18 +140,25 @@ class Prompts:
     Args:
         processor: Processor of a LLaVA or a TA-LLaVA.
         num_placeholders (`int`, *optional*): Placeholders of the picture, in place of those that the processor writes.
+        blind (`bool`): Whether the turn `LOOK` comes first, so that the prefix of a TA-LLaVA does not read the question.
     """
 
-    def __init__(self, processor: Any, num_placeholders: int | None = None):
-        self.processor, self.num_placeholders = processor, num_placeholders
+    def __init__(self, processor: Any, num_placeholders: int | None = None, blind: bool = False):
+        self.processor, self.num_placeholders, self.blind = processor, num_placeholders, blind
         self.image_token_id = processor.image_token_id
         self.known: dict[str, list[int]] = {}
 
     def __call__(self, text: str) -> list[int]:
         if text not in self.known:
-            content = [{"type": "image", "image": Image.new("RGB", (32, 32))}, {"type": "text", "text": text}]
+            first, *rest = [*LOOK, text] if self.blind else [text]
+            content = [{"type": "image", "image": Image.new("RGB", (32, 32))}, {"type": "text", "text": first}]
+            messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+            messages += [
+                {"role": role, "content": [{"type": "text", "text": turn}]}
+                for role, turn in zip(("assistant", "user"), rest)
+            ]
             inputs = self.processor.apply_chat_template(
-                [{"role": "user", "content": content}],
+                messages,
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=True,
@@ -168,16 +175,20 @@ class Prompts:
 
 @torch.no_grad()
 def answer(
-    model: Any, processor: Any, asked: Sequence[tuple[str, torch.Tensor]], num_placeholders: int | None = None
+    model: Any,
+    processor: Any,
+    asked: Sequence[tuple[str, torch.Tensor]],
+    num_placeholders: int | None = None,
+    blind: bool = False,
 ) -> list[str]:
     """
     Answers questions by greedy decoding.
 
     Args:
         asked: Questions, each with the `vision_features` of its picture: `(M, d)` for a LLaVA, `(1, M, d)` for a TA-LLaVA.
-        num_placeholders (`int`, *optional*): See [`Prompts`].
+        num_placeholders, blind (*optional*): See [`Prompts`].
     """
-    prompts = Prompts(processor, num_placeholders)
+    prompts = Prompts(processor, num_placeholders, blind)
     ids = [prompts(text) for text, _ in asked]
     pad = processor.tokenizer.pad_token_id
     order = sorted(range(len(ids)), key=lambda index: (len(ids[index]), asked[index][0]))  # alike questions together
@@ -222,15 +233,16 @@ def answer_with_llava(folder: Path, config: dict[str, Any], seed: int, method: s
     write_scores(path, [question for _, question in data.questions], answers)
 
 
-def answer_with_ta_llava(folder: Path, config: dict[str, Any], seed: int, length: int) -> None:
+def answer_with_ta_llava(folder: Path, config: dict[str, Any], seed: int, length: int, blind: bool) -> None:
     """Writes the answers of the TA-LLaVA of a seed with `length` prefix tokens."""
-    path = folder / "scores" / f"ta-llava-{seed}" / f"{length}.json"
+    name = ta_llava_name(length, blind)
+    path = folder / "scores" / f"{name}-{seed}" / "all.json"
     if path.is_file():
         return
     cache_training_features(folder, config, "ta_llava")  # nothing to compute if the model was trained here
-    model, processor = load_once(folder, f"ta-llava-{length}-{seed}")
+    model, processor = load_once(folder, f"{name}-{seed}")
     features = open_cache(folder, "ta_llava", model, processor)
     data = data_of(folder, config)
     by_path = {picture.path: features.get(str(picture.path.resolve()))[None].float() for picture in data.test}
     asked = [(question.text, by_path[picture.path]) for picture, question in data.questions]
-    write_scores(path, [question for _, question in data.questions], answer(model, processor, asked))
+    write_scores(path, [question for _, question in data.questions], answer(model, processor, asked, blind=blind))

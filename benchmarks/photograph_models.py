@@ -2,10 +2,13 @@
 Trains the small models of `photographs.py` by what `ta-llava init-llava`, `init` and `train` run.
 
 The vision tower is DINOv2-small at 224 pixels, frozen. The language model is a small Llama without any training: what it
-knows of language it learns from the questions about pictures. With each seed a LLaVA and TA-LLaVAs are made of the two.
+knows of language it learns from the questions about pictures. With each seed a LLaVA is made of the two and trained. The
+TA-LLaVAs of the seed start from the language model of that LLaVA, as in their paper from one that has learned already. A
+TA-LLaVA is blind to the question if the question comes in the second turn: its prefix reads only the first.
 Finished work is kept in files and not repeated.
 """
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -29,7 +32,14 @@ from grocery_questions import (
 from real_parts import write_dinov2
 from small_models import train_tokenizer
 from train_llava_tiny import CHAT_TEMPLATE
-from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    set_seed,
+)
 
 from ta_llava.building.assemble import assemble_llava, assemble_ta_llava
 from ta_llava.common.files import atomic_folder
@@ -46,16 +56,22 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 @dataclass
 class Data:
-    """Pictures to train on and of the test, the questions of the test, and all kinds, the most frequent first."""
+    """
+    Pictures to train on and of the test, those of the former that a short training uses, the questions of the test, and all
+    kinds, the most frequent first.
+    """
 
     train: list[Picture]
     test: list[Picture]
+    tuning: list[Picture]
     questions: list[tuple[Picture, Question]]
     kinds: list[str]
 
 
 @cache
-def load_data(folder: Path, source: str, train_grids: int, test_photographs: int, test_grids: int) -> Data:
+def load_data(
+    folder: Path, source: str, train_grids: int, test_photographs: int, test_grids: int, tuning_pictures: int
+) -> Data:
     """
     Draws the pictures. The image files of grids are written by `prepare`.
 
@@ -70,12 +86,15 @@ def load_data(folder: Path, source: str, train_grids: int, test_photographs: int
         held_out, test_grids, folder / "grids" / "test", seed=1
     )
     kinds = rank_kinds(known)
-    return Data(train, test, held_out_questions(test, kinds), kinds)
+    tuning = random.Random("tuning").sample(train, min(tuning_pictures, len(train)))
+    return Data(train, test, tuning, held_out_questions(test, kinds), kinds)
 
 
 def data_of(folder: Path, config: dict[str, Any]) -> Data:
     return load_data(
-        folder, config["data"], *(config[name] for name in ("train_grids", "test_photographs", "test_grids"))
+        folder,
+        config["data"],
+        *(config[name] for name in ("train_grids", "test_photographs", "test_grids", "tuning_pictures")),
     )
 
 
@@ -83,10 +102,10 @@ def write_training_data(folder: Path, config: dict[str, Any], stage: str, seed: 
     """Writes the records of a stage of the training, and returns their file."""
     path = folder / "data" / f"{stage}-{seed}.json"
     if not path.is_file():
-        data = data_of(folder, config)
-        copies = config["stages"][stage]["copies"]
-        one_each = stage == "ta_llava"
-        write_records(path, training_records(data.train, data.kinds, copies, seed, one_each))
+        data, copies = data_of(folder, config), config["stages"][stage.removesuffix("_blind")]["copies"]
+        pictures = data.tuning if stage == "tuning" else data.train
+        one_each, blind = stage.startswith("ta_llava"), stage.endswith("_blind")
+        write_records(path, training_records(pictures, data.kinds, copies, seed, one_each, blind))
     return path
 
 
@@ -136,7 +155,7 @@ def train_stage(
     folder: Path, config: dict[str, Any], stage: str, seed: int, start: Path, recipe: str, parts: Sequence[str]
 ) -> Path:
     """Runs a recipe as `ta-llava train` does, from the model in `start`, and returns the folder of the trained model."""
-    sizes = config["stages"][stage]
+    sizes = config["stages"][stage.removesuffix("_blind")]
     settings = {
         "model": start,
         "output_dir": start.parent / "trained",
@@ -154,7 +173,7 @@ def train_stage(
         "training_arguments.dataloader_num_workers": 0,
         "training_arguments.save_steps": 100,
         "training_arguments.train_sampling_strategy": "random",  # photographs and grids in each batch
-        "cache_vision_features": folder / "features" / stage,
+        "cache_vision_features": folder / "features" / stage.removesuffix("_blind"),
     }
     overrides = [f"{key}={value}" for key, value in settings.items()]
     return train(load_recipe(RECIPES / f"{recipe}.yaml", overrides))
@@ -181,27 +200,39 @@ def open_cache(folder: Path, stage: str, model: Any, processor: Any) -> VisionFe
 
 
 def train_llava(folder: Path, config: dict[str, Any], seed: int) -> None:
-    """Makes and trains the LLaVA of a seed."""
-    start = folder / f"llava-{seed}" / "init"
-    if not start.is_dir():
-        assemble_llava(start, folder / "tower", folder / f"language-model-{seed}", seed=seed)
-    train_stage(folder, config, "llava", seed, start, "llava/finetune", ["projector", "language_model"])
+    """Makes and trains the LLaVA of a seed, and writes its language model on its own."""
+    run, new = folder / f"llava-{seed}", folder / f"language-model-{seed}"
+    if not (run / "init").is_dir():
+        assemble_llava(run / "init", folder / "tower", new, seed=seed)
+    train_stage(folder, config, "llava", seed, run / "init", "llava/finetune", ["projector", "language_model"])
+    if not (run / "language-model").is_dir():
+        llava, _ = trained_model(folder, run.name)
+        language_model = LlamaForCausalLM.from_pretrained(new, dtype=torch.float32)
+        language_model.model.load_state_dict(llava.model.language_model.state_dict())
+        with atomic_folder(run / "language-model") as unfinished:
+            language_model.save_pretrained(unfinished)
+            AutoTokenizer.from_pretrained(new).save_pretrained(unfinished)
 
 
-def train_ta_llava(folder: Path, config: dict[str, Any], seed: int, length: int) -> None:
+def ta_llava_name(length: int, blind: bool) -> str:
+    return f"ta-llava-{length}{'-blind' if blind else ''}"
+
+
+def train_ta_llava(folder: Path, config: dict[str, Any], seed: int, length: int, blind: bool) -> None:
     """Makes and trains the TA-LLaVA of a seed with `length` prefix tokens, all but the tower at once."""
-    start = folder / f"ta-llava-{length}-{seed}" / "init"
+    start = folder / f"{ta_llava_name(length, blind)}-{seed}" / "init"
     if not start.is_dir():
         assemble_ta_llava(
             start,
             folder / "tower",
-            folder / f"language-model-{seed}",
+            folder / f"llava-{seed}" / "language-model",
             num_prefix_tokens=length,
             adapter_interval=config["adapter_interval"],
             seed=seed,
         )
     parts = ["projector", "prefix", "adapters", "language_model"]
-    train_stage(folder, config, "ta_llava", seed, start, "ta_llava/phase3", parts)
+    stage = "ta_llava_blind" if blind else "ta_llava"
+    train_stage(folder, config, stage, seed, start, "ta_llava/phase3", parts)
 
 
 def trained_model(folder: Path, name: str) -> tuple[Any, Any]:

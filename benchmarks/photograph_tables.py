@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from grocery_questions import TYPES
 from photograph_answers import ALL_TOKENS, TOME, file_name, methods, vmtc_variants
+from photograph_models import ta_llava_name
 from rivals import RIVALS
 
 
@@ -167,7 +168,11 @@ def format_types(results: Results) -> str:
 def format_ta_llava(results: Results) -> str:
     types = [name for name in TYPES if name in results.types]
     models = {
-        f"TA-LLaVA, {n} prefix tokens": results.read("ta-llava", str(n)) for n in results.config["prefix_lengths"]
+        f"TA-LLaVA, {length} prefix tokens{', blind to the question' if blind else ''}": results.read(
+            ta_llava_name(length, blind), "all"
+        )
+        for length in results.config["prefix_lengths"]
+        for blind in (False, True)
     }
     models["LLaVA, all tokens"] = results.llava(ALL_TOKENS, None)
     rows = [[name, *(cell(result[column]) for column in (*types, AVERAGE))] for name, result in models.items()]

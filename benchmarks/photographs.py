@@ -38,7 +38,15 @@ from photograph_answers import (
     tower_method,
     vmtc_variants,
 )
-from photograph_models import cache_training_features, data_of, prepare, train_llava, train_ta_llava, trained_model
+from photograph_models import (
+    cache_training_features,
+    data_of,
+    prepare,
+    ta_llava_name,
+    train_llava,
+    train_ta_llava,
+    trained_model,
+)
 from photograph_tables import (
     Results,
     cell,
@@ -69,18 +77,22 @@ ROUNDS = 7
 def list_jobs(config: dict[str, Any]) -> list[list[Job]]:
     """All jobs. The jobs of a list need those of the lists before it."""
     budgets, seeds = config["budgets"], config["seeds"]
-    features = [Job(f"features-{stage}", cache_training_features, (stage,)) for stage in ("llava", "ta_llava")]
+    prefixes = [
+        (seed, length, blind) for seed in seeds for length in config["prefix_lengths"] for blind in (False, True)
+    ]
+    llava_features, ta_llava_features = (
+        [Job(f"features-{stage}", cache_training_features, (stage,))] for stage in ("llava", "ta_llava")
+    )
     towers = [Job("tower", compute_tower_outputs, ())]
     towers += [
         Job(f"tower-{name}-{budget}", compute_compressed, (name, budget))
         for name in (*vmtc_variants(config), TOME)
         for budget in budgets
     ]
-    training = [Job(f"train-llava-{seed}", train_llava, (seed,)) for seed in seeds]
-    training += [
-        Job(f"train-ta-llava-{length}-{seed}", train_ta_llava, (seed, length))
-        for seed in seeds
-        for length in config["prefix_lengths"]
+    llavas = [Job(f"train-llava-{seed}", train_llava, (seed,)) for seed in seeds]
+    ta_llavas = [
+        Job(f"train-{ta_llava_name(length, blind)}-{seed}", train_ta_llava, (seed, length, blind))
+        for seed, length, blind in prefixes
     ]
     answers = [
         Job(f"answers-{seed}-{name}-{budget}", answer_with_llava, (seed, name, budget))
@@ -88,11 +100,10 @@ def list_jobs(config: dict[str, Any]) -> list[list[Job]]:
         for name, budget in [(ALL_TOKENS, None), *((name, budget) for budget in budgets for name in methods(config))]
     ]
     answers += [
-        Job(f"answers-ta-llava-{length}-{seed}", answer_with_ta_llava, (seed, length))
-        for seed in seeds
-        for length in config["prefix_lengths"]
+        Job(f"answers-{ta_llava_name(length, blind)}-{seed}", answer_with_ta_llava, (seed, length, blind))
+        for seed, length, blind in prefixes
     ]
-    return [features, training + towers, answers]
+    return [llava_features, llavas + ta_llava_features + towers, ta_llavas, answers]
 
 
 def run_jobs(folder: Path, config: dict[str, Any], workers: int) -> list[str]:
@@ -241,8 +252,8 @@ def write_results(folder: Path, config: dict[str, Any], out: Path) -> None:
         for method, budget in [(ALL_TOKENS, None), *((m, b) for b in config["budgets"] for m in methods(config))]
     }
     accuracy |= {
-        f"TA-LLaVA-{length}": {name: cell(draws) for name, draws in results.read("ta-llava", str(length)).items()}
-        for length in config["prefix_lengths"]
+        name: {column: cell(draws) for column, draws in results.read(name, "all").items()}
+        for name in (ta_llava_name(n, blind) for n in config["prefix_lengths"] for blind in (False, True))
     }
     record = {
         "config": {name: value for name, value in config.items() if name != "data"},

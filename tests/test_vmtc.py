@@ -357,7 +357,7 @@ def test_wrong_fields_are_named(kwargs, message):
         ({}, 37, "The budget is 37 visual tokens, but an image has 36 patches"),
         ({}, 0, "The budget is 0 visual tokens, but an image has 36 patches"),
         ({"vmtc_layers": [4]}, 5, "`vmtc_layers` names block 4, .* blocks 0 to 3"),
-        ({"vmtc_layers": []}, 5, "no block may compress"),
+        ({"vmtc_layers": []}, 5, "no block can compress"),
         ({"vmtc_num_stages": 5}, 5, "`vmtc_num_stages` is 5, .* only 4 blocks.* fewer stages"),
         ({"vmtc_num_stages": 5, "vmtc_stage_placement": "last"}, 5, "`vmtc_num_stages` is 5, .* only 4 blocks"),
         ({"use_vmtc": False}, 5, "`num_visual_tokens` is 5, but `use_vmtc` is off"),
