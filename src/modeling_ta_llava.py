@@ -431,23 +431,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | TaLlavaModelOutputWithPast:
         r"""
-        Args:
-            input_ids (`torch.LongTensor` of shape `(B, S)`):
-                Token ids. Rows with images begin, after any padding, with `num_prefix_tokens` placeholders.
-            pixel_values (`torch.FloatTensor` of shape `(B, I, 3, H, W)`, or `(B, 3, H, W)` for one image a row):
-                Normalised images. They are ignored when the cache already holds the prefix.
-            image_mask (`torch.Tensor` of shape `(B, I)`, *optional*):
-                1 for real images, 0 for filler. Defaults to all real.
-            attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*):
-                1 for tokens, 0 for padding. The masks that `generate()` prepares work too.
-            inputs_embeds (`torch.FloatTensor` of shape `(B, S, d)`, *optional*):
-                Instead of `input_ids`. Placeholders and response marker are then found by the embeddings of their tokens.
-            vision_features (`torch.FloatTensor` of shape `(B, I, M, vision width)`, *optional*):
-                Instead of `pixel_values`: the result of `get_vision_features`. With them, you can train the projector.
-            encoded_images ([`TaLlavaEncodedImages`], *optional*):
-                Instead of `pixel_values` and `image_mask`: the result of `encode_image`, with B rows or one for all.
-            cache (`Cache`, *optional*):
-                Another name of `past_key_values`, which the library uses since 5.24.
+        The forward pass without the head. For the arguments see [`TaLlavaForConditionalGeneration.forward`].
 
         Raises:
             `ValueError`: The number of placeholders or images is wrong, images have a wrong shape, dtype or device or come
@@ -997,9 +981,9 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin):
             past_key_values, cache (`Cache`, *optional*):
                 Two names for the columns before `input_ids`. The library uses the second since 5.24.
             inputs_embeds (`torch.FloatTensor` of shape `(B, S, d)`, *optional*):
-                Instead of `input_ids`.
+                Instead of `input_ids`. Placeholders and response marker are then found by the embeddings of their tokens.
             vision_features (`torch.FloatTensor` of shape `(B, I, M, vision width)`, *optional*):
-                Instead of `pixel_values`: the result of `get_vision_features`.
+                Instead of `pixel_values`: the result of `get_vision_features`. With them, you can train the projector.
             encoded_images ([`TaLlavaEncodedImages`], *optional*):
                 Instead of `pixel_values` and `image_mask`: the result of `encode_image`, with B rows or one for all.
             labels (`torch.LongTensor` of shape `(B, S)`, *optional*):

@@ -24,7 +24,7 @@ from ..image_loading import load_rgb_image
 from ..inference import load
 from ..safe_loading import check_image_size
 from ..vision_towers import make_compressible, patch_grid
-from ..vmtc import count_visual_tokens
+from ..vmtc import TRAINING_FREE_VMTC, count_visual_tokens
 from ..vmtc_cmai_patch import VmtcCmaiLlavaConfig
 from .asking import check_questions, seen_image
 from .drawing import compose
@@ -150,7 +150,8 @@ def _load_settings(model: str | Path) -> tuple[Any, Any]:
         settings = VmtcCmaiLlavaConfig(vision_config=vision_config, vision_feature_layer=feature_layer)
     check_image_size(image_processor)
     if not settings.use_vmtc:
-        settings.use_vmtc, settings.vmtc_merge_weights = True, "normalized"  # the tower was trained without VMTC
+        for name, value in {"use_vmtc": True, **TRAINING_FREE_VMTC}.items():  # the tower was trained without VMTC
+            setattr(settings, name, value)
     return settings, image_processor
 
 

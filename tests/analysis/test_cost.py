@@ -11,6 +11,7 @@ from ta_llava import VmtcCmaiLlavaConfig, VmtcCmaiLlavaForConditionalGeneration
 from ta_llava.analysis.cost import CPU_ATTENTION, LANGUAGE_MODEL, count_cost, full_size_config, read_config
 from ta_llava.building.compress import with_vmtc_and_cmai
 from ta_llava.cli import app
+from ta_llava.vmtc import TRAINING_FREE_VMTC
 
 
 LLAVA = ROOT / "checkpoints" / "llava-tiny"
@@ -153,7 +154,8 @@ def test_what_vmtc_and_cmai_would_save_a_stock_llava(settings):
     """As much as in a LLaVA that has them."""
     ours = read_config(LLAVA)[0]
     stock = LlavaConfig(**{**ours.to_dict(), "model_type": "llava"})
-    flags = {"use_vmtc": True, "vmtc_num_visual_tokens": 16} if "num_visual_tokens" in settings else {"use_cmai": True}
+    flags = {"use_vmtc": True, "vmtc_num_visual_tokens": 16, **TRAINING_FREE_VMTC}
+    flags = flags if "num_visual_tokens" in settings else {"use_cmai": True}
     changed = VmtcCmaiLlavaConfig.from_dict({**ours.to_dict(), **flags})
     assert count_cost(with_vmtc_and_cmai(stock, **settings)) == count_cost(changed) != count_cost(stock)
     assert not with_vmtc_and_cmai(changed, cmai_max_ratio=0).use_cmai

@@ -32,6 +32,7 @@ from ta_llava.analysis.vmtc_stages import compose_trace
 from ta_llava.building.compress import compress_llava
 from ta_llava.common.shipped_models import DEFAULT_LLAVA
 from ta_llava.vision_towers import compression_of_call
+from ta_llava.vmtc import TRAINING_FREE_VMTC
 
 
 def test_the_shipped_model_sees_what_the_picture_shows():
@@ -43,7 +44,8 @@ def test_the_shipped_model_sees_what_the_picture_shows():
     assert np.array_equal(seen, np.array(Image.open(EXAMPLE_IMAGE).convert("RGB").resize((64, 64), Image.BICUBIC)))
     # The same through the whole model.
     model = TaLlavaForConditionalGeneration.from_pretrained(SHIPPED_MODEL, dtype=torch.float32).eval()
-    model.config.vmtc_merge_weights = "normalized"
+    for name, value in TRAINING_FREE_VMTC.items():
+        setattr(model.config, name, value)
     model.set_visual_budget(16)
     image_processor = AutoProcessor.from_pretrained(SHIPPED_MODEL).image_processor
     pixels = image_processor(Image.open(EXAMPLE_IMAGE).convert("RGB"), return_tensors="pt")["pixel_values"]
