@@ -1,31 +1,43 @@
 """
-Lets the models of `photographs.py` answer the questions of the test, with the visual tokens of each method.
+Lets the models of `photographs.py` answer the questions of the test, with the visual tokens of each method: as they are, and
+after a short training with these tokens.
 
-The vision tower is frozen, so what it gives for the pictures of the test is computed once for all seeds: its output, which
-the rivals select from, and the tokens of the methods that work inside it (VMTC and ToMe). Every finished piece is a file.
+The vision tower is frozen, so what it gives for pictures is computed once for all seeds: its output, which the rivals select
+from, and the tokens of the methods that work inside it (VMTC and ToMe). Every finished piece is a file.
 """
 
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from grocery_questions import LOOK, Question, score
-from photograph_models import cache_training_features, data_of, open_cache, ta_llava_name, trained_model
+from grocery_questions import LOOK, Picture, Question, score
+from photograph_models import (
+    cache_training_features,
+    data_of,
+    open_cache,
+    ta_llava_name,
+    trained_model,
+    write_training_data,
+)
 from PIL import Image
 from rival_towers import read_tower, run_tome
 from rivals import RIVALS, TowerOutput
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments, set_seed
 
 import ta_llava.vmtc
 from ta_llava import VmtcCmaiLlavaForConditionalGeneration
 from ta_llava.common.files import atomic_file, write_text
 from ta_llava.data.samples import open_image
 from ta_llava.inference import GREEDY
+from ta_llava.training.dataset import Collator, prepare_dataset
+from ta_llava.training.parts import train_only
 
 
 ALL_TOKENS, TOME = "all tokens", "ToMe"
@@ -55,22 +67,28 @@ def file_name(name: str) -> str:
 # --- the vision tower ----------------------------------------------------------------------------------------------
 
 
-def pixels_of_test(folder: Path, config: dict[str, Any], title: str) -> Iterator[torch.Tensor]:
-    """The pictures of the test in batches `(B, 3, H, W)`."""
+def pictures_of(folder: Path, config: dict[str, Any], split: str) -> list[Picture]:
+    """The pictures of the `"test"`, or those of the short training (`"tuning"`)."""
+    data = data_of(folder, config)
+    return {"test": data.test, "tuning": data.tuning}[split]
+
+
+def pixels_of(folder: Path, config: dict[str, Any], split: str, title: str) -> Iterator[torch.Tensor]:
+    """The pictures of a split in batches `(B, 3, H, W)`."""
     processor = AutoProcessor.from_pretrained(folder / "features-llava-init")
-    pictures = data_of(folder, config).test
+    pictures = pictures_of(folder, config, split)
     for start in tqdm(range(0, len(pictures), IMAGES_AT_ONCE), desc=title):
         images = [open_image(str(picture.path)) for picture in pictures[start : start + IMAGES_AT_ONCE]]
         yield processor.image_processor(images, return_tensors="pt")["pixel_values"]
 
 
-def compute_tower_outputs(folder: Path, config: dict[str, Any]) -> None:
-    """Writes what the rivals need of all pictures of the test."""
-    path = folder / "test" / "tower.safetensors"
+def compute_tower_outputs(folder: Path, config: dict[str, Any], split: str) -> None:
+    """Writes what the rivals need of all pictures of a split."""
+    path = folder / split / "tower.safetensors"
     if path.is_file():
         return
     model = AutoModelForImageTextToText.from_pretrained(folder / "features-llava-init").eval()
-    outputs = [read_tower(model, pixels) for pixels in pixels_of_test(folder, config, "tower")]
+    outputs = [read_tower(model, pixels) for pixels in pixels_of(folder, config, split, "tower")]
     tensors = {
         "tokens": torch.cat([output.tokens for output in outputs]).half(),
         "attention": torch.cat([output.attention for output in outputs]),
@@ -79,13 +97,13 @@ def compute_tower_outputs(folder: Path, config: dict[str, Any]) -> None:
     write_tensors(path, tensors, {"grid": json.dumps(outputs[0].grid)})
 
 
-def compute_compressed(folder: Path, config: dict[str, Any], method: str, budget: int) -> None:
-    """Writes the tokens of a method that works inside the tower, for all pictures of the test."""
-    path = folder / "test" / f"{file_name(method)}-{budget}.safetensors"
+def compute_compressed(folder: Path, config: dict[str, Any], split: str, method: str, budget: int) -> None:
+    """Writes the tokens of a method that works inside the tower, for all pictures of a split."""
+    path = folder / split / f"{file_name(method)}-{budget}.safetensors"
     if path.is_file():
         return
     run = tower_method(folder / "features-llava-init", config, method, budget)
-    batches = [run(pixels) for pixels in pixels_of_test(folder, config, f"{method}, {budget}")]
+    batches = [run(pixels) for pixels in pixels_of(folder, config, split, f"{method}, {budget}")]
     write_tensors(path, {"tokens": torch.cat(batches).half()})
 
 
@@ -108,16 +126,21 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
 
 
 @cache
-def load_tower_outputs(path: Path, side: int) -> TowerOutput:
+def load_tower_outputs(path: Path) -> TowerOutput:
     tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
-    return TowerOutput(tensors["tokens"], tensors["attention"], tensors["keys"], (side, side))
+    with safe_open(path, framework="pt") as file:
+        grid = json.loads(file.metadata()["grid"])
+    return TowerOutput(tensors["tokens"], tensors["attention"], tensors["keys"], tuple(grid))
 
 
-def features_of(folder: Path, config: dict[str, Any], model: Any, method: str, budget: int | None) -> torch.Tensor:
-    """The tokens `(pictures, budget, d)` that `method` leaves of all pictures of the test."""
+@torch.no_grad()
+def features_of(
+    folder: Path, config: dict[str, Any], split: str, model: Any, method: str, budget: int | None
+) -> torch.Tensor:
+    """The tokens `(pictures, budget, d)` that `method` leaves of all pictures of a split."""
     if method not in (ALL_TOKENS, *RIVALS):
-        return load_file(folder / "test" / f"{file_name(method)}-{budget}.safetensors")["tokens"].float()
-    output = load_tower_outputs(folder / "test" / "tower.safetensors", config["image_size"] // 14)
+        return load_file(folder / split / f"{file_name(method)}-{budget}.safetensors")["tokens"].float()
+    output = load_tower_outputs(folder / split / "tower.safetensors")
     if method == ALL_TOKENS:
         return output.tokens
     batches = []
@@ -221,16 +244,67 @@ load_once = cache(trained_model)
 def answer_with_llava(folder: Path, config: dict[str, Any], seed: int, method: str, budget: int | None) -> None:
     """Writes the answers of the LLaVA of a seed with the tokens that a method leaves."""
     path = folder / "scores" / f"llava-{seed}" / f"{file_name(method)}-{budget or 'all'}.json"
-    if path.is_file():
-        return
-    model, processor = load_once(folder, f"llava-{seed}")
-    with torch.no_grad():
-        features = features_of(folder, config, model, method, budget)
+    if not path.is_file():
+        model, processor = load_once(folder, f"llava-{seed}")
+        _ask_about_test(folder, config, model, processor, method, budget, path)
+
+
+def _ask_about_test(
+    folder: Path, config: dict[str, Any], model: Any, processor: Any, method: str, budget: int | None, path: Path
+) -> None:
+    features = features_of(folder, config, "test", model, method, budget)
     data = data_of(folder, config)
     places = {picture.path: index for index, picture in enumerate(data.test)}
     asked = [(question.text, features[places[picture.path]]) for picture, question in data.questions]
     answers = answer(model, processor, asked, features.shape[1])
     write_scores(path, [question for _, question in data.questions], answers)
+
+
+def tune_llava(folder: Path, config: dict[str, Any], seed: int, method: str, budget: int | None) -> None:
+    """
+    Trains the LLaVA of a seed for a short while with the tokens that a method leaves, and writes its answers with them.
+    """
+    path = folder / "scores" / f"llava-tuned-{seed}" / f"{file_name(method)}-{budget or 'all'}.json"
+    if path.is_file():
+        return
+    model, processor = trained_model(folder, f"llava-{seed}")
+    features = features_of(folder, config, "tuning", model, method, budget)
+    pictures = pictures_of(folder, config, "tuning")
+    held = {str(picture.path.resolve()): tokens for picture, tokens in zip(pictures, features)}
+    if budget is not None:
+        processor.set_visual_budget(features.shape[1])
+    tune(model, processor, write_training_data(folder, config, "tuning", seed), held, config["stages"]["tuning"], seed)
+    _ask_about_test(folder, config, model, processor, method, budget, path)
+
+
+def tune(model: Any, processor: Any, data: Path, features: Any, sizes: dict[str, Any], seed: int) -> None:
+    """
+    Trains the projector and the language model.
+
+    Args:
+        data (`Path`): Records in LLaVA's format.
+        features: The `vision_features` of each image by path.
+        sizes (`dict`): Steps, batch size and learning rate.
+    """
+    set_seed(seed)
+    rows, _ = prepare_dataset(data, processor, max_length=1024)
+    train_only(model, ["projector", "language_model"])
+    with tempfile.TemporaryDirectory() as unused:
+        arguments = TrainingArguments(
+            unused,
+            max_steps=sizes["steps"],
+            per_device_train_batch_size=sizes["batch_size"],
+            learning_rate=sizes["learning_rate"],
+            lr_scheduler_type="cosine",
+            bf16=True,
+            use_cpu=not torch.accelerator.is_available(),
+            seed=seed,
+            remove_unused_columns=False,
+            save_strategy="no",
+            report_to="none",
+        )
+        Trainer(model, arguments, Collator(processor, features), rows).train()
+    model.eval().config.use_cache = True  # the Trainer turns it off
 
 
 def answer_with_ta_llava(folder: Path, config: dict[str, Any], seed: int, length: int, blind: bool) -> None:

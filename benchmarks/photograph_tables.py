@@ -101,11 +101,11 @@ class Results:
             rows.append(json.loads(text)["scores"])
         return accuracies(np.array(rows), self.types, self.pictures, self.resamples)
 
-    def llava(self, method: str, budget: int | None) -> dict[str, np.ndarray]:
-        return self.read("llava", f"{file_name(method)}-{budget or 'all'}")
+    def llava(self, method: str, budget: int | None, tuned: bool = False) -> dict[str, np.ndarray]:
+        return self.read("llava-tuned" if tuned else "llava", f"{file_name(method)}-{budget or 'all'}")
 
-    def all_methods(self, budget: int) -> dict[str, dict[str, np.ndarray]]:
-        return {method: self.llava(method, budget) for method in methods(self.config)}
+    def all_methods(self, budget: int, tuned: bool = False) -> dict[str, dict[str, np.ndarray]]:
+        return {method: self.llava(method, budget, tuned) for method in methods(self.config)}
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -113,27 +113,31 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
 
 
-def format_average(results: Results) -> str:
+def format_average(results: Results, tuned: bool = False) -> str:
     budgets = results.config["budgets"]
-    everything = results.llava(ALL_TOKENS, None)[AVERAGE]
-    by_budget = {budget: results.all_methods(budget) for budget in budgets}
+    everything = results.llava(ALL_TOKENS, None, tuned)[AVERAGE]
+    by_budget = {budget: results.all_methods(budget, tuned) for budget in budgets}
     rows = [
         [method, *(cell(by_budget[budget][method][AVERAGE]) for budget in budgets)]
         for method in methods(results.config)
     ]
     return (
-        f"## Accuracy without training, average over {len(set(results.types))} types of questions\n\n"
+        f"## Accuracy {how(results.config, tuned)}, average over {len(set(results.types))} types of questions\n\n"
         f"All tokens: {cell(everything)} %.\n\n{markdown(['visual tokens', *map(str, budgets)], rows)}"
     )
 
 
-def format_differences(results: Results) -> str:
+def how(config: dict[str, Any], tuned: bool) -> str:
+    return f"after a training of {config['stages']['tuning']['steps']} steps" if tuned else "without training"
+
+
+def format_differences(results: Results, tuned: bool = False) -> str:
     """Each variant of VMTC against the best rival, against the baselines, and against all tokens."""
-    everything = results.llava(ALL_TOKENS, None)[AVERAGE]
+    everything = results.llava(ALL_TOKENS, None, tuned)[AVERAGE]
     rivals = [name for name in (*RIVALS, TOME) if name not in BASELINES]
     rows = []
     for budget in results.config["budgets"]:
-        scores = {method: result[AVERAGE] for method, result in results.all_methods(budget).items()}
+        scores = {method: result[AVERAGE] for method, result in results.all_methods(budget, tuned).items()}
         best = max(rivals, key=lambda name: scores[name][0])
         for variant in vmtc_variants(results.config):
             others = [best, "SPD", "random"]
@@ -148,7 +152,7 @@ def format_differences(results: Results) -> str:
         "minus random",
         "minus all tokens",
     ]
-    return f"## VMTC against the others\n\n{markdown(header, rows)}"
+    return f"## VMTC against the others, {how(results.config, tuned)}\n\n{markdown(header, rows)}"
 
 
 def format_types(results: Results) -> str:
@@ -162,7 +166,7 @@ def format_types(results: Results) -> str:
             [method, *(f"{result[name][0]:.1f}" for name in (*types, AVERAGE))] for method, result in scores.items()
         ]
         parts.append(f"### {budget} visual tokens\n\n{markdown(header, rows)}")
-    return "## Accuracy by type of question\n\n" + "\n\n".join(parts)
+    return "## Accuracy by type of question, without training\n\n" + "\n\n".join(parts)
 
 
 def format_ta_llava(results: Results) -> str:

@@ -1,6 +1,6 @@
 """
-Compares VMTC with its rivals at equal tokens on photographs: accuracy without training, time and operations. TA-LLaVA
-answers the same questions.
+Compares VMTC with its rivals at equal tokens on photographs: accuracy without training and after a short one, time and
+operations. TA-LLaVA answers the same questions.
 
     PYTHONPATH=experiments python benchmarks/photographs.py --data GroceryStoreDataset
 
@@ -36,6 +36,7 @@ from photograph_answers import (
     compute_tower_outputs,
     methods,
     tower_method,
+    tune_llava,
     vmtc_variants,
 )
 from photograph_models import (
@@ -67,6 +68,7 @@ from ta_llava.common.files import write_text
 
 
 CONFIG = Path(__file__).parent / "photographs.yaml"
+SPLITS = ("test", "tuning")
 IMAGES = 8  # timed at once
 ROUNDS = 7
 
@@ -83,9 +85,10 @@ def list_jobs(config: dict[str, Any]) -> list[list[Job]]:
     llava_features, ta_llava_features = (
         [Job(f"features-{stage}", cache_training_features, (stage,))] for stage in ("llava", "ta_llava")
     )
-    towers = [Job("tower", compute_tower_outputs, ())]
+    towers = [Job(f"tower-{split}", compute_tower_outputs, (split,)) for split in SPLITS]
     towers += [
-        Job(f"tower-{name}-{budget}", compute_compressed, (name, budget))
+        Job(f"tower-{split}-{name}-{budget}", compute_compressed, (split, name, budget))
+        for split in SPLITS
         for name in (*vmtc_variants(config), TOME)
         for budget in budgets
     ]
@@ -95,7 +98,8 @@ def list_jobs(config: dict[str, Any]) -> list[list[Job]]:
         for seed, length, blind in prefixes
     ]
     answers = [
-        Job(f"answers-{seed}-{name}-{budget}", answer_with_llava, (seed, name, budget))
+        Job(f"{kind}-{seed}-{name}-{budget}", function, (seed, name, budget))
+        for kind, function in (("answers", answer_with_llava), ("tuned", tune_llava))
         for seed in seeds
         for name, budget in [(ALL_TOKENS, None), *((name, budget) for budget in budgets for name in methods(config))]
     ]
@@ -244,11 +248,15 @@ def write_results(folder: Path, config: dict[str, Any], out: Path) -> None:
         f"The language model has {config['language_model']['num_hidden_layers']} layers of width "
         f"{config['language_model']['hidden_size']}, and was trained with all visual tokens of DINOv2-small."
     )
-    parts = [format_average(results), format_differences(results), format_types(results)]
+    parts = [part(results, tuned) for tuned in (False, True) for part in (format_average, format_differences)]
+    parts += [format_types(results)]
     parts += [format_ta_llava(results)] if config["prefix_lengths"] else []
     write_text(out / "photographs.md", "\n\n".join([head, *parts, format_times(times)]) + "\n")
     accuracy = {
-        f"{method}-{budget or 'all'}": {name: cell(draws) for name, draws in results.llava(method, budget).items()}
+        f"{method}-{budget or 'all'}{'-tuned' if tuned else ''}": {
+            name: cell(draws) for name, draws in results.llava(method, budget, tuned).items()
+        }
+        for tuned in (False, True)
         for method, budget in [(ALL_TOKENS, None), *((m, b) for b in config["budgets"] for m in methods(config))]
     }
     accuracy |= {

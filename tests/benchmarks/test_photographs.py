@@ -5,16 +5,19 @@ from types import SimpleNamespace
 
 import numpy as np
 import photograph_answers
+import photograph_models
 import photograph_tables
+import photographs
 import pytest
 import torch
 from conftest import make_lively
-from grocery_questions import Question
+from grocery_questions import LOOK, Question
 from photograph_answers import ALL_TOKENS, Prompts, answer, features_of, file_name, vmtc_variants, write_tensors
 from photograph_tables import AVERAGE, Resamples, Results, accuracies, format_average, format_differences, interval
-from photographs import check_config, list_jobs
+from photographs import check_config, list_jobs, write_results
 from PIL import Image
 from rivals import RIVALS
+from tables import run_job
 from tiny_parts import save_language_model, save_tower
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -28,6 +31,7 @@ CONFIG = {
     "prefix_lengths": [2],
     "vmtc": {"VMTC": {}},
     "image_size": 56,
+    "stages": {"tuning": {"steps": 2, "batch_size": 2, "learning_rate": 1e-3}},
     "train_grids": 3,
 }
 QUESTIONS = ["What is this?", "Compare the two.", "Is the model an assistant?"]
@@ -102,13 +106,13 @@ def test_features_of_each_method(llava, tmp_path):
         "attention": torch.rand(3, 16, generator=generator),
         "keys": torch.randn(3, 2, 16, 4, generator=generator),
     }
-    write_tensors(tmp_path / "test" / "tower.safetensors", tensors)
+    write_tensors(tmp_path / "test" / "tower.safetensors", tensors, {"grid": "[4, 4]"})
     write_tensors(tmp_path / "test" / "vmtc-6.safetensors", {"tokens": torch.full((3, 6, width), 2.0)})
     with torch.no_grad():
-        assert torch.equal(features_of(tmp_path, CONFIG, model, ALL_TOKENS, None), tensors["tokens"])
-        assert (features_of(tmp_path, CONFIG, model, "VMTC", 6) == 2).all()
+        assert torch.equal(features_of(tmp_path, CONFIG, "test", model, ALL_TOKENS, None), tensors["tokens"])
+        assert (features_of(tmp_path, CONFIG, "test", model, "VMTC", 6) == 2).all()
         for name in RIVALS:
-            assert features_of(tmp_path, CONFIG, model, name, 4).shape == (3, 4, width)
+            assert features_of(tmp_path, CONFIG, "test", model, name, 4).shape == (3, 4, width)
 
 
 def test_the_presets_of_the_package_are_measured_when_it_has_them(monkeypatch):
@@ -204,10 +208,79 @@ def test_a_folder_keeps_its_sizes_and_may_get_more_seeds(tmp_path):
         check_config(tmp_path, {**CONFIG, "vmtc": {"other": {"vmtc_num_stages": 4}}})
 
 
+def test_a_blind_prefix_reads_no_question(ta_llava):
+    _, processor = ta_llava
+    ids = Prompts(processor, blind=True)(QUESTIONS[0])
+    text = processor.tokenizer.decode(ids)
+    marker = "<start_of_turn>model"
+    assert LOOK[0] in text.split(marker)[0] and QUESTIONS[0] not in text.split(marker)[0]
+    assert text.endswith(f"{marker}\n") and QUESTIONS[0] in text
+
+
+TINY = {
+    "seeds": [0],
+    "train_grids": 4,
+    "test_photographs": 4,
+    "test_grids": 2,
+    "tuning_pictures": 4,
+    "image_size": 24,
+    "language_model": {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    },
+    "stages": {
+        name: {"steps": 1, "batch_size": 2, "learning_rate": 1e-3, "copies": 1}
+        for name in ("llava", "ta_llava", "tuning")
+    },
+    "prefix_lengths": [2],
+    "adapter_interval": 2,
+    "budgets": [12],
+    "vmtc": {"VMTC as in the paper": {}},
+}
+
+
+def write_photographs(folder):
+    """Three photographs of one colour of each of ten kinds, one for each split."""
+    folder.mkdir()
+    lines = ["image,split,fine,coarse,group"]
+    for number, split in enumerate(("train", "val", "test")):
+        for kind in range(10):
+            Image.new("RGB", (30, 24), (20 * kind, 60 * number, 90)).save(folder / f"{split}{kind}.jpg")
+            lines.append(f"{split}{kind}.jpg,{split},product {kind},kind {kind},group {kind % 3}")
+    (folder / "labels.csv").write_text("\n".join(lines))
+    return folder
+
+
+def test_a_whole_run(tmp_path, monkeypatch):
+    """It writes the tables with every method, and once finished it computes nothing again."""
+    monkeypatch.setattr(photograph_models, "write_dinov2", lambda folder, size: save_tower(folder, "dinov2"))
+    monkeypatch.setattr(photographs, "ROUNDS", 1)
+    config = {**TINY, "data": str(write_photographs(tmp_path / "photographs"))}
+    folder = tmp_path / "run"
+    (folder / "logs").mkdir(parents=True)
+    photograph_models.prepare(folder, config)
+    for jobs in list_jobs(config):
+        assert all(run_job(job, folder, config) for job in jobs), list((folder / "logs").iterdir())
+    write_results(folder, config, tmp_path)
+    table = (tmp_path / "photographs.md").read_text()
+    for name in ("VMTC as in the paper", "VisionZip", "ToMe", "random", "TA-LLaVA, 2 prefix tokens, blind"):
+        assert name in table
+    assert {"all tokens-all", "DivPrune-12-tuned", "ta-llava-2-blind"} <= json.loads(
+        (tmp_path / "photographs.json").read_text()
+    )["accuracy"].keys()
+    written = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    *_, answers = list_jobs(config)
+    assert all(run_job(job, folder, config) for job in answers)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == written
+
+
 def test_every_method_is_asked_with_every_budget_and_seed():
     *_, last = list_jobs(CONFIG)
     names = [job.name for job in last]
-    assert len(set(names)) == len(names) == 2 * (1 + 2 * (1 + len(RIVALS) + 1)) + 2
-    assert {job.arguments for job in last if "DivPrune" in job.name} == {
+    assert len(set(names)) == len(names) == 2 * 2 * (1 + 2 * (1 + len(RIVALS) + 1)) + 4
+    assert {job.arguments for job in last if "DivPrune" in job.name and "tuned" in job.name} == {
         (seed, "DivPrune", budget) for seed in (0, 1) for budget in (12, 6)
     }
