@@ -547,12 +547,15 @@ class _ScatteredKeys(_VisibleKeys):
             self._distance = order[:, call.row_positions.to(device)][..., None] - order[:, None, :-1]
 
         # Rank of the threshold in each layer
-        ratios = torch.tensor(call.ratios, device=device)
         num_seen = (~self.hidden_images).sum(dim=-1)
-        ranks = threshold_rank(num_seen, ratios[:, None, None])[..., None]
+        if torch.compiler.is_compiling():  # no CUDA graph may use a tensor of numbers, which begins on the CPU
+            ranks = [threshold_rank(num_seen, ratio)[..., None] for ratio in call.ratios]
+        else:
+            ratios = torch.tensor(call.ratios, device=device)
+            ranks = threshold_rank(num_seen, ratios[:, None, None])[..., None].unbind()
         # `ranks` are computed in float32, so one may be higher by one than the same rank in Python's float64.
         num_sorted = [threshold_rank(num_images, ratio) + 2 for ratio in call.ratios]
-        self.ranks = [(min(number, num_images), rank) for rank, number in zip(ranks.unbind(), num_sorted)]
+        self.ranks = [(min(number, num_images), rank) for rank, number in zip(ranks, num_sorted)]
         self._mask: torch.Tensor | None = None
 
     def text_rows(self, states: torch.Tensor) -> torch.Tensor:

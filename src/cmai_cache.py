@@ -178,19 +178,25 @@ class CmaiStaticLayer(CmaiLayerMixin, StaticLayer):
     A layer of fixed size: its buffers are written in place, so that decoding can be compiled.
 
     num_rows (`torch.LongTensor` of shape `()`, *optional*): Rows of the buffers in use; in the first layer.
+    image_buffer (`torch.LongTensor` of shape `(B, n)`, *optional*): Holds `image_columns`, if `reserve_state` has made it.
     max_columns (`int`): Longest sequence that the buffers can hold.
     """
 
     num_rows: torch.Tensor | None = None
+    image_buffer: torch.Tensor | None = None
     max_columns = 0
     is_empty = True
 
     def update_columns(
         self, text: torch.Tensor, image: torch.Tensor, has_row_per_column: bool, num_columns: int, max_length: int
     ) -> torch.Tensor:
-        self._ensure_capacity(text, num_columns, max_length)
+        # All prompts with the same numbers of columns and images get as many rows, so that they share a compiled decoding step.
+        num_rows_of_call = max(text.shape[1], num_columns - image.shape[1])
+        self._ensure_capacity(text, num_rows_of_call, num_columns, max_length)
         buffer, num_rows = cast(torch.Tensor, self.text_columns), cast(torch.Tensor, self.num_rows)
         if self.image_columns is None or self.is_empty:
+            if self.image_buffer is not None and self.image_buffer.shape == image.shape:
+                image = self.image_buffer.copy_(image)
             self.image_columns = image
         elif image.shape[1] > 0:
             self.image_columns = torch.cat([self.image_columns, image], dim=1)
@@ -200,14 +206,13 @@ class CmaiStaticLayer(CmaiLayerMixin, StaticLayer):
         num_rows.add_(text.shape[1])
         return positions
 
-    def _ensure_capacity(self, text: torch.Tensor, num_columns: int, max_length: int) -> None:
+    def _ensure_capacity(self, text: torch.Tensor, num_rows_of_call: int, num_columns: int, max_length: int) -> None:
         """Makes the buffer `text_columns`, or a longer one for a sequence that gets longer than the cache."""
         seen = self.get_seq_length()
         if self.is_empty:
-            # Where all layers have a sliding window, sequences may get longer than the cache; then the buffers grow.
-            num_spare = max(max_length - num_columns, _MIN_SPARE_ROWS)
+            num_spare = _count_spare_rows(num_columns, max_length)
             self.max_columns = num_columns + num_spare
-            shape = (text.shape[0], text.shape[1] + num_spare)
+            shape = (text.shape[0], num_rows_of_call + num_spare)
             if self.text_columns is None or self.num_rows is None or self.text_columns.shape != shape:
                 self.text_columns = _mark_static(text.new_full(shape, -1))
                 self.num_rows = _mark_static(text.new_zeros(()))
@@ -252,6 +257,36 @@ class CmaiStaticLayer(CmaiLayerMixin, StaticLayer):
 
 class CmaiStaticSlidingWindowLayer(CmaiStaticLayer, StaticSlidingWindowLayer):
     pass
+
+
+def _count_spare_rows(num_columns: int, max_length: int) -> int:
+    """Rows to reserve for later text. Where all layers have a sliding window, sequences may get longer than the cache."""
+    return max(max_length - num_columns, _MIN_SPARE_ROWS)
+
+
+def reserve_state(cache: Cache, batch_size: int, num_columns: int, focus: str) -> None:
+    """
+    Makes the buffers of an empty static cache for a compiled prefill of `num_columns`, which takes each column for text
+    and for an image token: a graph must not wait for their numbers, and what a CUDA graph allocates does not outlive it.
+
+    Args:
+        cache (`Cache`): Prepared by `prepare_cache`, with keys and values allocated.
+        focus (`str`): `cmai_focus` of the config.
+    """
+    layers: list[Any] = cache.layers
+    first, device = layers[0], layers[0].keys.device
+    num_rows = num_columns + _count_spare_rows(num_columns, cache.get_max_length())
+    if first.image_buffer is None or first.image_buffer.shape != (batch_size, num_columns):
+        first.image_buffer = _mark_static(torch.full((batch_size, num_columns), -1, device=device))
+    if first.text_columns is None or first.text_columns.shape != (batch_size, num_rows):
+        first.text_columns = _mark_static(torch.full((batch_size, num_rows), -1, device=device))
+        first.num_rows = _mark_static(torch.zeros((), dtype=torch.long, device=device))
+    for layer in layers:
+        layer.image_columns, layer.is_empty = None, True  # graphs also depend on whether a layer has an attribute
+    for layer in layers[1:] if focus not in ("none", "tia") else ():
+        shape = (batch_size, num_rows, num_columns)
+        if layer.text_to_image is None or layer.text_to_image.shape != shape:
+            layer.text_to_image = _mark_static(torch.zeros(shape, device=layer.keys.device))
 
 
 def _mark_static(buffer: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """Loads a model and answers questions about images in batches, for the command line and the evaluation."""
 
+import os
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,11 +10,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from .building.compress import compressed_parts
+from .building.compress import compressed_parts, with_vmtc_and_cmai
 from .common.adapters import is_adapter, merge_into, model_of_adapter
 from .common.loading import check_processor, config_of, load_complete, loading_from
 from .common.shipped_models import DEFAULT_MODEL
 from .image_loading import open_images
+from .vision_language_model import is_compiled
 from .vmtc_cmai_patch import VmtcCmaiLlavaForConditionalGeneration
 
 
@@ -45,9 +48,16 @@ GREEDY: dict[str, Any] = {
     "return_dict_in_generate": False,
 }
 
+# A compiled model gets prompts that are padded to a multiple of so many columns, so that few lengths need graphs.
+BUCKET_SIZE = 64
+MAX_GRAPHS = 64
+
 
 def load(
-    model: str | Path = DEFAULT_MODEL, num_visual_tokens: int | None = None, cmai_max_ratio: float | None = None
+    model: str | Path = DEFAULT_MODEL,
+    num_visual_tokens: int | None = None,
+    cmai_max_ratio: float | None = None,
+    compiled: bool = False,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """
     Loads the model and the processor of a folder or Hub repo, in evaluation mode, on the GPU if there is one. On the CPU,
@@ -60,14 +70,15 @@ def load(
             default, the config decides.
         cmai_max_ratio (`float`, *optional*): Turn CMAI of a LLaVA on and inhibit this share of the image tokens in the last
             layer; 0 turns CMAI off. By default, the config decides.
+        compiled (`bool`): Call [`compile_model`].
 
     Raises:
-        `ValueError`: The model cannot be loaded, lacks weights, or cannot have VMTC and CMAI. The message says what is
-            missing.
+        `ValueError`: The model cannot be loaded, lacks weights, or cannot have VMTC and CMAI, or cannot be compiled. The
+            message says what is missing.
     """
     if is_adapter(model):
         source = model_of_adapter(model)
-        base, processor = load(source, num_visual_tokens, cmai_max_ratio)
+        base, processor = load(source, num_visual_tokens, cmai_max_ratio, compiled)
         return merge_into(base, model, source).eval(), processor
     on_gpu = torch.cuda.is_available()
     model_class: Any = AutoModelForImageTextToText
@@ -77,7 +88,9 @@ def load(
         model_class, kwargs = VmtcCmaiLlavaForConditionalGeneration, {"config": config}
     else:
         config = config_of(model)
-    if not kwargs:
+    if compiled and config.model_type == "llava":  # the stock class has no cache that compiled graphs could keep
+        model_class, kwargs = VmtcCmaiLlavaForConditionalGeneration, {"config": with_vmtc_and_cmai(config)}
+    if num_visual_tokens is None and cmai_max_ratio is None:
         with loading_from(model):  # before any weights are downloaded
             processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
     # The library would widen some weights of a model that bitsandbytes has quantised, and leave others.
@@ -85,7 +98,47 @@ def load(
     dtype = "auto" if on_gpu or is_quantised else torch.float32
     loaded = load_complete(model, model_class, dtype=dtype, **kwargs)
     check_processor(processor, model)
-    return loaded.to("cuda" if on_gpu else "cpu").eval(), processor
+    loaded = loaded.to("cuda" if on_gpu else "cpu").eval()
+    return compile_model(loaded) if compiled else loaded, processor
+
+
+def compile_model(model: PreTrainedModel, backend: str = "inductor") -> PreTrainedModel:
+    """
+    Compiles the vision tower, the prefill and the decoding of a model in place, each without graph breaks, on a GPU as CUDA
+    graphs. The graphs are made at the first calls. `generate()` then uses a static cache, and [`answer`] pads prompts to
+    multiples of `BUCKET_SIZE` columns. Each length has its graphs, and so has each number of rows or images.
+
+    Args:
+        model ([`TaLlavaForConditionalGeneration`] or [`VmtcCmaiLlavaForConditionalGeneration`]): In evaluation mode.
+        backend (`str`): A backend of `torch.compile`.
+
+    Raises:
+        `ValueError`: The model is of another class, its quantised weights cannot be compiled, or there is no C++ compiler.
+    """
+    on_gpu = model.device.type == "cuda"
+    if not hasattr(model, "_static_cache"):  # by name: the class may have come with a checkpoint
+        raise ValueError(f"Only a TA-LLaVA or a LLaVA can be compiled, but the model is a {type(model).__name__}.")
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.is_compileable:
+        method = quantizer.quantization_config.quant_method
+        raise ValueError(
+            f"Weights that {method} has quantised cannot be compiled. Leave them as they are, or do not compile."
+        )
+    compilers = [os.environ.get("CXX", ""), "g++", "clang++", "cl"]
+    if backend == "inductor" and not on_gpu and not any(map(shutil.which, compilers)):
+        raise ValueError(
+            "On the CPU, torch.compile needs a C++ compiler. Install one (on Debian: `apt-get install g++`)."
+        )
+    mode = "reduce-overhead" if on_gpu else None
+    # The compiler gives up at so many graphs of one function, which all lengths and numbers of rows and images share.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
+    base: Any = model.base_model
+    base.vision_tower.compile(fullgraph=True, backend=backend, mode=mode)
+    model.compile(fullgraph=True, backend=backend, mode=mode)
+    settings: Any = model.generation_config
+    settings.cache_implementation = "static"
+    settings.disable_compile = True  # by the library, which would compile the decoding once more
+    return model
 
 
 def _conversation(images: Iterable[Any], question: str) -> list[dict[str, Any]]:
@@ -108,7 +161,9 @@ def answer(
     Args:
         questions (`list[tuple[list, str]]`):
             Any number of images (path, URL, base64, bytes, PIL image or array), and the question about them.
-        batch_size (`int`): Questions answered at a time; does not change an answer.
+        batch_size (`int`):
+            Questions answered at a time; does not change an answer. A compiled model always gets so many: it is given the
+            last question again where there are fewer.
         max_new_tokens (`int`): Longest answer in tokens.
         progress (`bool`): Show a progress bar.
 
@@ -116,12 +171,17 @@ def answer(
         `ValueError`: A question is empty or one of its images cannot be read.
     """
     generate: Any = model.generate  # of GenerationMixin, which `PreTrainedModel` does not name
+    compiled = is_compiled(model)
+    padding = {"padding": True, "padding_side": "left", "pad_to_multiple_of": BUCKET_SIZE if compiled else None}
     for images, question in questions:
         if not question.strip():
             raise ValueError(f"The question about {images} is empty.")
     with tqdm(total=len(questions), unit="question", disable=None if progress else True) as bar:
         for start in range(0, len(questions), batch_size):
             batch = questions[start : start + batch_size]
+            num_asked = len(batch)
+            if compiled:
+                batch = batch + batch[-1:] * (batch_size - num_asked)
             # The processors of the library take fewer kinds of images.
             conversations = [_conversation(open_images(images), question) for images, question in batch]
             inputs: Any = processor.apply_chat_template(  # a BatchFeature, since `return_dict` is set
@@ -130,10 +190,10 @@ def answer(
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
-                processor_kwargs={"padding": True, "padding_side": "left"},
+                processor_kwargs=padding,
             )
             inputs = inputs.to(model.device)
             output = generate(**inputs, max_new_tokens=max_new_tokens, **GREEDY)
-            new_tokens = output[:, inputs["input_ids"].shape[1] :]
-            bar.update(len(batch))
+            new_tokens = output[:num_asked, inputs["input_ids"].shape[1] :]
+            bar.update(num_asked)
             yield from (text.strip() for text in processor.post_process_image_text_to_text(new_tokens))

@@ -50,7 +50,7 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing, logging, output_capturing
+from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing, logging
 
 from .attention_masks import non_padding_columns
 from .configuration_ta_llava import TaLlavaConfig
@@ -72,7 +72,7 @@ from .prefix_adapters import (
     replace_prefix,
     signed_rotary,
 )
-from .vision_language_model import VisionLanguageModelMixin, kept_columns
+from .vision_language_model import VisionLanguageModelMixin, is_compiled, kept_columns
 from .vision_towers import blank_image, blocks_of, compression_of_call, has_class_token, make_compressible
 
 
@@ -291,7 +291,9 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
         Returns:
             `torch.FloatTensor` of shape `(number of real images, M, vision width)`.
         """
-        return self._run_vision_tower(pixel_values, image_mask, features_only=True)[1]
+        features = self._run_vision_tower(pixel_values, image_mask, features_only=True)[1]
+        # The next replay of a CUDA graph would write over what the caller keeps.
+        return features.clone() if is_compiled(self.vision_tower) else features
 
     @torch.no_grad()
     def encode_image(self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None = None) -> TaLlavaEncodedImages:
@@ -363,17 +365,6 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
                 )
         return self.image_index_embedding((image_mask.long().cumsum(dim=-1) - 1).clamp(min=0))
 
-    @torch.compiler.assume_constant_result
-    def _install_hooks(self) -> bool:
-        """
-        Installs the hooks that capture hidden states. The library does so at the first call that asks for them, behind a
-        lock that cannot be compiled. Here it is done while a graph is being made, not in it.
-        """
-        # In some towers a part has the hooks.
-        if not any(getattr(part, "_output_capturing_hooks_installed", False) for part in self.vision_tower.modules()):
-            output_capturing.maybe_install_capturing_hooks(self.vision_tower)
-        return True
-
     def _run_vision_tower(
         self, pixel_values: torch.Tensor, image_mask: torch.Tensor | None, features_only: bool = False, **kwargs
     ) -> tuple[BaseModelOutputWithPooling, torch.Tensor]:
@@ -399,7 +390,7 @@ class TaLlavaModel(TaLlavaPreTrainedModel):
             pixel_values = pixel_values.flatten(0, 1)
         if image_mask is not None:
             pixel_values = pixel_values[image_mask.flatten().bool()]
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or is_compiled(self.vision_tower):
             self._install_hooks()
         layer = self.config.vision_feature_layer % (self.config.vision_config.num_hidden_layers + 1)
         kwargs["output_hidden_states"] = one_hidden_state(layer) if features_only else True

@@ -17,6 +17,8 @@ import os
 from typing import Any, ClassVar
 
 import torch
+from transformers.cache_utils import Cache
+from transformers.utils import output_capturing
 
 from .library_versions import soft_caps_attention
 from .safe_loading import SafetensorsMixin
@@ -28,6 +30,11 @@ def kept_columns(logits_to_keep: int | torch.Tensor) -> slice | torch.Tensor:
     return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
 
 
+def is_compiled(module: Any) -> bool:
+    """Whether calls of a module are compiled, by `module.compile()` or `module.forward = torch.compile(module.forward)`."""
+    return module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
+
+
 class VisionLanguageModelMixin(VisualBudgetMixin, SafetensorsMixin):
     """
     For models with a `vision_tower` and a `language_model`, before `PreTrainedModel` among the bases.
@@ -36,6 +43,7 @@ class VisionLanguageModelMixin(VisualBudgetMixin, SafetensorsMixin):
     """
 
     auto_map: ClassVar[dict[str, str]]
+    _static_cache: Cache | None = None
 
     def initialize_weights(self: Any) -> None:
         # In code outside of the library, it skips containers without parameters of their own. Some of its models initialise
@@ -66,6 +74,35 @@ class VisionLanguageModelMixin(VisualBudgetMixin, SafetensorsMixin):
             self.config.auto_map = dict(self.auto_map)
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
+    @torch.compiler.assume_constant_result
+    def _install_hooks(self: Any) -> bool:
+        """
+        Installs the hooks that capture hidden states of the tower. The library does so at the first call that asks for them,
+        behind a lock that cannot be compiled. Here it is done while a graph is being made or before, not in it.
+        """
+        # In some towers a part has the hooks.
+        if not any(getattr(part, "_output_capturing_hooks_installed", False) for part in self.vision_tower.modules()):
+            output_capturing.maybe_install_capturing_hooks(self.vision_tower)
+        return True
+
+    def _prepare_static_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """
+        The static cache of `generate()`. A compiled model uses the same one again, emptied, as long as it fits: the graphs
+        find it at the same addresses. It is allocated here, since what a CUDA graph allocates does not outlive the graph.
+        """
+        cache: Any = super()._prepare_static_cache(*args, **kwargs)  # type: ignore[misc]
+        shape = self._get_static_cache_init_shape()
+        if not is_compiled(self) or shape is None or cache.offloading:
+            return cache
+        kept, batch_size = self._static_cache, kwargs["batch_size"]
+        if kept is not None and _states_of(kept) == _states_of(cache, batch_size, self.dtype, self.device):
+            kept.reset()
+            return kept
+        self._static_cache = None  # frees it before the next is allocated
+        cache.early_initialization(batch_size, *shape, dtype=self.dtype, device=self.device)
+        self._static_cache = cache
+        return cache
+
     def _columns_of_token(
         self: Any, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
     ) -> torch.Tensor:
@@ -84,3 +121,17 @@ class VisionLanguageModelMixin(VisualBudgetMixin, SafetensorsMixin):
         if softcap is not None:  # Gemma-2; stock LLaVA leaves it out
             logits = torch.tanh(logits / softcap) * softcap
         return logits
+
+
+def _states_of(cache: Any, *states: Any) -> list[Any]:
+    """
+    What two static caches of a model have in common if one can take the place of the other: for each layer its kind and its
+    length, then the batch size, dtype and device of its keys, and whether they were made in inference mode. `states` are
+    those of a cache that has no keys yet.
+    """
+    if not states:
+        keys = cache.layers[0].keys
+        states = len(keys), keys.dtype, keys.device, keys.is_inference()
+    else:
+        states = *states, torch.is_inference_mode_enabled()
+    return [*states, *((layer.is_sliding, layer.max_cache_len) for layer in cache.layers)]

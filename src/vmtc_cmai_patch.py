@@ -60,11 +60,11 @@ from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing,
 from .attention_masks import non_padding_columns
 from .chat_messages import TypedPlaceholdersMixin
 from .cmai import Inhibition, check_attention, make_inhibitable
-from .cmai_cache import prepare_cache
+from .cmai_cache import prepare_cache, reserve_state
 from .image_loading import open_images, resize_first
 from .library_versions import CACHE, PROCESSING_DEFAULTS, cache_of_call, soft_caps_attention
 from .safe_loading import check_image_size, check_sizes
-from .vision_language_model import VisionLanguageModelMixin
+from .vision_language_model import VisionLanguageModelMixin, is_compiled
 from .vision_towers import blank_image, compression_of_call, make_compressible, patch_grid
 from .vmtc import VisualBudgetMixin, VmtcConfig, at_least_1, count_visual_tokens, share_above_0, spatial_downsample
 
@@ -252,6 +252,8 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         )
         if compression is not None:
             kwargs["compression"] = compression  # type: ignore[typeddict-unknown-key]
+        if torch.compiler.is_compiling() or is_compiled(self.vision_tower):
+            self._install_hooks()
         # CODEPATH: the paper's models do not down-sample; that is its baseline SPD.
         if config.spd_factor == 1:
             return super().get_image_features(
@@ -297,7 +299,13 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
             pixel_values = pixel_values.flatten(0, 1)
         compression = compression_of_call(config, self.vision_tower, pixel_values, feature_layer)
         kwargs = {} if compression is None else {"compression": compression}
-        return self._run_vision_tower(pixel_values, feature_layer, config.vision_feature_select_strategy, **kwargs)[1]
+        if torch.compiler.is_compiling() or is_compiled(self.vision_tower):
+            self._install_hooks()
+        features = self._run_vision_tower(
+            pixel_values, feature_layer, config.vision_feature_select_strategy, **kwargs
+        )[1]
+        # The next replay of a CUDA graph would write over what the caller keeps.
+        return features.clone() if is_compiled(self.vision_tower) else features
 
     def _run_vision_tower(
         self, pixel_values: torch.Tensor, feature_layer: Any, select_strategy: str, **kwargs
@@ -612,6 +620,11 @@ class VmtcCmaiLlavaForConditionalGeneration(
         return super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        cache, inputs_embeds = model_kwargs.get(CACHE), model_kwargs.get("inputs_embeds")
+        if self.config.use_cmai and cache is not None and cache is self._static_cache:
+            prepare_cache(cache, self.config.text_config)
+            num_columns = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+            reserve_state(cache, len(input_ids), num_columns, self.config.cmai_focus)
         chunk_size = generation_config.prefill_chunk_size
         if self.config.use_cmai and chunk_size is not None and (input_ids == self.config.image_token_id).any():
             raise ValueError(

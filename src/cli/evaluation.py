@@ -5,7 +5,16 @@ from typing import Annotated
 
 import typer
 
-from .common import BatchSize, Cmai, MaxNewTokens, VisualTokens, check_exists, check_sources, errors_as_messages
+from .common import (
+    BatchSize,
+    Cmai,
+    Compile,
+    MaxNewTokens,
+    VisualTokens,
+    check_exists,
+    check_sources,
+    errors_as_messages,
+)
 
 
 def evaluate(
@@ -38,6 +47,7 @@ def evaluate(
     cmai: Cmai = None,
     batch_size: BatchSize = 16,
     max_new_tokens: MaxNewTokens = 64,
+    compile: Compile = False,
     strategy: Annotated[
         str, typer.Option(help="Absent objects to ask about (pope): random, popular or adversarial.")
     ] = "random",
@@ -84,6 +94,7 @@ def evaluate(
             cmai_max_ratio=cmai,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
+            compiled=compile,
             strategy=strategy,
             objects_per_image=objects_per_image,
             seed=seed,

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from .common import (
     BatchSize,
     Cmai,
+    Compile,
     MaxNewTokens,
     VisualTokens,
     check_image,
@@ -49,6 +50,7 @@ def ask(
     ] = None,
     batch_size: BatchSize = 16,
     max_new_tokens: MaxNewTokens = 64,
+    compile: Compile = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per answer and line.")] = False,
 ) -> None:
     """Answer questions about images."""
@@ -71,9 +73,14 @@ def ask(
             sources = [([load_rgb_image(image) for image in images], asked) for images, asked in items]
         logging.disable_progress_bar()
         default = DEFAULT_MODEL if visual_tokens is None and cmai is None else DEFAULT_LLAVA
-        loaded, processor = load(model or default, visual_tokens, cmai)
+        loaded, processor = load(model or default, visual_tokens, cmai, compile)
         answers = answer(
-            loaded, processor, sources, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=is_many
+            loaded,
+            processor,
+            sources,
+            batch_size=min(batch_size, len(sources)),
+            max_new_tokens=max_new_tokens,
+            progress=is_many,
         )
         for (images, asked), text in zip(items, answers):
             line = f"{', '.join(images)}: {asked} {text}" if is_many else text

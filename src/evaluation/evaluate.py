@@ -55,6 +55,7 @@ def evaluate(
     cmai_max_ratio: float | None = None,
     batch_size: int = 16,
     max_new_tokens: int = 64,
+    compiled: bool = False,
     strategy: str = "random",
     objects_per_image: int = 3,
     seed: int = 0,
@@ -91,6 +92,8 @@ def evaluate(
             Questions asked at a time; does not change an answer.
         max_new_tokens (`int`):
             Longest answer in tokens.
+        compiled (`bool`):
+            Compile the model, see [`inference.compile_model`]; does not change an answer but by rounding.
         strategy, objects_per_image, seed:
             Settings of `"pope"`, see [`pope.build_questions`]; `"if16"` has the seed too.
         describe_first (`bool`):
@@ -142,7 +145,7 @@ def evaluate(
         **built.settings,
     )
 
-    load_once = cache(lambda: load(model, num_visual_tokens, cmai_max_ratio))
+    load_once = cache(lambda: load(model, num_visual_tokens, cmai_max_ratio, compiled))
     if not folder.exists():
         load_once()  # a model that cannot be loaded leaves no folder behind
     with _only_process_in(folder):

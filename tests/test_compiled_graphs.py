@@ -1,0 +1,269 @@
+"""
+Compiled towers, prefills and decoding of both systems: no graph breaks, no graph but the first ones, the same answers. The
+backends here make the graphs but no kernels, which would take minutes.
+"""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from command_line import run
+from conftest import (
+    EXAMPLE_IMAGE,
+    PAD,
+    SHIPPED_LLAVA,
+    SHIPPED_MODEL,
+    build_llava,
+    build_model,
+    llava_inputs,
+    llava_prompt,
+    prompt_ids,
+    random_images,
+)
+from functorch.compile import make_boxed_func
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch.aot_autograd import aot_module_simplified
+from transformers import CompileConfig, LlavaForConditionalGeneration
+
+from ta_llava import inference
+from ta_llava.inference import answer, compile_model, load
+
+
+TOLERANCE = {"atol": 5e-5, "rtol": 1e-4}
+GENERATION = {"max_new_tokens": 4, "eos_token_id": None, "pad_token_id": PAD, "do_sample": False}
+NOVELTY = {"vmtc_kept_tokens": "importance_and_novelty", "vmtc_stage_placement": "last"}
+BUILD = {
+    "TA-LLaVA, Gemma-2": partial(build_model, "gemma2", text_kwargs={"num_hidden_layers": 4}),
+    "TA-LLaVA with VMTC, Llama": partial(
+        build_model,
+        "llama",
+        text_kwargs={"num_hidden_layers": 3},
+        use_vmtc=True,
+        vmtc_num_visual_tokens=4,
+        vmtc_num_stages=1,
+    ),
+    "VMTC and CMAI, Llama": partial(build_llava, "llama"),
+    "VMTC and CMAI, Gemma-2": partial(build_llava, "gemma2", **NOVELTY),
+    "VMTC, Llama": partial(build_llava, "llama", use_cmai=False),
+}
+systems = pytest.mark.parametrize("name", BUILD)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def bucket(model, lengths: tuple[int, ...], seed: int, size: int = 32) -> dict[str, torch.Tensor]:
+    """Prompts with an image whose questions have these lengths, padded on the left to `size` columns."""
+    is_ta_llava = model.config.model_type == "ta_llava"
+    write = prompt_ids if is_ta_llava else llava_prompt
+    rows = [write(length, length) for length in lengths]
+    rows = [[PAD] * (size - len(row)) + row for row in rows]
+    ids = torch.tensor(rows)
+    images = random_images(len(rows), seed=seed) if is_ta_llava else llava_inputs(rows, seed=seed)["pixel_values"]
+    return {"input_ids": ids, "attention_mask": (ids != PAD).long(), "pixel_values": images}
+
+
+def stance(is_first: bool) -> torch.compiler.set_stance:
+    """Lets only the first prompt make graphs."""
+    return torch.compiler.set_stance("default" if is_first else "fail_on_recompile")
+
+
+# --- the tower -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", ["importance", "importance_and_novelty"])
+@pytest.mark.parametrize("build", [build_model, build_llava])
+def test_a_compiled_tower_with_vmtc(build, kept):
+    small = {"vmtc_num_visual_tokens": 4, "vmtc_num_stages": 1} if build is build_model else {}
+    model = build(use_vmtc=True, vmtc_kept_tokens=kept, **small)
+    eager = copy.deepcopy(model)
+    graphs = CompileCounterWithBackend("aot_eager")
+    model.model.vision_tower.compile(fullgraph=True, backend=graphs)
+    for seed in range(3):
+        images = bucket(model, (5, 6), seed)["pixel_values"]
+        with stance(seed == 0):
+            features = model.get_vision_features(images)
+        torch.testing.assert_close(features, eager.get_vision_features(images), **TOLERANCE)
+    assert graphs.frame_count == 1
+
+
+# --- prefill and decoding ------------------------------------------------------------------------------------------
+
+
+@systems
+def test_prompts_and_images_share_the_graphs(name):
+    """Of a cold model: one graph for all prefills and one for all decoding steps, and one for the tower in front of them."""
+    model = BUILD[name]()
+    eager = copy.deepcopy(model)
+    graphs, of_tower = CompileCounterWithBackend("aot_eager"), CompileCounterWithBackend("aot_eager")
+    model.compile(fullgraph=True, backend=graphs)
+    model.model.vision_tower.compile(fullgraph=True, backend=of_tower)
+    options = {**GENERATION, "output_logits": True, "return_dict_in_generate": True}
+    for seed, lengths in enumerate([(5, 9), (8, 2), (7, 6)]):
+        inputs = bucket(model, lengths, seed)
+        with stance(seed == 0):
+            compiled = model.generate(**inputs, **options, cache_implementation="static")
+        expected = eager.generate(**inputs, **options)
+        assert torch.equal(compiled.sequences, expected.sequences)
+        torch.testing.assert_close(torch.stack(compiled.logits), torch.stack(expected.logits), **TOLERANCE)
+    assert graphs.frame_count == 2
+    assert of_tower.frame_count <= 1  # TA-LLaVA's is a part of the prefill
+
+
+@pytest.mark.parametrize("name", ["TA-LLaVA with VMTC, Llama", "VMTC and CMAI, Llama"])
+def test_a_second_bucket_makes_graphs_for_all_lengths(name):
+    """
+    The compiler then takes the length for a variable, but not of the buffers of CMAI. The cache is as long as the longest
+    bucket needs.
+    """
+    model = BUILD[name]()
+    eager = copy.deepcopy(model)
+    graphs = CompileCounterWithBackend("eager")
+    model.compile(fullgraph=True, backend=graphs)
+    sizes = (64, 32, 64, 32) if model.config.model_type != "ta_llava" else (64, 32, 48, 64, 32)
+    for index, size in enumerate(sizes):
+        inputs = bucket(model, (5, 9), size, size)
+        with stance(index < 2):
+            compiled = model.generate(**inputs, **GENERATION, cache_implementation="static")
+        assert torch.equal(compiled, eager.generate(**inputs, **GENERATION))
+    assert graphs.frame_count == (3 if len(sizes) == 5 else 4)  # decoding stays as it is without CMAI
+
+
+@pytest.mark.parametrize("name", ["TA-LLaVA with VMTC, Llama", "VMTC and CMAI, Llama"])
+def test_the_library_compiles_the_decoding(name, monkeypatch):
+    """It does so on a GPU. A model that is compiled already stays as it is."""
+    for compiled_already in (False, True):
+        model = BUILD[name]()
+        inputs = [bucket(model, lengths, seed) for seed, lengths in enumerate([(5, 9), (8, 2)])]
+        expected = [model.generate(**each, **GENERATION) for each in inputs]
+        if compiled_already:
+            model.compile(fullgraph=True, backend="eager")
+        graphs = CompileCounterWithBackend("eager")
+        config = CompileConfig(fullgraph=True, backend=graphs, mode=None)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(model), "_valid_auto_compile_criteria", lambda *args: True)
+            for index, each in enumerate(inputs):
+                with stance(index == 0):
+                    given = model.generate(**each, **GENERATION, cache_implementation="static", compile_config=config)
+                assert torch.equal(given, expected[index])
+        torch._dynamo.reset()
+
+
+# --- what CUDA graphs need -----------------------------------------------------------------------------------------
+
+
+def addresses(cache) -> list[int]:
+    """Of all tensors that the layers of a cache keep."""
+    return [value.data_ptr() for layer in cache.layers for value in vars(layer).values() if torch.is_tensor(value)]
+
+
+@pytest.mark.parametrize("name", ["TA-LLaVA, Gemma-2", "VMTC and CMAI, Llama"])
+def test_the_cache_stays_where_it_is(name):
+    model = BUILD[name]()
+    model.compile(fullgraph=True, backend="eager")
+    static = {**GENERATION, "cache_implementation": "static", "return_dict_in_generate": True}
+    first = model.generate(**bucket(model, (5, 9), 0), **static).past_key_values
+    kept = addresses(first)
+    second = model.generate(**bucket(model, (7, 2), 1), **static).past_key_values
+    assert second is first and addresses(second) == kept
+    # The library tells the compiler so only of what is allocated outside of graphs.
+    static_tensors = [
+        value
+        for layer in first.layers
+        for key, value in vars(layer).items()
+        if torch.is_tensor(value) and key != "image_columns"
+    ]
+    assert all(hasattr(value, "_dynamo_static_input_type") for value in static_tensors)
+    with torch.compiler.set_stance("force_eager"):
+        other = model.generate(**bucket(model, (7, 2, 4), 1), **static).past_key_values
+        assert other is not first and len(other.layers[0].keys) == 3
+        with torch.inference_mode():  # tensors of this mode cannot be written outside of it
+            assert model.generate(**bucket(model, (7, 2, 4), 1), **static).past_key_values is not other
+
+
+def test_a_model_that_is_not_compiled_makes_a_cache_for_each_call():
+    model = BUILD["VMTC and CMAI, Llama"]()
+    static = {**GENERATION, "cache_implementation": "static", "disable_compile": True, "return_dict_in_generate": True}
+    first, second = (model.generate(**bucket(model, (5, 9), 0), **static).past_key_values for _ in range(2))
+    assert first is not second
+
+
+@pytest.mark.parametrize("name", ["TA-LLaVA with VMTC, Llama", "VMTC and CMAI, Llama"])
+def test_graphs_hold_no_numbers_of_python(name):
+    """Such a tensor would be on the CPU, and a graph with it would not become a CUDA graph."""
+    constants: list[str] = []
+    sizes = []
+
+    def inspect(graph, inputs):
+        sizes.append(len(graph.graph.nodes))
+        constants.extend(node.name for node in graph.graph.nodes if node.op == "get_attr")
+        return make_boxed_func(graph.forward)
+
+    model = BUILD[name]()
+    backend = partial(aot_module_simplified, fw_compiler=inspect)
+    model.compile(fullgraph=True, backend=backend)
+    model.model.vision_tower.compile(fullgraph=True, backend=backend)
+    model.generate(**bucket(model, (5, 9), 0), **GENERATION, cache_implementation="static")
+    assert len(sizes) >= 2 and not constants
+
+
+# --- the command line ----------------------------------------------------------------------------------------------
+
+QUESTIONS = [
+    ([EXAMPLE_IMAGE], "what color is the shape?"),
+    ([EXAMPLE_IMAGE], "is there a circle in the image?"),
+    ([EXAMPLE_IMAGE], "what shape is in the image?"),
+]
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> CompileCounterWithBackend:
+    """Counts graphs of `compile_model`, and makes them without kernels."""
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(inference, "compile_model", partial(compile_model, backend=counter))
+    return counter
+
+
+@pytest.mark.parametrize(
+    ("folder", "flags"),
+    [(SHIPPED_MODEL, {}), (SHIPPED_LLAVA, {}), (SHIPPED_LLAVA, {"num_visual_tokens": 16, "cmai_max_ratio": 0.6})],
+)
+def test_answers_of_a_compiled_model(folder, flags, graphs):
+    """The last batch is filled up, so that it has no graphs of its own."""
+    model, processor = load(folder, **flags, compiled=True)
+    expected = list(answer(*load(folder, **flags), QUESTIONS))
+    assert list(answer(model, processor, QUESTIONS, batch_size=2)) == expected == ["teal", "no", "triangle"]
+    count = graphs.frame_count
+    assert count == (2 if folder == SHIPPED_MODEL else 3)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert list(answer(model, processor, QUESTIONS[::-1], batch_size=2)) == expected[::-1]
+
+
+def test_what_cannot_be_compiled(monkeypatch):
+    stock = LlavaForConditionalGeneration.from_pretrained(SHIPPED_LLAVA)
+    with pytest.raises(ValueError, match="the model is a LlavaForConditionalGeneration"):
+        compile_model(stock)
+    model = build_llava()
+    monkeypatch.setattr(inference.shutil, "which", lambda name: None)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="needs a C\\+\\+ compiler"):
+            compile_model(model)
+    assert model._compiled_call_impl is None
+
+
+def test_ask_and_evaluate_compile(graphs, tmp_path):
+    assert run("ask", EXAMPLE_IMAGE, QUESTIONS[0][1], "--compile") == (0, "teal\n", "")
+    assert graphs.frame_count == 2
+    evaluate = ("evaluate", SHIPPED_LLAVA, "--questions", 5, "--batch-size", 4, "--max-new-tokens", 4)
+    code, _, error = run(*evaluate, "-o", tmp_path / "compiled", "--compile")
+    assert code == 0, error
+    assert graphs.frame_count == 2 + 3
+    assert run(*evaluate, "-o", tmp_path / "eager")[0] == 0
+    compiled, eager = ((tmp_path / name / "predictions.jsonl").read_text() for name in ("compiled", "eager"))
+    assert compiled == eager
