@@ -202,7 +202,7 @@ class Inhibition:
         query_slots (`torch.LongTensor` of shape `(B, q)`, *optional*): Which of them are text queries; `None` if all are.
         query_columns (`torch.LongTensor` of shape `(B, q)`), is_query (`torch.BoolTensor` of shape `(B, q)`):
             The columns of the text queries; in a row that has fewer of them, the rest are fillers, `False` in `is_query`.
-        text_columns (`torch.LongTensor` of shape `(B, T)`), image_columns (`(B, n)`): Of the whole sequence so far.
+        text_columns (`torch.LongTensor` of shape `(B, T)`), image_columns (`(B, n)`): Those of the whole sequence so far.
         row_positions (`torch.LongTensor` of shape `(q,)`): Indices of the queries among the T text tokens.
         aligned_images (`slice`, *optional*): The columns of the image tokens, if they are the same in all rows and if text
             alone follows them in the whole sequence so far. See `_AlignedKeys`.

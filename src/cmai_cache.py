@@ -190,7 +190,7 @@ class CmaiStaticLayer(CmaiLayerMixin, StaticLayer):
     def update_columns(
         self, text: torch.Tensor, image: torch.Tensor, has_row_per_column: bool, num_columns: int, max_length: int
     ) -> torch.Tensor:
-        # All prompts with the same numbers of columns and images get as many rows, so that they share a compiled decoding step.
+        # The same for all prompts with equally many columns and image tokens, so that they share a compiled decoding step.
         num_rows_of_call = max(text.shape[1], num_columns - image.shape[1])
         self._ensure_capacity(text, num_rows_of_call, num_columns, max_length)
         buffer, num_rows = cast(torch.Tensor, self.text_columns), cast(torch.Tensor, self.num_rows)
@@ -266,8 +266,9 @@ def _count_spare_rows(num_columns: int, max_length: int) -> int:
 
 def reserve_state(cache: Cache, batch_size: int, num_columns: int, focus: str) -> None:
     """
-    Makes the buffers of an empty static cache for a compiled prefill of `num_columns`, which takes each column for text
-    and for an image token: a graph must not wait for their numbers, and what a CUDA graph allocates does not outlive it.
+    Makes the buffers of an empty static cache for a compiled prefill of `num_columns`. They have room for each column both
+    as text and as an image token, since a graph must not wait for the numbers of these. They are made outside of the graph,
+    since what a CUDA graph allocates does not outlive it.
 
     Args:
         cache (`Cache`): Prepared by `prepare_cache`, with keys and values allocated.

@@ -48,8 +48,9 @@ GREEDY: dict[str, Any] = {
     "return_dict_in_generate": False,
 }
 
-# A compiled model gets prompts that are padded to a multiple of so many columns, so that few lengths need graphs.
+# Prompts of a compiled model are padded to a multiple of this number of columns, so that few lengths need graphs.
 BUCKET_SIZE = 64
+# Most graphs of one function, in place of the library's 8: each length and each number of rows or images has its own.
 MAX_GRAPHS = 64
 
 
@@ -130,7 +131,6 @@ def compile_model(model: PreTrainedModel, backend: str = "inductor") -> PreTrain
             "On the CPU, torch.compile needs a C++ compiler. Install one (on Debian: `apt-get install g++`)."
         )
     mode = "reduce-overhead" if on_gpu else None
-    # The compiler gives up at so many graphs of one function, which all lengths and numbers of rows and images share.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
     base: Any = model.base_model
     base.vision_tower.compile(fullgraph=True, backend=backend, mode=mode)
@@ -162,8 +162,8 @@ def answer(
         questions (`list[tuple[list, str]]`):
             Any number of images (path, URL, base64, bytes, PIL image or array), and the question about them.
         batch_size (`int`):
-            Questions answered at a time; does not change an answer. A compiled model always gets so many: it is given the
-            last question again where there are fewer.
+            Questions answered at a time; does not change an answer. A compiled model always gets this number of rows: if
+            fewer questions are left, the last one is repeated.
         max_new_tokens (`int`): Longest answer in tokens.
         progress (`bool`): Show a progress bar.
 

@@ -52,8 +52,8 @@ def cache_of_call(past_key_values: Any, cache: Any) -> Any:
 
 def one_hidden_state(index: int) -> bool | list[int]:
     """
-    The `output_hidden_states` of a call of which only one hidden state is used, given by its index among all. Ends with
-    5.23, which keeps only the states that are named; an earlier version keeps all.
+    The `output_hidden_states` of a call that needs only one hidden state, given by its index among all. Ends with 5.23,
+    which keeps only the states that are named; an earlier version keeps all.
     """
     return [index] if hasattr(output_capturing, "selected_hidden_states") else True
 

@@ -18,7 +18,8 @@ Algorithm 1 of the paper, and where each step of it is. V are the visual tokens,
 
 1. V = projector(vision tower(image)): `TaLlavaModel.get_vision_features`, then `TaLlavaModel._encode_vision_features`, which
    also makes the keys and values of V, once for all insertions (`TaLlavaAdapter.project`).
-2. [Y, X]: the learned prefix takes the placeholder columns before the text: `TaLlavaModel._place_prefix`.
+2. [Y, X]: the learned prefix takes the placeholder columns before the text: `TaLlavaModel._locate_prefix`, then
+   `replace_prefix`.
 3. [X_instruct, X_response] = X, line 3: `TaLlavaModel._instruction_mask`, with `find_instruction_end`.
 4. In each layer i of the language model, with k = `adapter_interval`:
    a. [Y, X] = layer(Y, X), lines 1 and 2: the layer of the library, unchanged, within `prefix_reading_layer_class`.
@@ -816,11 +817,7 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin):
         return super()._expand_inputs_for_generation(expand_size, *args, **kwargs)  # type: ignore[misc]  # by its `self`
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
-        if generation_config.prefill_chunk_size is not None and (input_ids == self.config.image_token_id).any():
-            raise ValueError(
-                f"A prompt with images cannot be prefilled in chunks of {generation_config.prefill_chunk_size} tokens: the "
-                "prefix must see the whole instruction. Pass `prefill_chunk_size=None`."
-            )
+        self._check_whole_prefill(input_ids, generation_config, "the prefix must see the whole instruction")
         cache = model_kwargs.get(CACHE)
         if cache is not None and is_first_iteration:
             num_images = ImageInputs.of(model_kwargs).count(input_ids.shape[0])
@@ -858,7 +855,7 @@ class TaLlavaForConditionalGeneration(TaLlavaPreTrainedModel, GenerationMixin):
                     "reads images before all text. Begin with an empty cache for new images, or leave out those from "
                     "before."
                 )
-        num_placeholders = int((new_ids == self.config.image_token_id).sum(dim=1).max())
+        num_placeholders = int(self._columns_of_token(self.config.image_token_id, new_ids, None).sum(dim=1).max())
         if num_placeholders >= self.config.num_prefix_tokens:
             raise ValueError(
                 f"What follows `past_key_values` has {num_placeholders} placeholder tokens (id "

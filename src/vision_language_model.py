@@ -103,6 +103,15 @@ class VisionLanguageModelMixin(VisualBudgetMixin, SafetensorsMixin):
         self._static_cache = cache
         return cache
 
+    def _check_whole_prefill(self: Any, input_ids: torch.Tensor, generation_config: Any, reason: str) -> None:
+        """Raises `ValueError` if `generate()` is asked to prefill a prompt with images in chunks."""
+        chunk_size = generation_config.prefill_chunk_size
+        if chunk_size is not None and self._columns_of_token(self.config.image_token_id, input_ids, None).any():
+            raise ValueError(
+                f"A prompt with images cannot be prefilled in chunks of {chunk_size} tokens: {reason}. Pass "
+                "`prefill_chunk_size=None`."
+            )
+
     def _columns_of_token(
         self: Any, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
     ) -> torch.Tensor:

@@ -146,9 +146,9 @@ class VmtcCmaiLlavaConfig(VmtcConfig, LlavaConfig):
         config_dict = super().to_diff_dict()
         stock = {"vision_feature_select_strategy": _STOCK_ERROR}
         if not self.use_vmtc and not self.use_cmai and self.spd_factor == 1:
-            own = {field.name for field in fields(self)} - {field.name for field in fields(LlavaConfig)}
+            added = {field.name for field in fields(self)} - {field.name for field in fields(LlavaConfig)}
             stock = {
-                key: value for key, value in config_dict.items() if key not in {*own, "architectures", "auto_map"}
+                key: value for key, value in config_dict.items() if key not in {*added, "architectures", "auto_map"}
             }
         return {**config_dict, _STOCK_SECTION: {**stock, "model_type": LlavaConfig.model_type}}
 
@@ -196,7 +196,7 @@ def _check_config(config: VmtcCmaiLlavaConfig) -> None:
         check_attention(config.text_config)
 
 
-class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignore: TRF013
+class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignore: TRF013 (stock LLaVA's own bases)
     """LLaVA without its language modelling head, with VMTC in the vision tower and CMAI in the language model."""
 
     def __init__(self, config: VmtcCmaiLlavaConfig):
@@ -408,20 +408,17 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         cache = cache_of_call(past_key_values, cache)
         if cmai_max_ratio is not None:
             self._check_ratio(cmai_max_ratio)
-
-        # Encode the images
-        if pixel_values is not None:
-            _check_given_once(
-                pixel_values=True, vision_features=vision_features, mm_encoder_outputs=mm_encoder_outputs
-            )
+        _check_given_once(
+            pixel_values=pixel_values, vision_features=vision_features, mm_encoder_outputs=mm_encoder_outputs
+        )
+        if vision_features is not None:
+            _check_not_compressed_again(num_visual_tokens)
+            mm_encoder_outputs = {**(mm_encoder_outputs or {}), "image": self._project(vision_features)}
+        elif pixel_values is not None:
             features: Any = self.get_image_features(
                 pixel_values, vision_feature_layer, vision_feature_select_strategy, image_sizes, num_visual_tokens
             )
             mm_encoder_outputs = {**(mm_encoder_outputs or {}), "image": features}
-        elif vision_features is not None:
-            _check_given_once(vision_features=True, mm_encoder_outputs=mm_encoder_outputs)
-            _check_not_compressed_again(num_visual_tokens)
-            mm_encoder_outputs = {**(mm_encoder_outputs or {}), "image": self._project(vision_features)}
 
         # Check the placeholders; a training batch without images runs a blank one
         images: Any = (mm_encoder_outputs or {}).get("image")
@@ -625,12 +622,9 @@ class VmtcCmaiLlavaForConditionalGeneration(
             prepare_cache(cache, self.config.text_config)
             num_columns = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
             reserve_state(cache, len(input_ids), num_columns, self.config.cmai_focus)
-        chunk_size = generation_config.prefill_chunk_size
-        if self.config.use_cmai and chunk_size is not None and (input_ids == self.config.image_token_id).any():
-            raise ValueError(
-                f"With CMAI a prompt with images cannot be prefilled in chunks of {chunk_size} tokens. Pass "
-                "`prefill_chunk_size=None`."
-            )
+        # CODEPATH: stock LLaVA checkpoints do not use CMAI.
+        if self.config.use_cmai:
+            self._check_whole_prefill(input_ids, generation_config, "CMAI must see all of its text and image tokens")
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def init_continuous_batching(self, *args, **kwargs):

@@ -112,3 +112,68 @@ def test_pre_commit_has_the_ruff_of_make():
     [pinned] = re.findall(r"^ruff==.+$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
     assert [hook["additional_dependencies"] for hook in hooks] == [[pinned]] * 2
+
+
+# --- the code of the package ---------------------------------------------------------------------------------------
+
+# Folders of the package from low to high: a file imports from its own layer and from lower ones.
+LAYERS = [
+    {""},
+    {"common"},
+    {"data"},
+    {"building", "inference"},
+    {"training", "evaluation", "analysis"},
+    {"publishing"},
+    {"cli"},
+]
+
+
+def part_of(file: Path) -> str:
+    """What decides a file's layer: its folder, or its own name for the two files that do not travel with a checkpoint."""
+    inner = file.relative_to(ROOT / "src")
+    return inner.parts[0] if len(inner.parts) > 1 else "inference" if inner.stem == "inference" else ""
+
+
+def layer_of(part: str) -> int:
+    return next(number for number, parts in enumerate(LAYERS) if part in parts)
+
+
+def test_no_import_of_the_package_runs_back_up():
+    files = [path for path in (ROOT / "src").rglob("*.py") if path.name not in ("__init__.py", "auto_classes.py")]
+    assert len(files) > 70
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or node.level == 0:
+                continue
+            folder = path.parents[node.level - 1]
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            for name in names:
+                target = folder.joinpath(*name.split("."))
+                target = target.with_suffix(".py") if target.with_suffix(".py").is_file() else target
+                if target == ROOT / "src" / "__version__":  # of the package itself
+                    continue
+                assert layer_of(part_of(path)) >= layer_of(part_of(target)), f"{path} imports {target}"
+
+
+def words_of(tree: ast.Module) -> set[str]:
+    """All identifiers in some code, and its texts of one word."""
+    words = set()
+    for node in ast.walk(tree):
+        for field in ("name", "id", "attr", "arg"):
+            words.add(getattr(node, field, None))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " not in node.value:
+            words.add(node.value)
+    return words
+
+
+def test_heads_of_the_hub_files_name_what_is_there():
+    """So the lists of equations and steps keep up with the functions."""
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "src").glob("*.py")}
+    words = set().union(*map(words_of, trees.values()))
+    found = set()
+    for path, tree in trees.items():
+        for name in re.findall(r"`([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)`", ast.get_docstring(tree) or ""):
+            is_file = (ROOT / "src" / name).is_file()
+            assert is_file or set(name.split(".")) <= words, f"The head of {path.name} names {name}"
+            found.add(name)
+    assert {"focus_scores", "merge_clusters", "TaLlavaModel._locate_prefix"} <= found

@@ -35,7 +35,7 @@ NOT_RUN = {
     "lmms-eval": "is not installed here; its models and tasks have tests of their own",
     "make": "sets up environments, or takes minutes to hours",
     "pip install": "the network",
-    "python -m ta_llava.data.easy_vqa": "writes 4,000 images",
+    "python -m ta_llava.data.easy_vqa": "writes 5,000 images",
     "ta-llava convert-original": "needs a checkpoint of the authors' code",
     "ta-llava cost": "is slow, and has tests of its own",
     "ta-llava evaluate MODEL --task if16": "needs a model that follows instructions",

@@ -227,8 +227,8 @@ def inhibit(config: VmtcCmaiLlavaConfig, visual_tokens: int, text_tokens: int) -
         else:
             averaged = head_averaged_scores(query, key, 1)
         if config.cmai_focus != "tia":
-            own, neighbors = averaged[..., :visual_tokens], averaged[..., visual_tokens:-1]
-            focus_scores(own, neighbors, own[:, :-1])
+            text_to_image, neighbors = averaged[..., :visual_tokens], averaged[..., visual_tokens:-1]
+            focus_scores(text_to_image, neighbors, text_to_image[:, :-1])
 
 
 def run(model: Any, pixel_values: torch.Tensor, text_tokens: int, labels: bool = False) -> Any:

@@ -122,8 +122,8 @@ def heat_colors(values: torch.Tensor) -> np.ndarray:
     """RGB colours `(..., 3)`, uint8, of values in [0, 1], from black to pale yellow; black for nan."""
     place = values.nan_to_num().clamp(0, 1).numpy() * (len(_HEAT_COLORS) - 1)
     below = np.minimum(place.astype(int), len(_HEAT_COLORS) - 2)
-    share = (place - below)[..., None]
-    colors = _HEAT_COLORS[below] * (1 - share) + _HEAT_COLORS[below + 1] * share
+    fraction = (place - below)[..., None]
+    colors = _HEAT_COLORS[below] * (1 - fraction) + _HEAT_COLORS[below + 1] * fraction
     colors[values.isnan().numpy()] = 0
     return colors.round().astype(np.uint8)
 

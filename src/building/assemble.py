@@ -308,8 +308,8 @@ def _generation_config(language_model: Any, parts: Parts) -> GenerationConfig:
     tokenizer = parts.tokenizer
     settings = language_model.generation_config.to_dict()
     settings.pop("_from_model_config", None)
-    own = settings.get("eos_token_id")
-    eos_token_ids = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
+    model_eos = settings.get("eos_token_id")
+    eos_token_ids = [*(model_eos if isinstance(model_eos, list) else [model_eos]), tokenizer.eos_token_id]
     eos_token_ids.append(tokenizer.convert_tokens_to_ids(parts.turns.end_of_turn))
     settings["eos_token_id"] = list(dict.fromkeys(token for token in eos_token_ids if token is not None))
     settings["pad_token_id"] = tokenizer.pad_token_id

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+from collections.abc import Iterable
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Annotated, Any
@@ -82,16 +83,21 @@ def ask(
             max_new_tokens=max_new_tokens,
             progress=is_many,
         )
-        for (images, asked), text in zip(items, answers):
-            line = f"{', '.join(images)}: {asked} {text}" if is_many else text
-            print(_as_json(images, asked, text) if as_json else line, flush=True)
+        _print_answers(items, answers, with_question=is_many, as_json=as_json)
         if len(items) < num_asked:
             raise ValueError(f"{num_asked - len(items)} of {num_asked} pictures cannot be read; they are named above.")
 
 
-def _as_json(images: list[str], question: str, answer: str) -> str:
-    image = images[0] if len(images) == 1 else images
-    return json.dumps({"image": image, "question": question, "answer": answer}, ensure_ascii=False)
+def _print_answers(
+    items: list[tuple[list[str], str]], answers: Iterable[str], with_question: bool, as_json: bool
+) -> None:
+    """Prints each answer as soon as it is there: alone, with its images and question, or as a line of JSON."""
+    for (images, question), answer in zip(items, answers):
+        line = f"{', '.join(images)}: {question} {answer}" if with_question else answer
+        if as_json:
+            image = images[0] if len(images) == 1 else images
+            line = json.dumps({"image": image, "question": question, "answer": answer}, ensure_ascii=False)
+        print(line, flush=True)
 
 
 # --- questions -----------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from .results import DESCRIPTIONS, PREDICTIONS, SETTINGS, EvaluationResults, Eva
 from .tasks import TASKS, Task, TaskOptions, build_task
 
 
-# Files in the folder of a model that its answers depend on. Of the weights only size and date are read.
+# Files in the folder of a model that its answers depend on. Weights are known by size and date alone.
 _MODEL_FILES = ("*config.json", "tokenizer*", "chat_template*", "*.safetensors")
 _ANEW = "Choose another folder, or delete this one to begin anew."
 
@@ -93,7 +93,7 @@ def evaluate(
         max_new_tokens (`int`):
             Longest answer in tokens.
         compiled (`bool`):
-            Compile the model, see [`inference.compile_model`]; does not change an answer but by rounding.
+            Compile the model, see [`inference.compile_model`]. Answers change by no more than rounding.
         strategy, objects_per_image, seed:
             Settings of `"pope"`, see [`pope.build_questions`]; `"if16"` has the seed too.
         describe_first (`bool`):

@@ -169,8 +169,8 @@ def _why_no_benchmark(settings: EvaluationSettings, model: str | Path, config: A
     cmai = config.cmai_max_ratio if config.use_cmai else 0
     if settings.visual_tokens in (None, visual_tokens) and settings.cmai in (None, cmai):
         return None
-    own = describe_vmtc_and_cmai(visual_tokens, cmai)
-    return f"it was evaluated with {', '.join(settings.labels)}, and has {', '.join(own)}"
+    labels = describe_vmtc_and_cmai(visual_tokens, cmai)
+    return f"it was evaluated with {', '.join(settings.labels)}, and has {', '.join(labels)}"
 
 
 # --- leaderboards --------------------------------------------------------------------------------------------------

@@ -123,8 +123,8 @@ def _read_training(folder: Path) -> tuple[list[dict[str, Any]], str | None]:
         summary = TrainingSummary.read(folder)
         recipe = summary.recipe
         # A model that an adapter was merged into has the adapter's summary.
-        own, written = folder / SUMMARY, Path(recipe.output_dir) / SUMMARY
-        is_here = written.is_file() and filecmp.cmp(own, written, shallow=False)
+        here, written = folder / SUMMARY, Path(recipe.output_dir) / SUMMARY
+        is_here = written.is_file() and filecmp.cmp(here, written, shallow=False)
         source = recipe.data.path
         dataset = source if is_here and is_repo(source) and not Path(source).suffix else None
         trained = [

@@ -222,8 +222,8 @@ def _model_type(model: str) -> str:
 def _is_finished(recipe: Recipe, folder: Path) -> bool:
     """Whether this recipe was run to its end in this folder. Raises `ValueError` if the folder has something else."""
     if not (folder / _STARTED).is_file():
-        own = (_BAD_SAMPLES, _BAD_EVALUATION_SAMPLES, temporary_name(Path(_STARTED)).name)
-        if folder.exists() and (not folder.is_dir() or any(path.name not in own for path in folder.iterdir())):
+        of_run = (_BAD_SAMPLES, _BAD_EVALUATION_SAMPLES, temporary_name(Path(_STARTED)).name)
+        if folder.exists() and (not folder.is_dir() or any(path.name not in of_run for path in folder.iterdir())):
             raise ValueError(f"{folder} exists already and holds something else. Choose another `output_dir`.")
         return False
     is_finished = (folder / SUMMARY).is_file()
