@@ -101,6 +101,18 @@ class Results:
             rows.append(json.loads(text)["scores"])
         return accuracies(np.array(rows), self.types, self.pictures, self.resamples)
 
+    def has(self, model: str, name: str) -> bool:
+        """Whether the model of every seed has answered."""
+        folders = [self.folder / "scores" / f"{model}-{seed}" for seed in self.config["seeds"]]
+        return all((folder / f"{name}.json").is_file() for folder in folders)
+
+    def has_llava(self, tuned: bool) -> bool:
+        """Whether the LLaVAs have answered with every method and budget, as they are or `tuned`."""
+        names = [f"{file_name(m)}-{budget}" for m in methods(self.config) for budget in self.config["budgets"]]
+        return all(
+            self.has("llava-tuned" if tuned else "llava", name) for name in [*names, f"{file_name(ALL_TOKENS)}-all"]
+        )
+
     def llava(self, method: str, budget: int | None, tuned: bool = False) -> dict[str, np.ndarray]:
         return self.read("llava-tuned" if tuned else "llava", f"{file_name(method)}-{budget or 'all'}")
 
@@ -169,14 +181,13 @@ def format_types(results: Results) -> str:
     return "## Accuracy by type of question, without training\n\n" + "\n\n".join(parts)
 
 
-def format_ta_llava(results: Results) -> str:
+def format_ta_llava(results: Results, names: Sequence[str]) -> str:
     types = [name for name in TYPES if name in results.types]
     models = {
-        f"TA-LLaVA, {length} prefix tokens{', blind to the question' if blind else ''}": results.read(
-            ta_llava_name(length, blind), "all"
-        )
+        f"TA-LLaVA, {length} prefix tokens{', blind to the question' if blind else ''}": results.read(name, "all")
         for length in results.config["prefix_lengths"]
         for blind in (False, True)
+        if (name := ta_llava_name(length, blind)) in names
     }
     models["LLaVA, all tokens"] = results.llava(ALL_TOKENS, None)
     rows = [[name, *(cell(result[column]) for column in (*types, AVERAGE))] for name, result in models.items()]

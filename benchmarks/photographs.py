@@ -68,7 +68,6 @@ from ta_llava.common.files import write_text
 
 
 CONFIG = Path(__file__).parent / "photographs.yaml"
-SPLITS = ("test", "tuning")
 IMAGES = 8  # timed at once
 ROUNDS = 7
 
@@ -77,37 +76,44 @@ ROUNDS = 7
 
 
 def list_jobs(config: dict[str, Any]) -> list[list[Job]]:
-    """All jobs. The jobs of a list need those of the lists before it."""
-    budgets, seeds = config["budgets"], config["seeds"]
+    """All jobs. The jobs of a list need those of the lists before it. The comparison without training comes first."""
+    seeds = config["seeds"]
+    asked = [(ALL_TOKENS, None), *((name, budget) for budget in config["budgets"] for name in methods(config))]
     prefixes = [
-        (seed, length, blind) for seed in seeds for length in config["prefix_lengths"] for blind in (False, True)
-    ]
-    llava_features, ta_llava_features = (
-        [Job(f"features-{stage}", cache_training_features, (stage,))] for stage in ("llava", "ta_llava")
-    )
-    towers = [Job(f"tower-{split}", compute_tower_outputs, (split,)) for split in SPLITS]
-    towers += [
-        Job(f"tower-{split}-{name}-{budget}", compute_compressed, (split, name, budget))
-        for split in SPLITS
-        for name in (*vmtc_variants(config), TOME)
-        for budget in budgets
+        (ta_llava_name(length, blind), (seed, length, blind))
+        for seed in seeds
+        for length in config["prefix_lengths"]
+        for blind in (False, True)
     ]
     llavas = [Job(f"train-llava-{seed}", train_llava, (seed,)) for seed in seeds]
-    ta_llavas = [
-        Job(f"train-{ta_llava_name(length, blind)}-{seed}", train_ta_llava, (seed, length, blind))
-        for seed, length, blind in prefixes
-    ]
-    answers = [
-        Job(f"{kind}-{seed}-{name}-{budget}", function, (seed, name, budget))
+    answers, tuned = (
+        [
+            Job(f"{kind}-{seed}-{name}-{budget}", function, (seed, name, budget))
+            for seed in seeds
+            for name, budget in asked
+        ]
         for kind, function in (("answers", answer_with_llava), ("tuned", tune_llava))
-        for seed in seeds
-        for name, budget in [(ALL_TOKENS, None), *((name, budget) for budget in budgets for name in methods(config))]
+    )
+    ta_llavas = [Job(f"train-{name}-{arguments[0]}", train_ta_llava, arguments) for name, arguments in prefixes]
+    ta_answers = [
+        Job(f"answers-{name}-{arguments[0]}", answer_with_ta_llava, arguments) for name, arguments in prefixes
     ]
-    answers += [
-        Job(f"answers-{ta_llava_name(length, blind)}-{seed}", answer_with_ta_llava, (seed, length, blind))
-        for seed, length, blind in prefixes
+    return [
+        [Job("features-llava", cache_training_features, ("llava",))],
+        llavas + list_tower_jobs(config, "test"),
+        answers,
+        [Job("features-ta_llava", cache_training_features, ("ta_llava",)), *list_tower_jobs(config, "tuning")],
+        tuned + ta_llavas,
+        ta_answers,
     ]
-    return [llava_features, llavas + ta_llava_features + towers, ta_llavas, answers]
+
+
+def list_tower_jobs(config: dict[str, Any], split: str) -> list[Job]:
+    """The vision tower on the pictures of a split: its output for the rivals, and the methods that work inside it."""
+    inside = [(name, budget) for name in (*vmtc_variants(config), TOME) for budget in config["budgets"]]
+    return [Job(f"tower-{split}", compute_tower_outputs, (split,))] + [
+        Job(f"tower-{split}-{name}-{budget}", compute_compressed, (split, name, budget)) for name, budget in inside
+    ]
 
 
 def run_jobs(folder: Path, config: dict[str, Any], workers: int) -> list[str]:
@@ -235,9 +241,15 @@ def count_operations(call: Callable[[], Any]) -> int:
 
 
 def write_results(folder: Path, config: dict[str, Any], out: Path) -> None:
-    """Writes `photographs.json` and `photographs.md` of a finished run to the folder `out`."""
-    data, times = data_of(folder, config), measure_times(folder, config)
+    """
+    Writes `photographs.json` and `photographs.md` to the folder `out`: the comparison without training, and the other parts
+    of the run that are finished.
+    """
+    data = data_of(folder, config)
     results = Results(folder, config, data)
+    if not results.has_llava(tuned=False):
+        return
+    times = measure_times(folder, config)
     seeds = ", ".join(map(str, config["seeds"]))
     over = (
         f"questions and {len(config['seeds'])} seeds" if len(config["seeds"]) > 1 else "questions (there is one seed)"
@@ -248,20 +260,22 @@ def write_results(folder: Path, config: dict[str, Any], out: Path) -> None:
         f"The language model has {config['language_model']['num_hidden_layers']} layers of width "
         f"{config['language_model']['hidden_size']}, and was trained with all visual tokens of DINOv2-small."
     )
-    parts = [part(results, tuned) for tuned in (False, True) for part in (format_average, format_differences)]
+    finished = [tuned for tuned in (False, True) if results.has_llava(tuned)]
+    prefixes = [ta_llava_name(length, blind) for length in config["prefix_lengths"] for blind in (False, True)]
+    prefixes = [name for name in prefixes if results.has(name, "all")]
+    parts = [part(results, tuned) for tuned in finished for part in (format_average, format_differences)]
     parts += [format_types(results)]
-    parts += [format_ta_llava(results)] if config["prefix_lengths"] else []
+    parts += [format_ta_llava(results, prefixes)] if prefixes else []
     write_text(out / "photographs.md", "\n\n".join([head, *parts, format_times(times)]) + "\n")
     accuracy = {
         f"{method}-{budget or 'all'}{'-tuned' if tuned else ''}": {
             name: cell(draws) for name, draws in results.llava(method, budget, tuned).items()
         }
-        for tuned in (False, True)
+        for tuned in finished
         for method, budget in [(ALL_TOKENS, None), *((m, b) for b in config["budgets"] for m in methods(config))]
     }
     accuracy |= {
-        name: {column: cell(draws) for column, draws in results.read(name, "all").items()}
-        for name in (ta_llava_name(n, blind) for n in config["prefix_lengths"] for blind in (False, True))
+        name: {column: cell(draws) for column, draws in results.read(name, "all").items()} for name in prefixes
     }
     record = {
         "config": {name: value for name, value in config.items() if name != "data"},
@@ -291,9 +305,10 @@ def main() -> None:
     except ValueError as error:
         sys.exit(str(error))
     prepare(arguments.output_dir, config)
-    if failed := run_jobs(arguments.output_dir, config, arguments.workers):
-        sys.exit(f"{len(failed)} jobs failed: {', '.join(failed)}. Rerun the same command to retry only these.")
+    failed = run_jobs(arguments.output_dir, config, arguments.workers)
     write_results(arguments.output_dir, config, arguments.results)
+    if failed:
+        sys.exit(f"{len(failed)} jobs failed: {', '.join(failed)}. Rerun the same command to retry only these.")
 
 
 if __name__ == "__main__":
