@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-real test-versions lint docs train-tiny train-llava-tiny train-small evaluate-tiny tables bench bench-full photographs space space-folder test-space test-quantization dist clean
+.PHONY: help demo test test-real test-versions lint docs train-tiny train-llava-tiny train-small evaluate-tiny tables bench bench-full bench-gpu photographs space space-folder test-space test-quantization dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -86,6 +86,9 @@ bench-full: $(VENV)/installed-dev  ## measure TA-LLaVA at the papers' sizes, and
 	$(BIN)/python benchmarks/compare_with_llava.py --configs gemma-2-2b --images 4 --repeats 1 --output benchmarks/results/compare_with_llava_4_images.md
 	$(BIN)/python benchmarks/compare_with_llava.py --configs vicuna-7b --images 1 4 --repeats 1 --output benchmarks/results/compare_with_llava_vicuna.md
 	$(BIN)/python benchmarks/profile_prefill.py --output benchmarks/results/profile.md
+
+bench-gpu: $(VENV)-quantization/installed  ## measure both systems on one GPU, eager and compiled, and test quantised weights (8 minutes; resumes)
+	$(VENV)-quantization/bin/python benchmarks/bench_gpu.py
 
 GROCERY ?= data/GroceryStoreDataset
 

@@ -32,7 +32,8 @@ from compare_with_llava import (
 )
 from compare_with_llava import SETUPS as BACKBONES
 from tqdm.auto import tqdm
-from transformers import DynamicCache, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
+from transformers import AutoModelForImageTextToText, Cache, LlavaConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from ta_llava import VmtcCmaiLlavaConfig, VmtcCmaiLlavaForConditionalGeneration
 from ta_llava.vision_towers import TowerCompression, compression_of_call
@@ -162,7 +163,7 @@ class Inputs:
     One batch for all variants.
 
     Args:
-        pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): One image a row.
+        pixel_values (`torch.FloatTensor` of shape `(B * I, 3, H, W)`): The images, row by row.
         input_ids (`dict`): Token ids `(B, placeholders + 40)` by number of placeholders, all with the same text.
     """
 
@@ -213,18 +214,32 @@ Measurements = dict[tuple[str, str, int], Measurement]
 # --- models and inputs ---------------------------------------------------------------------------------------------
 
 
-def build_models(setup: Setup, dtype: torch.dtype) -> dict[Variant, PreTrainedModel]:
-    """One model per variant. All have the random weights of the stock model."""
+def build_models(
+    setup: Setup,
+    dtype: torch.dtype,
+    variants: list[Variant] | None = None,
+    device: torch.device | str = "cpu",
+    attention: str = "sdpa",
+) -> dict[Variant, PreTrainedModel]:
+    """
+    One model per variant: the stock model and `variants`, by default all others. All have the random weights of the stock
+    model. `attention` is the attention implementation of all parts.
+    """
     parts = {
         "vision_config": setup.vision_config,
         "text_config": setup.text_config,
         "vision_feature_layer": setup.vision_feature_layer,
         "image_token_index": IMAGE_TOKEN_ID,
-        "attn_implementation": "sdpa",
+        "attn_implementation": attention,
     }
-    stock = LlavaForConditionalGeneration(LlavaConfig(**parts)).to(dtype).eval()
+    with torch.device(device), no_init_weights():  # `normal_` below is faster, and enough here
+        stock = AutoModelForImageTextToText.from_config(LlavaConfig(**parts), dtype=dtype).eval()
+    stock.tie_weights()
+    with torch.no_grad():
+        for parameter in stock.parameters():
+            parameter.normal_(std=0.02)
     models = {setup.stock: stock}
-    for variant in setup.variants[1:]:
+    for variant in setup.variants[1:] if variants is None else variants:
         budget = variant.num_visual_tokens if variant.use_vmtc else None
         config = VmtcCmaiLlavaConfig(
             **parts, use_vmtc=variant.use_vmtc, vmtc_num_visual_tokens=budget, use_cmai=variant.use_cmai
@@ -244,15 +259,18 @@ def share_weights(model: PreTrainedModel, source: PreTrainedModel) -> None:
         setattr(model.get_submodule(parent), leaf, buffer)
 
 
-def make_inputs(setup: Setup, batch_size: int, dtype: torch.dtype) -> Inputs:
+def make_inputs(
+    setup: Setup, batch_size: int, dtype: torch.dtype, num_images: int = 1, device: torch.device | str = "cpu"
+) -> Inputs:
     """Random images and text."""
     image_size, vocab_size = setup.vision_config["image_size"], setup.text_config["vocab_size"]
     words = torch.randint(FIRST_WORD_ID, vocab_size, (batch_size, NUM_TEXT_TOKENS))
     input_ids = {
-        count: torch.cat([torch.full((batch_size, count), IMAGE_TOKEN_ID), words], dim=1)
+        count: torch.cat([torch.full((batch_size, num_images * count), IMAGE_TOKEN_ID), words], dim=1).to(device)
         for count in {variant.num_visual_tokens for variant in setup.variants}
     }
-    return Inputs(torch.randn(batch_size, 3, image_size, image_size, dtype=dtype), input_ids)
+    shape = (batch_size * num_images, 3, image_size, image_size)
+    return Inputs(torch.randn(shape, dtype=dtype, device=device), input_ids)
 
 
 def check(what: str, variant: Variant, expected: Any, found: Any) -> None:
@@ -327,7 +345,7 @@ def run_tower(model: PreTrainedModel, pixel_values: torch.Tensor) -> tuple[torch
     return outputs.hidden_states[layer][:, 1:], 0.0 if compression is None else compression.seconds
 
 
-def count_bytes(cache: DynamicCache) -> int:
+def count_bytes(cache: Cache) -> int:
     """Bytes of the keys and values of all layers, and of the tensors that CMAI keeps beside them."""
     names = ("text_to_image", "text_columns", "image_columns")
     states = [getattr(layer, name, None) for layer in cache.layers for name in names]

@@ -27,6 +27,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForImageTextToText,
+    Cache,
     DynamicCache,
     InstructBlipQFormerConfig,
     InstructBlipQFormerModel,
@@ -437,7 +438,7 @@ def run_tower(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tenso
     Features of N images before the projector, `(N, M, vision width)`, computed as each model does: stock LLaVA also runs
     the blocks after the one whose output it takes.
     """
-    if isinstance(model, TaLlavaForConditionalGeneration):
+    if hasattr(model, "get_vision_features"):
         return model.get_vision_features(pixel_values)
     layer = model.config.vision_feature_layer % (model.config.vision_config.num_hidden_layers + 1)
     outputs = model.model.vision_tower(pixel_values, output_hidden_states=one_hidden_state(layer), return_dict=True)
@@ -450,12 +451,13 @@ def run_prefill(
     pixel_values: torch.Tensor | None = None,
     features: torch.Tensor | None = None,
     project: Callable[[torch.Tensor], torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, DynamicCache]:
+    cache: Cache | None = None,
+) -> tuple[torch.Tensor, Cache]:
     """
     First token `(B, 1)` and the cache, from images `(N, 3, H, W)` with the tower, or from the `features` of `run_tower`
-    without it. `project` makes the visual tokens of a LLaVA in place of its projector.
+    without it. `project` makes the visual tokens of a LLaVA in place of its projector. By default the cache is dynamic.
     """
-    cache = DynamicCache(config=model.config.text_config)
+    cache = DynamicCache(config=model.config.text_config) if cache is None else cache
     rows = (len(input_ids), -1)
     if features is None and project is not None:
         features = run_tower(model, pixel_values)
@@ -478,13 +480,18 @@ def run_text_only(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tens
     return model.lm_head(states[:, -1:]).argmax(dim=-1)
 
 
-def run_decode(model: PreTrainedModel, token: torch.Tensor, cache: DynamicCache) -> None:
+def decode_step(model: PreTrainedModel, token: torch.Tensor, cache: Cache) -> torch.Tensor:
+    """The token `(B, 1)` after another one."""
+    return model(input_ids=token, logits_to_keep=1, **{CACHE: cache}).logits.argmax(dim=-1)
+
+
+def run_decode(model: PreTrainedModel, token: torch.Tensor, cache: Cache) -> None:
     """Decodes greedily after a prefill. The cache grows."""
     for _ in range(NUM_DECODE_TOKENS):
-        token = model(input_ids=token, logits_to_keep=1, **{CACHE: cache}).logits.argmax(dim=-1)
+        token = decode_step(model, token, cache)
 
 
-def count_cache_bytes(cache: DynamicCache) -> int:
+def count_cache_bytes(cache: Cache) -> int:
     """Bytes of the keys and values of all layers."""
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 

@@ -253,7 +253,9 @@ class Inhibition:
         """
         is_first_call = isinstance(past_length, int) and past_length == 0
         num_images = num_texts = is_text.shape[1]
-        if not torch.compiler.is_compiling():  # a graph must not wait for numbers, and takes all columns
+        if torch.compiler.is_compiling():  # a graph must not wait for numbers
+            num_images, num_texts = self._reserved_counts() or (num_images, num_texts)
+        else:
             images, texts = torch.stack([is_image, is_text]).cpu().numpy()
             if is_first_call:
                 texts = texts & (images.cumsum(axis=1) > 0)
@@ -272,6 +274,11 @@ class Inhibition:
             self.query_columns, self.is_query = self.columns[self.query_slots], is_text.gather(1, self.query_slots)
         order = _first_true(is_image, num_images)
         return torch.where(is_image.gather(1, order), self.columns[order], -1)
+
+    def _reserved_counts(self) -> tuple[int, int] | None:
+        """How many image tokens and text tokens a row of a prefill has at most, if `reserve_state` has counted them."""
+        layer: Any = None if self.cache is None else cmai_layer(self.cache, 0)
+        return None if layer is None or layer.reserved_counts is None or not layer.is_empty else layer.reserved_counts
 
     def _find_aligned_images(self, images: np.ndarray, texts: np.ndarray, is_first_call: bool) -> slice | None:
         """`aligned_images`, from where this call has image tokens and text that counts, `(B, S)` each."""

@@ -42,9 +42,11 @@ class CmaiLayerMixin(CacheLayerMixin):
     text_columns (`torch.LongTensor` of shape `(B, T)`, *optional*): -1 for a row that is no text token.
     image_columns (`torch.LongTensor` of shape `(B, n)`, *optional*): -1 for none.
     aligned_images (`slice`, *optional*): Those of `Inhibition`, in the first layer.
+    reserved_counts (`tuple[int, int]`, *optional*): See `reserve_state`; in the first layer.
     """
 
     aligned_images: slice | None = None
+    reserved_counts: tuple[int, int] | None = None
     text_to_image: torch.Tensor | None = None
     text_columns: torch.Tensor | None = None
     image_columns: torch.Tensor | None = None
@@ -264,28 +266,33 @@ def _count_spare_rows(num_columns: int, max_length: int) -> int:
     return max(max_length - num_columns, _MIN_SPARE_ROWS)
 
 
-def reserve_state(cache: Cache, batch_size: int, num_columns: int, focus: str) -> None:
+def reserve_state(cache: Cache, is_image: torch.Tensor, focus: str) -> None:
     """
-    Makes the buffers of an empty static cache for a compiled prefill of `num_columns`. They have room for each column both
-    as text and as an image token, since a graph must not wait for the numbers of these. They are made outside of the graph,
-    since what a CUDA graph allocates does not outlive it.
+    Makes the buffers of an empty static cache before a compiled prefill, since what a CUDA graph allocates does not outlive
+    it. The tokens are counted here, since a graph must not wait for numbers. All prompts of a length whose rows have equally
+    many images get buffers of the same sizes.
 
     Args:
         cache (`Cache`): Prepared by `prepare_cache`, with keys and values allocated.
+        is_image (`torch.BoolTensor` of shape `(B, S)`): Which columns hold image tokens.
         focus (`str`): `cmai_focus` of the config.
     """
     layers: list[Any] = cache.layers
     first, device = layers[0], layers[0].keys.device
-    num_rows = num_columns + _count_spare_rows(num_columns, cache.get_max_length())
-    if first.image_buffer is None or first.image_buffer.shape != (batch_size, num_columns):
-        first.image_buffer = _mark_static(torch.full((batch_size, num_columns), -1, device=device))
+    batch_size, num_columns = is_image.shape
+    fewest, num_images = torch.stack(is_image.sum(dim=1).aminmax()).tolist()
+    num_texts = max(num_columns - fewest, 1)  # padding among them
+    num_rows = num_texts + _count_spare_rows(num_columns, cache.get_max_length())
+    if first.image_buffer is None or first.image_buffer.shape != (batch_size, num_images):
+        first.image_buffer = _mark_static(torch.full((batch_size, num_images), -1, device=device))
     if first.text_columns is None or first.text_columns.shape != (batch_size, num_rows):
         first.text_columns = _mark_static(torch.full((batch_size, num_rows), -1, device=device))
         first.num_rows = _mark_static(torch.zeros((), dtype=torch.long, device=device))
+    first.reserved_counts = num_images, num_texts
     for layer in layers:
         layer.image_columns, layer.is_empty = None, True  # graphs also depend on whether a layer has an attribute
-    for layer in layers[1:] if focus not in ("none", "tia") else ():
-        shape = (batch_size, num_rows, num_columns)
+    for layer in layers[1:] if focus not in ("none", "tia") and num_images > 0 else ():
+        shape = (batch_size, num_rows, num_images)
         if layer.text_to_image is None or layer.text_to_image.shape != shape:
             layer.text_to_image = _mark_static(torch.zeros(shape, device=layer.keys.device))
 

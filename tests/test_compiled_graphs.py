@@ -24,7 +24,7 @@ from conftest import (
 from functorch.compile import make_boxed_func
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.aot_autograd import aot_module_simplified
-from transformers import CompileConfig, LlavaForConditionalGeneration
+from transformers import CompileConfig, Dinov2Config, LlavaForConditionalGeneration, SiglipVisionConfig
 
 from ta_llava import inference
 from ta_llava.inference import answer, compile_model, load
@@ -76,12 +76,24 @@ def stance(is_first: bool) -> torch.compiler.set_stance:
 # --- the tower -----------------------------------------------------------------------------------------------------
 
 
+SIZES = {"hidden_size": 24, "num_hidden_layers": 5, "num_attention_heads": 3, "image_size": 24, "patch_size": 4}
+TOWERS = {
+    "TA-LLaVA": partial(build_model, use_vmtc=True, vmtc_num_visual_tokens=4, vmtc_num_stages=1),
+    "LLaVA": build_llava,
+    "LLaVA, novel tokens": partial(build_llava, **NOVELTY),
+    "LLaVA, SigLIP": partial(
+        build_llava,
+        vision_config=SiglipVisionConfig(**SIZES, intermediate_size=32),
+        vision_feature_select_strategy="full",
+    ),
+    "LLaVA, DINOv2": partial(build_llava, vision_config=Dinov2Config(**SIZES, mlp_ratio=2)),
+}
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("kept", ["importance", "importance_and_novelty"])
-@pytest.mark.parametrize("build", [build_model, build_llava])
-def test_a_compiled_tower_with_vmtc(build, kept):
-    small = {"vmtc_num_visual_tokens": 4, "vmtc_num_stages": 1} if build is build_model else {}
-    model = build(use_vmtc=True, vmtc_kept_tokens=kept, **small)
+@pytest.mark.parametrize("name", TOWERS)
+def test_a_compiled_tower_with_vmtc(name):
+    model = TOWERS[name]()
     eager = copy.deepcopy(model)
     graphs = CompileCounterWithBackend("aot_eager")
     model.model.vision_tower.compile(fullgraph=True, backend=graphs)
@@ -153,6 +165,39 @@ def test_the_library_compiles_the_decoding(name, monkeypatch):
                     given = model.generate(**each, **GENERATION, cache_implementation="static", compile_config=config)
                 assert torch.equal(given, expected[index])
         torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["TA-LLaVA with VMTC, Llama", "VMTC and CMAI, Llama"])
+def test_a_next_turn_goes_on_with_the_cache(name):
+    model = BUILD[name]()
+    eager = copy.deepcopy(model)
+    model.compile(fullgraph=True, backend="eager")
+    options = {**GENERATION, "return_dict_in_generate": True}
+    inputs = bucket(model, (5, 9), 0)
+    model._previous_max_cache_length = 64  # as after a longer prompt
+    first = model.generate(**inputs, **options, cache_implementation="static")
+    question = torch.randint(10, 50, (2, 6))
+    ids = torch.cat([first.sequences, question], dim=1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, ids.shape[1] - 32, dtype=torch.long)], dim=1)
+    turn = {"input_ids": ids, "attention_mask": mask}
+    second = model.generate(**turn, **options, past_key_values=first.past_key_values)
+    expected = eager.generate(**{**inputs, **turn}, **GENERATION)
+    assert torch.equal(second.sequences, expected)
+
+
+def test_rows_with_different_images_with_cmai():
+    """Text before images, two images, and a row without any: the buffers hold the most of each."""
+    model = BUILD["VMTC and CMAI, Llama"]()
+    eager = copy.deepcopy(model)
+    model.compile(fullgraph=True, backend="eager")
+    for seed, images in enumerate([(2, 0, 1), (1, 2, 0), (0, 0, 0)]):
+        rows = [llava_prompt(5 + index, index, images=count) for index, count in enumerate(images)]
+        rows = [[PAD] * (48 - len(row)) + row for row in rows]
+        inputs = llava_inputs(rows, seed=seed)
+        inputs["attention_mask"] = (inputs["input_ids"] != PAD).long()
+        with stance(seed != 1):
+            given = model.generate(**inputs, **GENERATION, cache_implementation="static")
+        assert torch.equal(given, eager.generate(**inputs, **GENERATION))
 
 
 # --- what CUDA graphs need -----------------------------------------------------------------------------------------
