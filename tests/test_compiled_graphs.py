@@ -28,6 +28,7 @@ from transformers import CompileConfig, Dinov2Config, LlavaForConditionalGenerat
 
 from ta_llava import inference
 from ta_llava.inference import answer, compile_model, load
+from ta_llava.vision_language_model import is_compiled
 
 
 TOLERANCE = {"atol": 5e-5, "rtol": 1e-4}
@@ -230,6 +231,13 @@ def test_the_cache_stays_where_it_is(name):
         assert other is not first and len(other.layers[0].keys) == 3
         with torch.inference_mode():  # tensors of this mode cannot be written outside of it
             assert model.generate(**bucket(model, (7, 2, 4), 1), **static).past_key_values is not other
+
+
+def test_both_ways_to_compile_a_model_are_seen():
+    models = [build_model(text_kwargs={"num_hidden_layers": 1}) for _ in range(3)]
+    models[0].compile(backend="eager")
+    models[1].forward = torch.compile(models[1].forward, backend="eager")
+    assert list(map(is_compiled, models)) == [True, True, False]
 
 
 def test_a_model_that_is_not_compiled_makes_a_cache_for_each_call():

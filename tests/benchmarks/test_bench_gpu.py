@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import bench_gpu
 import pytest
+import torch
 from bench_gpu import CUDA_GRAPHS, EAGER, Cell, bars_of, list_cells
 
 
@@ -36,18 +37,25 @@ def test_the_benchmark_runs_and_resumes(tmp_path, capsys):
     }
 
     capsys.readouterr()
-    bench_gpu.main([*TINY, "--images", "1", "--batch-sizes", "2", "--output-dir", str(tmp_path)])
+    options = ["--images", "1", "--batch-sizes", "2", "--output-dir", str(tmp_path)]
+    bench_gpu.main([*TINY[:3], "--parts", "ta-llava", "--repeats", "1", *options])
     result, report = json.loads(file.read_text()), file.with_suffix(".md").read_text()
     printed = capsys.readouterr()
     assert printed.err == ""  # no cell failed, and all compute the same tokens
     assert "eager" not in printed.out.split("#")[0]  # measured before
-    assert len(result["cells"]) == 4 + 2 and first.items() <= result["cells"].items()
+    assert len(result["cells"]) == 4 + 1 and first.items() <= result["cells"].items()
     assert set(result["skipped"].values()) == {"there is no GPU", "flash-attn or a GPU is missing"}
     compiled = next(cell for cell in result["cells"].values() if cell["mode"] == "compiled")
     assert {*bench_gpu.QUANTITIES} - {*compiled["medians"]["LLaVA"]} == {"kernels of the first token"}
-    assert (
-        "| LLaVA |" in report and "time to first token: CMAI, 64 / LLaVA, 64 | compiled, batch 2, images 1" in report
-    )
+    assert "| LLaVA |" in report and "decode, per token: LLaVA / TA-LLaVA | compiled, batch 2, images 1" in report
+
+
+def test_compiled_cmai_computes_the_tokens_of_eager_mode(capsys):
+    comparison = bench_gpu.build_comparison("vmtc-cmai", "tiny", torch.device("cpu"), bench_gpu.LIBRARY)
+    name = "CMAI + VMTC, 7"
+    alone = replace(comparison, models={name: comparison.models[name]})
+    bench_gpu.measure_cell(Cell("vmtc-cmai", bench_gpu.LIBRARY, "compiled", 2, 1), alone, repeats=1)
+    assert capsys.readouterr().err == ""
 
 
 def test_when_the_time_is_up_it_says_what_is_left(tmp_path):
