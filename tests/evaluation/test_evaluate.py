@@ -577,7 +577,7 @@ def test_a_bad_setting_is_found_before_the_model_is_loaded(tmp_path, data, no_mo
 
 
 def test_results_need_a_folder(data, no_model):
-    with pytest.raises(ValueError, match="data.json is a file, not a folder for the results"):
+    with pytest.raises(ValueError, match="data.json is a file"):
         run(data, data)
 
 

@@ -122,7 +122,7 @@ def test_what_a_template_refuses_or_changes_is_a_bad_sample():
     processor = build_llava()
     assert answers(processor, SampleEncoder(processor)(read_sample(with_system))["labels"]) == " a</s>"
     shouting = VICUNA.replace("message['content'] + eos_token", "message['content'] | upper + eos_token")
-    with pytest.raises(SampleError, match="does not write all answers, once and as they are"):
+    with pytest.raises(SampleError, match="all answers"):
         SampleEncoder(build_llava(shouting))(read_sample(record("<image>q", "a")))
     without_image = VICUNA.replace(
         "'USER: ' + message['content']", "'USER: ' + message['content'].replace('<image>', '')"
@@ -136,16 +136,16 @@ def test_processors_that_cannot_be_used_are_refused():
     processor.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         SampleEncoder(processor)
-    with pytest.raises(ValueError, match="does not write what the assistant says"):
+    with pytest.raises(ValueError, match="assistant"):
         SampleEncoder(build_llava("{{ messages[0]['content'] }}"))
-    with pytest.raises(ValueError, match="does not write what the user says"):
+    with pytest.raises(ValueError, match="user"):
         SampleEncoder(build_llava("Hello"))
     processor = build_llava()
     processor.use_vmtc, processor.image_processor.do_center_crop = False, False
     with pytest.raises(ValueError, match="writes 36 to 54 tokens for an image, by its shape"):
         SampleEncoder(processor)
     processor.patch_size = None
-    with pytest.raises(ValueError, match="does not know the size of a patch"):
+    with pytest.raises(ValueError, match="`patch_size`"):
         SampleEncoder(processor)
     slow = build_llava()
     slow.tokenizer = SimpleNamespace(is_fast=False)

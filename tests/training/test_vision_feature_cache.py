@@ -309,7 +309,7 @@ def test_a_copy_without_model_only_reads(llava, images, tmp_path):
     cache.fill(images[:1])
     copy = pickle.loads(pickle.dumps(cache))
     assert torch.equal(copy.get(images[0]), cache.get(images[0]))
-    with pytest.raises(ValueError, match="can only be read. Fill it where its model is"):
+    with pytest.raises(ValueError, match="only be read"):
         copy.fill(images)
     cache.fill(images)  # what has come since is found
     assert torch.equal(copy.get(images[9]), cache.get(images[9]))
@@ -539,10 +539,10 @@ def test_what_is_no_cache_is_refused(llava, images, tmp_path):
     cache.fill(images[:1])
     manifest = cache.folder / "manifest.json"
     manifest.write_text(manifest.read_text()[:20])
-    with pytest.raises(ValueError, match=r"manifest\.json is no manifest of a cache"):
+    with pytest.raises(ValueError, match=r"manifest\.json"):
         VisionFeatureCache(tmp_path / "cache", *llava)
     manifest.write_text(json.dumps([1]))
-    with pytest.raises(ValueError, match=r"manifest\.json is no manifest of a cache"):
+    with pytest.raises(ValueError, match=r"manifest\.json"):
         VisionFeatureCache(tmp_path / "cache", *llava)
     manifest.unlink()
     with pytest.raises(ValueError, match=r"has shards but no manifest\.json"):
