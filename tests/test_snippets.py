@@ -35,6 +35,7 @@ NOT_RUN = {
     "lmms-eval": "is not installed here; its models and tasks have tests of their own",
     "make": "sets up environments, or takes minutes to hours",
     "pip install": "the network",
+    "python benchmarks/bench_gpu.py": "compiles for minutes, and has tests of its own",
     "python -m ta_llava.data.easy_vqa": "writes 5,000 images",
     "ta-llava convert-original": "needs a checkpoint of the authors' code",
     "ta-llava cost": "is slow, and has tests of its own",
