@@ -32,7 +32,8 @@ def kept_columns(logits_to_keep: int | torch.Tensor) -> slice | torch.Tensor:
 
 def is_compiled(module: Any) -> bool:
     """Whether calls of a module are compiled, by `module.compile()` or `module.forward = torch.compile(module.forward)`."""
-    return module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
+    compiled_call, forward = getattr(module, "_compiled_call_impl", None), getattr(module, "forward", None)
+    return compiled_call is not None or hasattr(forward, "_torchdynamo_orig_callable")
 
 
 class VisionLanguageModelMixin(VisualBudgetMixin, SafetensorsMixin):
