@@ -13,8 +13,14 @@ import tempfile
 import traceback
 from pathlib import Path
 
+import torch
 import transformers
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, pipeline
+
+
+def compile_without_kernels(module: torch.nn.Module, **kwargs) -> None:
+    """`module.compile()` with the backend that makes no kernels, which would take minutes."""
+    module._compiled_call_impl = torch.compile(module._call_impl, **{**kwargs, "backend": "eager", "mode": None})
 
 
 def run(job: dict) -> tuple[int, str, str]:
@@ -47,6 +53,7 @@ def run(job: dict) -> tuple[int, str, str]:
 
 
 if __name__ == "__main__":
+    torch.nn.Module.compile = compile_without_kernels
     assert all((transformers, AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, pipeline))
     jobs = json.loads(Path(sys.argv[1]).read_text())
     results = {}

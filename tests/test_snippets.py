@@ -168,7 +168,6 @@ def runs(models, tmp_path_factory) -> dict:
         (folder / "jobs.json").write_text(json.dumps(jobs))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **hub.environment(folder / "home", hub.token)}
         environment["HF_MODULES_CACHE"] = str(folder / "modules")
-        environment["TORCH_COMPILE_DISABLE"] = "1"  # kernels would take minutes
         process = subprocess.run(
             [sys.executable, RUNNER, folder / "jobs.json", folder / "results.json"],
             env=environment,
