@@ -343,6 +343,14 @@ class VmtcCmaiLlavaModel(VmtcCmaiLlavaPreTrainedModel, LlavaModel):  # trf-ignor
         features: Any = list(self.multi_modal_projector(vision_features.to(embeddings.weight.dtype)))
         return BaseModelOutputWithPooling(pooler_output=features)
 
+    def get_placeholder_mask(self, input_ids: Any, inputs_embeds: Any, image_features: Any) -> torch.Tensor:
+        """Which columns `(B, S, 1)` hold placeholders."""
+        if not torch.compiler.is_compiling():
+            return super().get_placeholder_mask(input_ids, inputs_embeds, image_features)
+        # Without the library's check of their number, which torch 2.9 cannot compile.
+        is_image = self._columns_of_token(self.config.image_token_id, input_ids, inputs_embeds)
+        return is_image[..., None].to(inputs_embeds.device)
+
     def _check_placeholders(self, is_image: torch.Tensor, features: list[torch.Tensor]) -> None:
         """Raises unless there are as many placeholders (True in `is_image` `(B, S)`) as visual tokens."""
         if torch.compiler.is_compiling():
