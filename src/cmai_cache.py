@@ -253,7 +253,7 @@ class CmaiStaticLayer(CmaiLayerMixin, StaticLayer):
         for name, value in (("text_to_image", 0), ("text_columns", -1), ("num_rows", 0)):
             if (buffer := getattr(self, name)) is not None:
                 buffer.fill_(value)
-        self.image_columns = self.aligned_images = None
+        self.image_columns = self.aligned_images = self.reserved_counts = None
         self.is_empty = True
 
 

@@ -106,19 +106,24 @@ def load(
 def compile_model(model: PreTrainedModel, backend: str = "inductor") -> PreTrainedModel:
     """
     Compiles the vision tower, the prefill and the decoding of a model in place, each without graph breaks, on a GPU as CUDA
-    graphs. The graphs are made at the first calls. `generate()` then uses a static cache, and [`answer`] pads prompts to
-    multiples of `BUCKET_SIZE` columns. Each length has its graphs, and so has each number of rows or images.
+    graphs. The graphs are made at the first calls. [`answer`] then uses a static cache, and pads prompts to multiples of
+    `BUCKET_SIZE` columns. Each length has its graphs, and so has each number of rows or images. If you call `generate()`
+    yourself, pass `cache_implementation="static"` and `disable_compile=True` (the library need not compile once more).
 
     Args:
         model ([`TaLlavaForConditionalGeneration`] or [`VmtcCmaiLlavaForConditionalGeneration`]): In evaluation mode.
         backend (`str`): A backend of `torch.compile`.
 
     Raises:
-        `ValueError`: The model is of another class, its quantised weights cannot be compiled, or there is no C++ compiler.
+        `ValueError`: The model is of another class or on several devices, its quantised weights cannot be compiled, or there
+            is no C++ compiler.
     """
     on_gpu = model.device.type == "cuda"
     if not hasattr(model, "_static_cache"):  # by name: the class may have come with a checkpoint
         raise ValueError(f"Only a TA-LLaVA or a LLaVA can be compiled, but the model is a {type(model).__name__}.")
+    devices = set(getattr(model, "hf_device_map", {}).values())
+    if len(devices) > 1:
+        raise ValueError(f"A model on {len(devices)} devices cannot be compiled. Load it on one, or do not compile.")
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.is_compileable:
         method = quantizer.quantization_config.quant_method
@@ -135,9 +140,6 @@ def compile_model(model: PreTrainedModel, backend: str = "inductor") -> PreTrain
     base: Any = model.base_model
     base.vision_tower.compile(fullgraph=True, backend=backend, mode=mode)
     model.compile(fullgraph=True, backend=backend, mode=mode)
-    settings: Any = model.generation_config
-    settings.cache_implementation = "static"
-    settings.disable_compile = True  # by the library, which would compile the decoding once more
     return model
 
 
@@ -172,6 +174,7 @@ def answer(
     """
     generate: Any = model.generate  # of GenerationMixin, which `PreTrainedModel` does not name
     compiled = is_compiled(model)
+    static = {"cache_implementation": "static", "disable_compile": True} if compiled else {}
     padding = {"padding": True, "padding_side": "left", "pad_to_multiple_of": BUCKET_SIZE if compiled else None}
     for images, question in questions:
         if not question.strip():
@@ -193,7 +196,7 @@ def answer(
                 processor_kwargs=padding,
             )
             inputs = inputs.to(model.device)
-            output = generate(**inputs, max_new_tokens=max_new_tokens, **GREEDY)
+            output = generate(**inputs, max_new_tokens=max_new_tokens, **GREEDY, **static)
             new_tokens = output[:num_asked, inputs["input_ids"].shape[1] :]
             bar.update(num_asked)
             yield from (text.strip() for text in processor.post_process_image_text_to_text(new_tokens))

@@ -32,8 +32,11 @@ def kept_columns(logits_to_keep: int | torch.Tensor) -> slice | torch.Tensor:
 
 def is_compiled(module: Any) -> bool:
     """Whether calls of a module are compiled, by `module.compile()` or `module.forward = torch.compile(module.forward)`."""
-    compiled_call, forward = getattr(module, "_compiled_call_impl", None), getattr(module, "forward", None)
-    return compiled_call is not None or hasattr(forward, "_torchdynamo_orig_callable")
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        return True
+    forward = getattr(module, "forward", None)
+    is_disabled = getattr(forward, "_torchdynamo_disable", False)  # by `torch.compiler.disable`
+    return hasattr(forward, "_torchdynamo_orig_callable") and not is_disabled
 
 
 class VisionLanguageModelMixin(VisualBudgetMixin, SafetensorsMixin):
@@ -45,6 +48,7 @@ class VisionLanguageModelMixin(VisualBudgetMixin, SafetensorsMixin):
 
     auto_map: ClassVar[dict[str, str]]
     _static_cache: Cache | None = None
+    _static_keys: torch.Tensor | None = None
 
     def initialize_weights(self: Any) -> None:
         # In code outside of the library, it skips containers without parameters of their own. Some of its models initialise
@@ -92,16 +96,20 @@ class VisionLanguageModelMixin(VisualBudgetMixin, SafetensorsMixin):
         find it at the same addresses. It is allocated here, since what a CUDA graph allocates does not outlive the graph.
         """
         cache: Any = super()._prepare_static_cache(*args, **kwargs)  # type: ignore[misc]
+        device, dtype = self.base_model.language_model.device, self.base_model.language_model.dtype
+        if not is_compiled(self) or torch.is_autocast_enabled(device.type):  # autocast decides the dtype of the keys
+            return cache
         shape = self._get_static_cache_init_shape()
-        if not is_compiled(self) or shape is None or cache.offloading:
+        if shape is None or cache.offloading:
             return cache
         kept, batch_size = self._static_cache, kwargs["batch_size"]
-        if kept is not None and _states_of(kept) == _states_of(cache, batch_size, self.dtype, self.device):
+        fits = kept is not None and _states_of(kept) == _states_of(cache, batch_size, dtype, device)
+        if fits and kept.layers[0].keys is self._static_keys:  # beams replace the keys by copies
             kept.reset()
             return kept
-        self._static_cache = None  # frees it before the next is allocated
-        cache.early_initialization(batch_size, *shape, dtype=self.dtype, device=self.device)
-        self._static_cache = cache
+        self._static_cache = self._static_keys = None  # frees it before the next is allocated
+        cache.early_initialization(batch_size, *shape, dtype=dtype, device=device)
+        self._static_cache, self._static_keys = cache, cache.layers[0].keys
         return cache
 
     def _check_whole_prefill(self: Any, input_ids: torch.Tensor, generation_config: Any, reason: str) -> None:

@@ -626,14 +626,20 @@ class VmtcCmaiLlavaForConditionalGeneration(
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         cache, inputs_embeds = model_kwargs.get(CACHE), model_kwargs.get("inputs_embeds")
+        is_image = None
+        if is_compiled(self):  # what a graph cannot do is done here
+            ids = input_ids if inputs_embeds is None else None
+            is_image = self.model._columns_of_token(self.config.image_token_id, ids, inputs_embeds)
+            images = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+            if images is not None:
+                self.model._check_placeholders(is_image, images.pooler_output)
         # CODEPATH: stock LLaVA checkpoints do not use CMAI.
         if self.config.use_cmai:
             self._check_whole_prefill(input_ids, generation_config, "CMAI must see all of its text and image tokens")
-            if cache is not None and cache is self._static_cache and cache.get_seq_length() == 0:
+            if cache is not None and is_image is not None:
                 prepare_cache(cache, self.config.text_config)
-                ids = input_ids if inputs_embeds is None else None
-                is_image = self.model._columns_of_token(self.config.image_token_id, ids, inputs_embeds)
-                reserve_state(cache, is_image, self.config.cmai_focus)
+                if cache is self._static_cache and cache.get_seq_length() == 0:
+                    reserve_state(cache, is_image, self.config.cmai_focus)
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def init_continuous_batching(self, *args, **kwargs):

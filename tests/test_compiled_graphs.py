@@ -11,6 +11,7 @@ import torch
 from command_line import run
 from conftest import (
     EXAMPLE_IMAGE,
+    IMAGE,
     PAD,
     SHIPPED_LLAVA,
     SHIPPED_MODEL,
@@ -233,11 +234,54 @@ def test_the_cache_stays_where_it_is(name):
             assert model.generate(**bucket(model, (7, 2, 4), 1), **static).past_key_values is not other
 
 
+def test_a_cache_whose_rows_beams_have_moved_is_not_used_again():
+    model = BUILD["VMTC and CMAI, Llama"]()
+    static = {**GENERATION, "cache_implementation": "static", "return_dict_in_generate": True}
+    eager = model.generate(**bucket(model, (7, 2, 5, 9), 1), **static).sequences
+    model.compile(fullgraph=True, backend="eager")
+    with torch.compiler.set_stance("force_eager"):
+        moved = model.generate(**bucket(model, (5, 9), 0), **static, num_beams=2).past_key_values
+        after = model.generate(**bucket(model, (7, 2, 5, 9), 1), **static)
+    assert after.past_key_values is not moved
+    assert torch.equal(after.sequences, eager)
+
+
+def test_autocast_decides_the_dtype_of_the_keys():
+    model = BUILD["VMTC and CMAI, Llama"]()
+    model.compile(fullgraph=True, backend="eager")
+    static = {**GENERATION, "cache_implementation": "static", "return_dict_in_generate": True}
+    with torch.compiler.set_stance("force_eager"), torch.autocast("cpu", torch.bfloat16):
+        assert (
+            model.generate(**bucket(model, (5, 9), 0), **static).past_key_values.layers[0].values.dtype
+            == torch.bfloat16
+        )
+
+
+def test_wrong_numbers_of_placeholders_are_refused_before_the_graph():
+    model = BUILD["VMTC and CMAI, Llama"]()
+    model.compile(fullgraph=True, backend="eager")
+    inputs = bucket(model, (5, 9), 0)
+    inputs["input_ids"][0, inputs["input_ids"][0].tolist().index(IMAGE)] = 11
+    with pytest.raises(ValueError, match="has 17 image placeholders .* there are 18 visual tokens"):
+        model.generate(**inputs, **GENERATION, cache_implementation="static")
+
+
+def test_a_cache_that_was_emptied_has_forgotten_the_counts_of_its_prompt():
+    model = BUILD["VMTC and CMAI, Llama"]()
+    model.compile(fullgraph=True, backend="eager")
+    static = {**GENERATION, "cache_implementation": "static", "return_dict_in_generate": True}
+    cache = model.generate(**bucket(model, (5, 9), 0), **static).past_key_values
+    assert cache.layers[0].reserved_counts is not None
+    cache.reset()
+    assert cache.layers[0].reserved_counts is None
+
+
 def test_both_ways_to_compile_a_model_are_seen():
-    models = [build_model(text_kwargs={"num_hidden_layers": 1}) for _ in range(3)]
+    models = [build_model(text_kwargs={"num_hidden_layers": 1}) for _ in range(4)]
     models[0].compile(backend="eager")
     models[1].forward = torch.compile(models[1].forward, backend="eager")
-    assert list(map(is_compiled, models)) == [True, True, False]
+    models[2].forward = torch.compiler.disable(models[2].forward)
+    assert list(map(is_compiled, models)) == [True, True, False, False]
 
 
 def test_a_model_that_is_not_compiled_makes_a_cache_for_each_call():
@@ -296,6 +340,7 @@ def test_answers_of_a_compiled_model(folder, flags, graphs):
     assert count == (2 if folder == SHIPPED_MODEL else 3)
     with torch.compiler.set_stance("fail_on_recompile"):
         assert list(answer(model, processor, QUESTIONS[::-1], batch_size=2)) == expected[::-1]
+    assert "cache_implementation" not in model.generation_config.to_diff_dict()  # what would be saved with the model
 
 
 def test_what_cannot_be_compiled(monkeypatch):
@@ -303,6 +348,10 @@ def test_what_cannot_be_compiled(monkeypatch):
     with pytest.raises(ValueError, match="the model is a LlavaForConditionalGeneration"):
         compile_model(stock)
     model = build_llava()
+    model.hf_device_map = {"model.vision_tower": 0, "model.language_model": 1}
+    with pytest.raises(ValueError, match="on 2 devices"):
+        compile_model(model)
+    del model.hf_device_map
     monkeypatch.setattr(inference.shutil, "which", lambda name: None)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="needs a C\\+\\+ compiler"):

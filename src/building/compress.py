@@ -150,8 +150,8 @@ def with_vmtc_and_cmai(
     config: Any, num_visual_tokens: int | None = None, cmai_max_ratio: float | None = None
 ) -> VmtcCmaiLlavaConfig:
     """
-    The config of a LLaVA, with VMTC and CMAI turned on. Settings you don't pass are unchanged, but if VMTC was off, it gets
-    the training-free preset.
+    The config of a LLaVA, with VMTC and CMAI turned on. Settings you don't pass are unchanged, but if VMTC was off, the
+    training-free preset replaces fields that have their defaults.
 
     Args:
         config ([`VmtcCmaiLlavaConfig`] or `LlavaConfig`): Config of the LLaVA.
@@ -166,7 +166,11 @@ def with_vmtc_and_cmai(
         raise ValueError("VMTC and CMAI are for a LLaVA, but this is a TA-LLaVA.")
     flags = vmtc_cmai_flags(num_visual_tokens, cmai_max_ratio)
     if flags.get("use_vmtc") and not getattr(config, "use_vmtc", False):
-        flags |= TRAINING_FREE_VMTC
+        flags |= {
+            name: value
+            for name, value in TRAINING_FREE_VMTC.items()
+            if getattr(config, name, getattr(VmtcConfig, name)) == getattr(VmtcConfig, name)
+        }
     return VmtcCmaiLlavaConfig.from_dict({**config.to_dict(), "model_type": VmtcCmaiLlavaConfig.model_type, **flags})
 
 
