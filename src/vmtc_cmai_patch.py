@@ -630,6 +630,9 @@ class VmtcCmaiLlavaForConditionalGeneration(
         if is_compiled(self):  # what a graph cannot do is done here
             ids = input_ids if inputs_embeds is None else None
             is_image = self.model._columns_of_token(self.config.image_token_id, ids, inputs_embeds)
+            past_length = 0 if cache is None else int(cache.get_seq_length())
+            if is_image.shape[1] > past_length:  # the images are those of the new columns
+                is_image = is_image[:, past_length:]
             images = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
             if images is not None:
                 self.model._check_placeholders(is_image, images.pooler_output)

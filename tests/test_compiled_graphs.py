@@ -266,6 +266,24 @@ def test_wrong_numbers_of_placeholders_are_refused_before_the_graph():
         model.generate(**inputs, **GENERATION, cache_implementation="static")
 
 
+def test_only_the_new_placeholders_of_a_later_turn_are_counted():
+    model = BUILD["VMTC and CMAI, Llama"]()
+    first, turn = bucket(model, (5, 9), 0), bucket(model, (7, 2), 1)
+    static = {**GENERATION, "cache_implementation": "static", "return_dict_in_generate": True}
+    whole = {name: torch.cat([first[name], turn[name]], dim=1) for name in ("input_ids", "attention_mask")}
+
+    def answer_second_turn() -> torch.Tensor:
+        cache = model.generate(**first, **{**static, "max_new_tokens": 40}).past_key_values
+        cache.reset()
+        model(**first, past_key_values=cache)
+        return model.generate(**whole, pixel_values=turn["pixel_values"], past_key_values=cache, **GENERATION)
+
+    expected = answer_second_turn()
+    model.compile(fullgraph=True, backend="eager")
+    with torch.compiler.set_stance("force_eager"):
+        assert torch.equal(answer_second_turn(), expected)
+
+
 def test_a_cache_that_was_emptied_has_forgotten_the_counts_of_its_prompt():
     model = BUILD["VMTC and CMAI, Llama"]()
     model.compile(fullgraph=True, backend="eager")

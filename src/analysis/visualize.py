@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
-from ..building.compress import DEFAULT_CMAI_MAX_RATIO
+from ..building.compress import DEFAULT_CMAI_MAX_RATIO, training_free_fields
 from ..common.errors import one_line
 from ..common.loading import config_of, load_complete
 from ..common.shipped_models import DEFAULT_LLAVA, DEFAULT_MODEL
@@ -24,7 +24,7 @@ from ..image_loading import load_rgb_image
 from ..inference import load
 from ..safe_loading import check_image_size
 from ..vision_towers import make_compressible, patch_grid
-from ..vmtc import TRAINING_FREE_VMTC, count_visual_tokens
+from ..vmtc import count_visual_tokens
 from ..vmtc_cmai_patch import VmtcCmaiLlavaConfig
 from .asking import check_questions, seen_image
 from .drawing import compose
@@ -149,9 +149,7 @@ def _load_settings(model: str | Path) -> tuple[Any, Any]:
         feature_layer = getattr(settings, "vision_feature_layer", VmtcCmaiLlavaConfig.vision_feature_layer)
         settings = VmtcCmaiLlavaConfig(vision_config=vision_config, vision_feature_layer=feature_layer)
     check_image_size(image_processor)
-    if not settings.use_vmtc:
-        for name, value in {"use_vmtc": True, **TRAINING_FREE_VMTC}.items():  # the tower was trained without VMTC
-            setattr(settings, name, value)
+    settings.update({"use_vmtc": True, **training_free_fields(settings)})
     return settings, image_processor
 
 

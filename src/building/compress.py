@@ -165,13 +165,21 @@ def with_vmtc_and_cmai(
     if config.model_type == TaLlavaConfig.model_type:
         raise ValueError("VMTC and CMAI are for a LLaVA, but this is a TA-LLaVA.")
     flags = vmtc_cmai_flags(num_visual_tokens, cmai_max_ratio)
-    if flags.get("use_vmtc") and not getattr(config, "use_vmtc", False):
-        flags |= {
-            name: value
-            for name, value in TRAINING_FREE_VMTC.items()
-            if getattr(config, name, getattr(VmtcConfig, name)) == getattr(VmtcConfig, name)
-        }
+    if flags.get("use_vmtc"):
+        flags |= training_free_fields(config)
     return VmtcCmaiLlavaConfig.from_dict({**config.to_dict(), "model_type": VmtcCmaiLlavaConfig.model_type, **flags})
+
+
+def training_free_fields(config: Any) -> dict[str, str]:
+    """The fields of the training-free preset that a config gets when VMTC, which is off, is turned on: those not set yet."""
+    if getattr(config, "use_vmtc", False):
+        return {}
+    defaults = VMTC_PRESETS["paper"]
+    return {
+        name: value
+        for name, value in TRAINING_FREE_VMTC.items()
+        if getattr(config, name, defaults[name]) == defaults[name]
+    }
 
 
 # --- the source ----------------------------------------------------------------------------------------------------
