@@ -58,8 +58,13 @@ SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_o
 LONGEST_ANSWER = 40  # words, in training
 NEW_TOKENS = 64  # maximum length of an answer to an instruction, and of a description
 TEXT_TOKENS = 22  # tokens of a question with its turns, to count operations
+# What the prompts of IF16 are about, and the stages of a LLaVA after which `measure_erosion` asks them.
+IMAGE, OWN_DESCRIPTION, TRUE_DESCRIPTION = "image", "own description", "true description"
+EROSION_STAGES = ("text", "pretrain", "finetune")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Without instructions for it, a CPU multiplies matrices in bfloat16 up to thirty times slower than in float32.
+FAST_BFLOAT16 = DEVICE.type == "cuda" or bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 Item = tuple[str, str, int | None]  # prompt, answer, index of the image
 
@@ -395,7 +400,7 @@ def train(
     if DEVICE.type == "cpu":
         language_model.set_attn_implementation("eager")
     groups = trainable(model, [(modules, stage["learning_rate"])])
-    run_stage(name, model, samples, folder, seed, stage["steps"], stage["batch_size"], groups, bf16=True)
+    run_stage(name, model, samples, folder, seed, stage["steps"], stage["batch_size"], groups, bf16=FAST_BFLOAT16)
     language_model.set_attn_implementation("sdpa")
 
 
@@ -427,8 +432,10 @@ def _train_llava(
     for name in stages:
         items = data.captions()
         if name != "pretrain":
+            items += data.questions()
+        if name != "pretrain" and config["tuned_on_instructions"]:
             # Text alone keeps the model following instructions, as the text-only conversations of LLaVA-1.5's mixture do.
-            items += data.questions() + data.instructions(about_images=True)
+            items += data.instructions(about_images=True)
         train(model, Samples(items, chat, held), run_folder, name, seed, config["stages"][name], modules)
 
 
@@ -459,10 +466,30 @@ def measure_llava(
     data = load_data(config, seed)
     scores = {"accuracy": measure_accuracy(model, chat, held, data), "if16": measure_if16(model, chat, held, data)}
     if upper_limit:
-        scores["upper_limit"] = measure_if16(model, chat, held, data, describe_first=True)
+        scores["upper_limit"] = measure_if16(model, chat, held, data, OWN_DESCRIPTION)
     write_text(path, json.dumps(scores, indent=1))
     if trained:
         shutil.rmtree(run_folder / name)  # together they would be large
+
+
+def measure_erosion(folder: Path, config: dict[str, Any], seed: int) -> None:
+    """
+    Writes to `folder/scores` how the LLaVA of a seed follows instructions before it has seen images, after its captions, and
+    after its visual tuning: about images, about its own descriptions of them, and about true descriptions.
+    """
+    path = folder / "scores" / f"erosion-{seed}.json"
+    if path.is_file():
+        return
+    parts, data = Parts.load(folder, config), load_data(config, seed)
+    held = load_file(folder / "features" / "base.safetensors")["test"]
+    chat, scores = parts.chat(held.shape[1]), {}
+    for stage in EROSION_STAGES:
+        model = parts.build(VmtcCmaiLlavaForConditionalGeneration, parts.llava_config({}))
+        if stage != "text":
+            load_model(model, folder / f"llava-{seed}" / stage / "finished.safetensors")
+        sources = (TRUE_DESCRIPTION,) if stage == "text" else (IMAGE, OWN_DESCRIPTION, TRUE_DESCRIPTION)
+        scores[stage] = {source: measure_if16(model, chat, held, data, source)["average"] for source in sources}
+    write_text(path, json.dumps(scores, indent=1))
 
 
 def train_and_measure_ta_llava(folder: Path, config: dict[str, Any], seed: int, length: int, blind: bool) -> None:
@@ -539,16 +566,21 @@ def measure_accuracy(model: Any, chat: Chat, features: torch.Tensor, data: Data)
     return {name: sum(outcomes) / len(outcomes) for name, outcomes in {**correct, "all": everything}.items()}
 
 
-def measure_if16(
-    model: Any, chat: Chat, features: torch.Tensor, data: Data, describe_first: bool = False
-) -> dict[str, float]:
-    """Success rate per instruction, and the average."""
+def measure_if16(model: Any, chat: Chat, features: torch.Tensor, data: Data, source: str = IMAGE) -> dict[str, float]:
+    """
+    Success rate per instruction, and the average. `source` is what the prompts are about: the image, the model's own
+    description of it (the paper's upper limit), or the true one.
+    """
     prompts = data.test_prompts()
     asked: list[tuple[str, int | None]] = [(prompt.prompt, prompt.images[0]) for prompt in prompts]
-    if describe_first:
+    if source != IMAGE:
         images = list(range(data.if16_images))
         requests: list[tuple[str, int | None]] = [(description_request([index])[1], index) for index in images]
-        descriptions = generate(model, chat, features, requests, NEW_TOKENS)
+        descriptions = (
+            generate(model, chat, features, requests, NEW_TOKENS)
+            if source == OWN_DESCRIPTION
+            else [grid.caption for grid in data.test[: data.if16_images]]
+        )
         asked = [(prompt_from_description(prompt, descriptions[prompt.images[0]]).prompt, None) for prompt in prompts]
     rates = score(prompts, generate(model, chat, features, asked, NEW_TOKENS))
     return {name: rate["success_rate"] for name, rate in rates.items()}

@@ -28,10 +28,15 @@ import transformers
 import yaml
 from scipy import stats
 from small_models import (
+    EROSION_STAGES,
+    IMAGE,
+    OWN_DESCRIPTION,
+    TRUE_DESCRIPTION,
     Parts,
     compute_features,
     count_operations,
     make_language_model,
+    measure_erosion,
     measure_llava,
     train_and_measure_ta_llava,
     train_llava,
@@ -40,6 +45,7 @@ from small_models import (
 from tqdm.auto import tqdm
 
 from ta_llava.common.files import write_text
+from ta_llava.evaluation.instruction_following import TASKS
 
 
 CONFIG = Path(__file__).parent / "tables.yaml"
@@ -87,6 +93,8 @@ def list_jobs(config: dict[str, Any]) -> list[list[Job]]:
         for length in sorted(config["prefix_lengths"], reverse=True)
         for blind in (False, True)
     ]
+    if not config["tuned_on_instructions"]:
+        variants += [Job(f"erosion-{seed}", measure_erosion, (seed,)) for seed in config["seeds"]]
     return [parts, bases + prefixes, variants]
 
 
@@ -323,7 +331,13 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def format_tables(results: Results, operations: dict[str, int]) -> str:
     """All tables as Markdown."""
-    parts = [format_phases(results), format_prefix_lengths(results, operations)]
+    parts = (
+        [format_phases(results), format_prefix_lengths(results, operations)]
+        if results.config["prefix_lengths"]
+        else []
+    )
+    if not results.config["tuned_on_instructions"]:
+        parts.append(format_erosion(results))
     for title, variants in LLAVA_TABLES.items():
         variants = {name: variant for name, variant in variants.items() if variant in results.config["variants"]}
         if len(variants) > 1:
@@ -375,6 +389,24 @@ def format_prefix_lengths(results: Results, operations: dict[str, int]) -> str:
         f"{markdown(header, rows)}\n\n{base} Blind: without the text adapter, and so with fewer layers too. "
         "Operations are those of a prefill after the vision tower.\n\n"
         f"A prefix that reads the instruction is more accurate (mean over the rows): {'; '.join(over_lengths)}."
+    )
+
+
+def format_erosion(results: Results) -> str:
+    """How LLaVA follows instructions before, between and after the stages of its training, which have none."""
+    names = dict(zip(EROSION_STAGES, ("the language model alone", "after captions", "after captions and questions")))
+    sources = (IMAGE, OWN_DESCRIPTION, TRUE_DESCRIPTION)
+    rows = []
+    for stage, name in names.items():
+        if stage == "text":  # the same model for all seeds
+            rows.append([name, "", "", f"{100 * results.read('erosion', stage, TRUE_DESCRIPTION)[0]:.1f}"])
+        else:
+            rows.append([name, *(cell(results.read("erosion", stage, source)) for source in sources)])
+    prompts = results.config["if16_images"] * len(TASKS)
+    return (
+        "## Instructions followed before and after the visual tuning, which has none\n\n"
+        f"{markdown(['IF16, %', *(f'about the {source}' for source in sources)], rows)}\n\n"
+        f"{prompts} prompts. About its own description is the paper's upper limit."
     )
 
 
@@ -493,7 +525,8 @@ def write_results(folder: Path, config: dict[str, Any], out: Path, name: str) ->
     }
     write_text(out / f"{name}.json", json.dumps(record, indent=1) + "\n")
     write_text(out / f"{name}.md", format_tables(results, operations))
-    draw_prefix(results, operations, out / f"{name}_prefix.png")
+    if config["prefix_lengths"]:
+        draw_prefix(results, operations, out / f"{name}_prefix.png")
     draw_scores(results, out / f"{name}_vmtc_cmai.png")
 
 

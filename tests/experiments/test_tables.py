@@ -152,6 +152,37 @@ def test_all_tables_come_out_and_what_is_finished_is_not_done_again(tmp_path, to
                 job.function(folder, config, *job.arguments)
 
 
+def test_the_instruction_experiment_tunes_without_instructions_and_tells_what_erodes(tmp_path, tower, monkeypatch):
+    config, folder = quick_config(), tmp_path / "run"
+    instructions = yaml.safe_load((tables.CONFIG.parent / "instructions.yaml").read_text())
+    names = ("tuned_on_instructions", "prefix_lengths")
+    config |= {name: instructions[name] for name in names}
+    config["variants"] = {name: instructions["variants"][name] for name in ("base", "cmai")}
+    assert set(instructions["variants"]) <= set(tables.DRAWN)
+    monkeypatch.setattr(small_models, "NEW_TOKENS", 3)
+    seen = {}
+    original = small_models.train
+
+    def remember(model, samples, folder, name, *rest):
+        seen[name] = {prompt for prompt, _, _ in samples.items}
+        original(model, samples, folder, name, *rest)
+
+    monkeypatch.setattr(small_models, "train", remember)
+    tables.check_config(folder, config)
+    for jobs in tables.list_jobs(config):
+        for job in jobs:
+            job.function(folder, config, *job.arguments)
+    assert seen["text"] and len(seen["finetune"]) > len(seen["pretrain"])
+    asked = {text for text, _, _ in small_models.load_data(config, 1).questions()}
+    assert seen["finetune"] == seen["continue"] == asked | {small_models.CAPTION_PROMPT}
+    tables.write_results(folder, config, tmp_path / "results", "instructions")
+    text = (tmp_path / "results" / "instructions.md").read_text()
+    assert "| the language model alone |  |  |" in text and "16 prompts" in text
+    record = json.loads((tmp_path / "results" / "instructions.json").read_text())
+    assert set(record["scores"]["erosion-1"]["finetune"]) == {"image", "own description", "true description"}
+    assert [path.name for path in (tmp_path / "results").glob("*.png")] == ["instructions_vmtc_cmai.png"]
+
+
 def test_a_job_that_fails_is_named_and_the_others_go_on(tmp_path):
     job = tables.Job("broken", small_models.train_llava, (0,))
     (tmp_path / "logs").mkdir()
