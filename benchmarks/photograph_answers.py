@@ -28,6 +28,7 @@ from rival_towers import read_tower, run_tome
 from rivals import RIVALS, TowerOutput
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small_models import FAST_BFLOAT16
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments, set_seed
 
@@ -296,7 +297,7 @@ def tune(model: Any, processor: Any, data: Path, features: Any, sizes: dict[str,
             per_device_train_batch_size=sizes["batch_size"],
             learning_rate=sizes["learning_rate"],
             lr_scheduler_type="cosine",
-            bf16=True,
+            bf16=FAST_BFLOAT16,
             use_cpu=not torch.accelerator.is_available(),
             seed=seed,
             remove_unused_columns=False,

@@ -30,7 +30,7 @@ from grocery_questions import (
     write_records,
 )
 from real_parts import write_dinov2
-from small_models import train_tokenizer
+from small_models import FAST_BFLOAT16, train_tokenizer
 from train_llava_tiny import CHAT_TEMPLATE
 from transformers import (
     AutoModelForImageTextToText,
@@ -49,6 +49,7 @@ from ta_llava.training.vision_feature_cache import VisionFeatureCache
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+DTYPE = torch.bfloat16 if FAST_BFLOAT16 else torch.float32  # of the training, and so of the cached features
 
 
 # --- data ----------------------------------------------------------------------------------------------------------
@@ -168,7 +169,7 @@ def train_stage(
         "training_arguments.max_steps": sizes["steps"],
         "training_arguments.learning_rate": sizes["learning_rate"],
         "training_arguments.seed": seed,
-        "training_arguments.bf16": "true",
+        "training_arguments.bf16": str(FAST_BFLOAT16).lower(),
         "training_arguments.gradient_checkpointing": "false",
         "training_arguments.dataloader_num_workers": 0,
         "training_arguments.save_steps": 100,
@@ -196,7 +197,7 @@ def cache_training_features(folder: Path, config: dict[str, Any], stage: str) ->
 
 def open_cache(folder: Path, stage: str, model: Any, processor: Any) -> VisionFeatureCache:
     """The cache of features that all models of a stage train with, in the dtype of the training."""
-    return VisionFeatureCache(folder / "features" / stage, model, processor, torch.bfloat16)
+    return VisionFeatureCache(folder / "features" / stage, model, processor, DTYPE)
 
 
 def train_llava(folder: Path, config: dict[str, Any], seed: int) -> None:
