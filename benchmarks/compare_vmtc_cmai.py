@@ -36,6 +36,7 @@ from transformers import AutoModelForImageTextToText, Cache, LlavaConfig, PreTra
 from transformers.initialization import no_init_weights
 
 from ta_llava import VmtcCmaiLlavaConfig, VmtcCmaiLlavaForConditionalGeneration
+from ta_llava.common.precision import has_fast_bfloat16
 from ta_llava.vision_towers import TowerCompression, compression_of_call
 from ta_llava.vmtc import TRAINING_FREE_VMTC
 
@@ -600,7 +601,13 @@ NOTES = (
 def main() -> None:
     parser = argparse.ArgumentParser(description="VMTC and CMAI in LLaVA against the stock model, on the CPU.")
     parser.add_argument("--configs", nargs="+", choices=list(SETUPS), default=["7B", "135M"])
-    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=["float32", "bfloat16"],
+        default=["float32", "bfloat16"] if has_fast_bfloat16() else ["float32"],
+        help="default: both, or float32 on a CPU that is slow in bfloat16",
+    )
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8])
     parser.add_argument(
         "--repeats",

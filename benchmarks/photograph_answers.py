@@ -28,13 +28,13 @@ from rival_towers import read_tower, run_tome
 from rivals import RIVALS, TowerOutput
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small_models import FAST_BFLOAT16
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments, set_seed
 
 import ta_llava.vmtc
 from ta_llava import VmtcCmaiLlavaForConditionalGeneration
 from ta_llava.common.files import atomic_file, write_text
+from ta_llava.common.precision import has_fast_bfloat16
 from ta_llava.data.samples import open_image
 from ta_llava.inference import GREEDY
 from ta_llava.training.dataset import Collator, prepare_dataset
@@ -297,7 +297,7 @@ def tune(model: Any, processor: Any, data: Path, features: Any, sizes: dict[str,
             per_device_train_batch_size=sizes["batch_size"],
             learning_rate=sizes["learning_rate"],
             lr_scheduler_type="cosine",
-            bf16=FAST_BFLOAT16,
+            bf16=has_fast_bfloat16(),
             use_cpu=not torch.accelerator.is_available(),
             seed=seed,
             remove_unused_columns=False,

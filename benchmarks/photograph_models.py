@@ -30,7 +30,7 @@ from grocery_questions import (
     write_records,
 )
 from real_parts import write_dinov2
-from small_models import FAST_BFLOAT16, train_tokenizer
+from small_models import train_tokenizer
 from train_llava_tiny import CHAT_TEMPLATE
 from transformers import (
     AutoModelForImageTextToText,
@@ -43,13 +43,14 @@ from transformers import (
 
 from ta_llava.building.assemble import assemble_llava, assemble_ta_llava
 from ta_llava.common.files import atomic_folder
+from ta_llava.common.precision import has_fast_bfloat16
 from ta_llava.training.recipe import load_recipe
 from ta_llava.training.run import train
 from ta_llava.training.vision_feature_cache import VisionFeatureCache
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-DTYPE = torch.bfloat16 if FAST_BFLOAT16 else torch.float32  # of the training, and so of the cached features
+DTYPE = torch.bfloat16 if has_fast_bfloat16() else torch.float32  # of the training, and so of the cached features
 
 
 # --- data ----------------------------------------------------------------------------------------------------------
@@ -169,7 +170,7 @@ def train_stage(
         "training_arguments.max_steps": sizes["steps"],
         "training_arguments.learning_rate": sizes["learning_rate"],
         "training_arguments.seed": seed,
-        "training_arguments.bf16": str(FAST_BFLOAT16).lower(),
+        "training_arguments.bf16": str(has_fast_bfloat16()).lower(),
         "training_arguments.gradient_checkpointing": "false",
         "training_arguments.dataloader_num_workers": 0,
         "training_arguments.save_steps": 100,

@@ -44,6 +44,7 @@ from ta_llava import (
 )
 from ta_llava.analysis.cost import CPU_ATTENTION, build_without_data, run
 from ta_llava.common.files import atomic_file, atomic_folder, write_text
+from ta_llava.common.precision import has_fast_bfloat16
 from ta_llava.evaluation.instruction_following import (
     TASKS,
     Prompt,
@@ -63,8 +64,6 @@ IMAGE, OWN_DESCRIPTION, TRUE_DESCRIPTION = "image", "own description", "true des
 EROSION_STAGES = ("text", "pretrain", "finetune")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# Without instructions for it, a CPU multiplies matrices in bfloat16 up to thirty times slower than in float32.
-FAST_BFLOAT16 = DEVICE.type == "cuda" or bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 Item = tuple[str, str, int | None]  # prompt, answer, index of the image
 
@@ -400,7 +399,9 @@ def train(
     if DEVICE.type == "cpu":
         language_model.set_attn_implementation("eager")
     groups = trainable(model, [(modules, stage["learning_rate"])])
-    run_stage(name, model, samples, folder, seed, stage["steps"], stage["batch_size"], groups, bf16=FAST_BFLOAT16)
+    run_stage(
+        name, model, samples, folder, seed, stage["steps"], stage["batch_size"], groups, bf16=has_fast_bfloat16()
+    )
     language_model.set_attn_implementation("sdpa")
 
 

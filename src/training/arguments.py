@@ -1,6 +1,7 @@
 """The arguments of the Trainer that follow from a recipe."""
 
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..common.errors import one_line
+from ..common.precision import has_fast_bfloat16
 from ..library_versions import checkpointing_argument
 from .recipe import Recipe, accumulation_steps
 
@@ -44,6 +46,11 @@ def build_training_arguments(recipe: Recipe) -> TrainingArguments:
     except (TypeError, ValueError) as error:
         raise ValueError(f"`training_arguments` are not possible: {one_line(error)}") from error
     _check_sharding(recipe, arguments)
+    if arguments.bf16 and arguments.use_cpu and not has_fast_bfloat16():
+        warnings.warn(
+            "This CPU multiplies in bfloat16 many times slower than in float32: set `training_arguments.bf16=false`.",
+            stacklevel=2,
+        )
     return arguments
 
 
