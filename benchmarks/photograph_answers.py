@@ -31,7 +31,6 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments, set_seed
 
-import ta_llava.vmtc
 from ta_llava import VmtcCmaiLlavaForConditionalGeneration
 from ta_llava.common.files import atomic_file, write_text
 from ta_llava.common.precision import has_fast_bfloat16
@@ -39,9 +38,12 @@ from ta_llava.data.samples import open_image
 from ta_llava.inference import GREEDY
 from ta_llava.training.dataset import Collator, prepare_dataset
 from ta_llava.training.parts import train_only
+from ta_llava.vmtc import TRAINING_FREE_VMTC
 
 
 ALL_TOKENS, TOME = "all tokens", "ToMe"
+PRESET, CMAI = "VMTC, training-free preset", "CMAI, all tokens"
+PRESET_AND_CMAI = f"{PRESET}, and CMAI"
 BATCH_SIZE = 64
 IMAGES_AT_ONCE = 20
 MAX_NEW_TOKENS = 20
@@ -52,13 +54,12 @@ MAX_NEW_TOKENS = 20
 
 def vmtc_variants(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Fields of VMTC by name: those of the config, and the package's own for models that were not trained with VMTC."""
-    preset = getattr(ta_llava.vmtc, "TRAINING_FREE_VMTC", None)
-    return config["vmtc"] | ({} if preset is None else {"VMTC, training-free preset": preset})
+    return config["vmtc"] | {PRESET: TRAINING_FREE_VMTC}
 
 
 def methods(config: dict[str, Any]) -> list[str]:
     """All ways to give the LLaVA fewer tokens."""
-    return [*vmtc_variants(config), *RIVALS, TOME]
+    return [*vmtc_variants(config), PRESET_AND_CMAI, *RIVALS, TOME]
 
 
 def file_name(name: str) -> str:
@@ -139,6 +140,7 @@ def features_of(
     folder: Path, config: dict[str, Any], split: str, model: Any, method: str, budget: int | None
 ) -> torch.Tensor:
     """The tokens `(pictures, budget, d)` that `method` leaves of all pictures of a split."""
+    method = {CMAI: ALL_TOKENS, PRESET_AND_CMAI: PRESET}.get(method, method)  # CMAI works in the language model
     if method not in (ALL_TOKENS, *RIVALS):
         return load_file(folder / split / f"{file_name(method)}-{budget}.safetensors")["tokens"].float()
     output = load_tower_outputs(folder / split / "tower.safetensors")
@@ -254,6 +256,7 @@ def _ask_about_test(
     folder: Path, config: dict[str, Any], model: Any, processor: Any, method: str, budget: int | None, path: Path
 ) -> None:
     features = features_of(folder, config, "test", model, method, budget)
+    model.config.use_cmai = method in (CMAI, PRESET_AND_CMAI)
     data = data_of(folder, config)
     places = {picture.path: index for index, picture in enumerate(data.test)}
     asked = [(question.text, features[places[picture.path]]) for picture, question in data.questions]
@@ -271,6 +274,7 @@ def tune_llava(folder: Path, config: dict[str, Any], seed: int, method: str, bud
     model, processor = trained_model(folder, f"llava-{seed}")
     features = features_of(folder, config, "tuning", model, method, budget)
     pictures = pictures_of(folder, config, "tuning")
+    model.config.use_cmai = method in (CMAI, PRESET_AND_CMAI)
     held = {str(picture.path.resolve()): tokens for picture, tokens in zip(pictures, features)}
     if budget is not None:
         processor.set_visual_budget(features.shape[1])

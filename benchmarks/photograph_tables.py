@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from grocery_questions import TYPES
-from photograph_answers import ALL_TOKENS, TOME, file_name, methods, vmtc_variants
+from photograph_answers import ALL_TOKENS, CMAI, TOME, file_name, methods, vmtc_variants
 from photograph_models import ta_llava_name
 from rivals import RIVALS
 
@@ -109,9 +109,8 @@ class Results:
     def has_llava(self, tuned: bool) -> bool:
         """Whether the LLaVAs have answered with every method and budget, as they are or `tuned`."""
         names = [f"{file_name(m)}-{budget}" for m in methods(self.config) for budget in self.config["budgets"]]
-        return all(
-            self.has("llava-tuned" if tuned else "llava", name) for name in [*names, f"{file_name(ALL_TOKENS)}-all"]
-        )
+        names += [f"{file_name(name)}-all" for name in (ALL_TOKENS, CMAI)]
+        return all(self.has("llava-tuned" if tuned else "llava", name) for name in names)
 
     def llava(self, method: str, budget: int | None, tuned: bool = False) -> dict[str, np.ndarray]:
         return self.read("llava-tuned" if tuned else "llava", f"{file_name(method)}-{budget or 'all'}")
@@ -127,15 +126,16 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def format_average(results: Results, tuned: bool = False) -> str:
     budgets = results.config["budgets"]
-    everything = results.llava(ALL_TOKENS, None, tuned)[AVERAGE]
+    everything, inhibited = (results.llava(name, None, tuned)[AVERAGE] for name in (ALL_TOKENS, CMAI))
     by_budget = {budget: results.all_methods(budget, tuned) for budget in budgets}
     rows = [
         [method, *(cell(by_budget[budget][method][AVERAGE]) for budget in budgets)]
         for method in methods(results.config)
     ]
+    table = markdown(["visual tokens", *map(str, budgets)], rows)
     return (
         f"## Accuracy {how(results.config, tuned)}, average over {len(set(results.types))} types of questions\n\n"
-        f"All tokens: {cell(everything)} %.\n\n{markdown(['visual tokens', *map(str, budgets)], rows)}"
+        f"All tokens: {cell(everything)} %, with CMAI {cell(inhibited)} %.\n\n{table}"
     )
 
 
@@ -173,7 +173,7 @@ def format_types(results: Results) -> str:
     header = ["", *(f"{name} ({numbers[name]})" for name in types), AVERAGE]
     parts = []
     for budget in results.config["budgets"]:
-        scores = {ALL_TOKENS: results.llava(ALL_TOKENS, None), **results.all_methods(budget)}
+        scores = {name: results.llava(name, None) for name in (ALL_TOKENS, CMAI)} | results.all_methods(budget)
         rows = [
             [method, *(f"{result[name][0]:.1f}" for name in (*types, AVERAGE))] for method, result in scores.items()
         ]

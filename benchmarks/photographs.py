@@ -28,6 +28,8 @@ from compare_with_llava import describe_machine
 from grocery_questions import read_photos
 from photograph_answers import (
     ALL_TOKENS,
+    CMAI,
+    PRESET_AND_CMAI,
     TOME,
     Prompts,
     answer_with_llava,
@@ -78,7 +80,11 @@ ROUNDS = 7
 def list_jobs(config: dict[str, Any]) -> list[list[Job]]:
     """All jobs. The jobs of a list need those of the lists before it. The comparison without training comes first."""
     seeds = config["seeds"]
-    asked = [(ALL_TOKENS, None), *((name, budget) for budget in config["budgets"] for name in methods(config))]
+    asked = [
+        (ALL_TOKENS, None),
+        (CMAI, None),
+        *((name, budget) for budget in config["budgets"] for name in methods(config)),
+    ]
     prefixes = [
         (ta_llava_name(length, blind), (seed, length, blind))
         for seed in seeds
@@ -215,6 +221,8 @@ def list_calls(
     add(ALL_TOKENS, all_tokens, lambda: model.get_vision_features(pixels))
     for budget in config["budgets"]:
         for method in methods(config):
+            if method == PRESET_AND_CMAI:  # with the tower of the preset; `compare_vmtc_cmai.py` times CMAI
+                continue
             if method in RIVALS:
                 add(method, budget, lambda method=method, budget=budget: run_rival(model, pixels, method, budget))
             else:
@@ -272,7 +280,11 @@ def write_results(folder: Path, config: dict[str, Any], out: Path) -> None:
             name: cell(draws) for name, draws in results.llava(method, budget, tuned).items()
         }
         for tuned in finished
-        for method, budget in [(ALL_TOKENS, None), *((m, b) for b in config["budgets"] for m in methods(config))]
+        for method, budget in [
+            (ALL_TOKENS, None),
+            (CMAI, None),
+            *((m, b) for b in config["budgets"] for m in methods(config)),
+        ]
     }
     accuracy |= {
         name: {column: cell(draws) for column, draws in results.read(name, "all").items()} for name in prefixes

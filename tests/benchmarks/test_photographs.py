@@ -12,7 +12,18 @@ import pytest
 import torch
 from conftest import make_lively
 from grocery_questions import LOOK, Question
-from photograph_answers import ALL_TOKENS, Prompts, answer, features_of, file_name, vmtc_variants, write_tensors
+from photograph_answers import (
+    ALL_TOKENS,
+    CMAI,
+    PRESET,
+    PRESET_AND_CMAI,
+    Prompts,
+    answer,
+    features_of,
+    file_name,
+    methods,
+    write_tensors,
+)
 from photograph_tables import AVERAGE, Resamples, Results, accuracies, format_average, format_differences, interval
 from photographs import check_config, list_jobs, write_results
 from PIL import Image
@@ -115,12 +126,29 @@ def test_features_of_each_method(llava, tmp_path):
             assert features_of(tmp_path, CONFIG, "test", model, name, 4).shape == (3, 4, width)
 
 
-def test_the_presets_of_the_package_are_measured_when_it_has_them(monkeypatch):
-    preset = {"vmtc_merge_weights": "normalized"}
-    monkeypatch.setattr(photograph_answers.ta_llava.vmtc, "TRAINING_FREE_VMTC", preset, raising=False)
-    assert vmtc_variants(CONFIG) == {"VMTC": {}, "VMTC, training-free preset": preset}
-    monkeypatch.delattr(photograph_answers.ta_llava.vmtc, "TRAINING_FREE_VMTC")
-    assert vmtc_variants(CONFIG) == {"VMTC": {}}
+def test_cmai_works_on_the_features_of_others(llava, tmp_path, monkeypatch):
+    """And it is off again for the next method."""
+    model, processor = llava
+    rows = {ALL_TOKENS: torch.zeros(1, 16, 32), PRESET: torch.ones(1, 6, 32)}
+    monkeypatch.setattr(
+        photograph_answers, "load_tower_outputs", lambda path: SimpleNamespace(tokens=rows[ALL_TOKENS])
+    )
+    write_tensors(tmp_path / "test" / f"{file_name(PRESET)}-6.safetensors", {"tokens": rows[PRESET]})
+    data = SimpleNamespace(test=[SimpleNamespace(path=0)], questions=[])
+    monkeypatch.setattr(photograph_answers, "data_of", lambda *_: data)
+    seen = []
+    monkeypatch.setattr(photograph_answers, "answer", lambda model, *_: seen.append(model.config.use_cmai) or [])
+    for method, budget, features in (
+        (CMAI, None, ALL_TOKENS),
+        (ALL_TOKENS, None, ALL_TOKENS),
+        (PRESET_AND_CMAI, 6, PRESET),
+        (PRESET, 6, PRESET),
+    ):
+        assert torch.equal(features_of(tmp_path, CONFIG, "test", model, method, budget), rows[features])
+        photograph_answers._ask_about_test(
+            tmp_path, CONFIG, model, processor, method, budget, tmp_path / "scores.json"
+        )
+    assert seen == [True, False, True, False]
 
 
 # --- tables --------------------------------------------------------------------------------------------------------
@@ -157,11 +185,12 @@ def results(tmp_path):
     """Scores of two seeds on 20 pictures: the methods lose less the later they are in the list."""
     questions = [(SimpleNamespace(path=n // 2), Question(("kind", "random")[n % 2], "?", "yes")) for n in range(40)]
     data = SimpleNamespace(test=[SimpleNamespace(path=n) for n in range(20)], questions=questions)
-    names = ["VMTC", *RIVALS, "ToMe"]
+    names = methods(CONFIG)
     for seed in (0, 1):
         folder = tmp_path / "scores" / f"llava-{seed}"
         folder.mkdir(parents=True)
-        (folder / f"{file_name(ALL_TOKENS)}-all.json").write_text(json.dumps({"scores": [1.0] * 40}))
+        for name in (ALL_TOKENS, CMAI):
+            (folder / f"{file_name(name)}-all.json").write_text(json.dumps({"scores": [1.0] * 40}))
         for budget in (12, 6):
             for index, name in enumerate(names):
                 wrong = 2 * (len(names) - index)
@@ -170,22 +199,17 @@ def results(tmp_path):
     return Results(tmp_path, CONFIG, data)
 
 
-@pytest.fixture(autouse=True)
-def no_preset(monkeypatch):
-    monkeypatch.delattr(photograph_answers.ta_llava.vmtc, "TRAINING_FREE_VMTC", raising=False)
-
-
 def test_tables(results):
     table = format_average(results)
     rows = {row.split("|")[1].strip(): row.split("|")[2:-1] for row in table.splitlines() if row.startswith("|")}
-    assert set(rows) == {"visual tokens", "---", "VMTC", *RIVALS, "ToMe"}
-    assert rows["ToMe"][0].strip().startswith("95.0 ±") and rows["VMTC"][0].strip().startswith("55.0 ±")
+    assert set(rows) == {"visual tokens", "---", "VMTC", PRESET, PRESET_AND_CMAI, *RIVALS, "ToMe"}
+    assert rows["ToMe"][0].strip().startswith("95.0 ±") and rows["VMTC"][0].strip().startswith("45.0 ±")
     (row, *_) = [
         line.split("|")[1:-1] for line in format_differences(results).splitlines() if line.startswith("| VMTC")
     ]
     cells = [cell.strip() for cell in row]
     assert cells[:3] == ["VMTC", "12", "ToMe"]
-    assert [cell.split(" ")[0] for cell in cells[3:]] == ["-40.0", "-15.0", "-5.0", "-45.0"]
+    assert [cell.split(" ")[0] for cell in cells[3:]] == ["-50.0", "-25.0", "-15.0", "-55.0"]
 
 
 def test_equal_methods_differ_by_nothing(results):
@@ -280,7 +304,7 @@ def test_a_whole_run(tmp_path, monkeypatch):
 def test_every_method_is_asked_with_every_budget_and_seed():
     jobs = [job for jobs in list_jobs(CONFIG) for job in jobs]
     names = [job.name for job in jobs if job.name.startswith(("answers", "tuned"))]
-    assert len(set(names)) == len(names) == 2 * 2 * (1 + 2 * (1 + len(RIVALS) + 1)) + 4
+    assert len(set(names)) == len(names) == 2 * 2 * (2 + 2 * (3 + len(RIVALS) + 1)) + 4
     assert {job.arguments for job in jobs if "DivPrune" in job.name and "tuned" in job.name} == {
         (seed, "DivPrune", budget) for seed in (0, 1) for budget in (12, 6)
     }
