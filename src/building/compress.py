@@ -25,7 +25,6 @@ from ..safe_loading import check_sizes
 from ..vision_towers import patch_grid
 from ..vmtc import TRAINING_FREE_VMTC, VmtcConfig, count_visual_tokens
 from ..vmtc_cmai_patch import (
-    AUTO_MAP,
     VmtcCmaiLlavaConfig,
     VmtcCmaiLlavaForConditionalGeneration,
     VmtcCmaiLlavaModel,
@@ -301,7 +300,7 @@ def _compressed_config(
         reason = one_line(error).replace(f"{folder} is a", "it is a")
         raise ValueError(f"The config.json of {source} cannot be used for VMTC and CMAI: {reason}") from error
     config.architectures = [VmtcCmaiLlavaForConditionalGeneration.__name__]
-    config.auto_map = dict(AUTO_MAP)
+    config.auto_map = dict(VmtcCmaiLlavaForConditionalGeneration.auto_map)
     return config
 
 
