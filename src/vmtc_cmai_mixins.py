@@ -601,6 +601,8 @@ class VmtcCmaiHeadMixin:
 
         Raises:
             `ValueError`: See [`VmtcCmaiModelMixin.forward`].
+
+        Example: see that of the class, such as [`VmtcCmaiLlavaForConditionalGeneration`].
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -649,7 +651,13 @@ class VmtcCmaiProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[ca
 
 
 class VmtcCmaiProcessorMixin(TypedPlaceholdersMixin, VisualBudgetMixin):
-    """What the processors share. It stands before the library's processor among the bases."""
+    """
+    What the processors share. It stands before the library's processor among the bases.
+
+    has_rows_of_images (`bool`): Whether the image processor must know which images belong to one prompt.
+    """
+
+    has_rows_of_images: ClassVar[bool] = False
 
     valid_processor_kwargs: Any = VmtcCmaiProcessorKwargs
 
@@ -684,7 +692,8 @@ class VmtcCmaiProcessorMixin(TypedPlaceholdersMixin, VisualBudgetMixin):
         if isinstance(opened, list) and any(row is None or isinstance(row, list) for row in opened):
             # Each prompt has its own images, or none.
             rows: Any = [row if isinstance(row, list) else [] if row is None else [row] for row in opened]
-            opened = [image for row in rows for image in row] or None
+            given = [row for row in rows if row]
+            opened = (given if self.has_rows_of_images else [image for row in given for image in row]) or None
             counts = [len(row) for row in rows]
         else:
             expected = [sum(expected)]
