@@ -233,6 +233,14 @@ class ViewCompression(TowerCompression):
                     lengths[view] = plan[layer].num_kept + plan[layer].num_clusters
         return lengths
 
+    def of_first_view(self) -> tuple[list[torch.Tensor], list[VmtcStage]]:
+        trace, stages = [], []
+        for position, layer in enumerate(self.layers):
+            length = self.lengths(position)[0]
+            trace.append(self.trace[position][0, :length])  # it is a whole picture, so that it has no padding before
+            stages.append(self.plans[0].get(layer, VmtcStage(length, 0)))
+        return trace, stages
+
     def stage_of(self, block_index: int, hidden_states: torch.Tensor) -> ViewStage | None:
         if block_index not in self.layers:
             return None

@@ -57,6 +57,10 @@ class TowerCompression:
     kept_tokens: str = "importance"
     trace: list[torch.Tensor] = field(default_factory=list)
 
+    def of_first_view(self) -> tuple[list[torch.Tensor], list[VmtcStage]]:
+        """The trace and the stages of the first image, after the call."""
+        return [becomes[0] for becomes in self.trace], [stage for _, stage in sorted(self.stages.items())]
+
     def stage_of(self, block_index: int, hidden_states: torch.Tensor) -> Any:
         """What a block does to `hidden_states` `(B, tokens, d)`; `None` if it does not compress."""
         return self.stages.get(block_index)
