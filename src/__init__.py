@@ -20,6 +20,14 @@ __all__ = [
     "VmtcCmaiLlavaConfig",
     "VmtcCmaiLlavaForConditionalGeneration",
     "VmtcCmaiLlavaModel",
+    "VmtcCmaiLlavaNextConfig",
+    "VmtcCmaiLlavaNextForConditionalGeneration",
+    "VmtcCmaiLlavaNextModel",
+    "VmtcCmaiLlavaNextProcessor",
+    "VmtcCmaiLlavaOnevisionConfig",
+    "VmtcCmaiLlavaOnevisionForConditionalGeneration",
+    "VmtcCmaiLlavaOnevisionModel",
+    "VmtcCmaiLlavaOnevisionProcessor",
     "VmtcCmaiLlavaProcessor",
 ]
 
@@ -40,6 +48,14 @@ if TYPE_CHECKING or not _is_command_line():
         VmtcCmaiLlavaConfig,
         VmtcCmaiLlavaForConditionalGeneration,
         VmtcCmaiLlavaModel,
+        VmtcCmaiLlavaNextConfig,
+        VmtcCmaiLlavaNextForConditionalGeneration,
+        VmtcCmaiLlavaNextModel,
+        VmtcCmaiLlavaNextProcessor,
+        VmtcCmaiLlavaOnevisionConfig,
+        VmtcCmaiLlavaOnevisionForConditionalGeneration,
+        VmtcCmaiLlavaOnevisionModel,
+        VmtcCmaiLlavaOnevisionProcessor,
         VmtcCmaiLlavaProcessor,
     )
 else:

@@ -11,6 +11,18 @@ from transformers import (
 from .configuration_ta_llava import TaLlavaConfig
 from .modeling_ta_llava import TaLlavaForConditionalGeneration, TaLlavaModel
 from .processing_ta_llava import TaLlavaProcessor
+from .vmtc_cmai_llava_next import (
+    VmtcCmaiLlavaNextConfig,
+    VmtcCmaiLlavaNextForConditionalGeneration,
+    VmtcCmaiLlavaNextModel,
+    VmtcCmaiLlavaNextProcessor,
+)
+from .vmtc_cmai_llava_onevision import (
+    VmtcCmaiLlavaOnevisionConfig,
+    VmtcCmaiLlavaOnevisionForConditionalGeneration,
+    VmtcCmaiLlavaOnevisionModel,
+    VmtcCmaiLlavaOnevisionProcessor,
+)
 from .vmtc_cmai_patch import (
     VmtcCmaiLlavaConfig,
     VmtcCmaiLlavaForConditionalGeneration,
@@ -22,6 +34,18 @@ from .vmtc_cmai_patch import (
 for _config, _model, _head, _processor in (
     (TaLlavaConfig, TaLlavaModel, TaLlavaForConditionalGeneration, TaLlavaProcessor),
     (VmtcCmaiLlavaConfig, VmtcCmaiLlavaModel, VmtcCmaiLlavaForConditionalGeneration, VmtcCmaiLlavaProcessor),
+    (
+        VmtcCmaiLlavaNextConfig,
+        VmtcCmaiLlavaNextModel,
+        VmtcCmaiLlavaNextForConditionalGeneration,
+        VmtcCmaiLlavaNextProcessor,
+    ),
+    (
+        VmtcCmaiLlavaOnevisionConfig,
+        VmtcCmaiLlavaOnevisionModel,
+        VmtcCmaiLlavaOnevisionForConditionalGeneration,
+        VmtcCmaiLlavaOnevisionProcessor,
+    ),
 ):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)

@@ -12,11 +12,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from .building.compress import compressed_parts, with_vmtc_and_cmai
 from .common.adapters import is_adapter, merge_into, model_of_adapter
+from .common.families import LLAVA_TYPES, family_of, has_views
 from .common.loading import check_processor, config_of, load_complete, loading_from
 from .common.shipped_models import DEFAULT_MODEL
 from .image_loading import open_images
 from .vision_language_model import is_compiled
-from .vmtc_cmai_patch import VmtcCmaiLlavaForConditionalGeneration
 
 
 # Arguments of `generate()` that take the likeliest token at each step and give one answer per question, whatever the model's
@@ -86,14 +86,18 @@ def load(
     kwargs: dict[str, Any] = {}
     if num_visual_tokens is not None or cmai_max_ratio is not None:
         _, config, processor = compressed_parts(model, num_visual_tokens, cmai_max_ratio)
-        model_class, kwargs = VmtcCmaiLlavaForConditionalGeneration, {"config": config}
+        model_class, kwargs = family_of(config.model_type).head, {"config": config}
     else:
         config = config_of(model)
-    if compiled and config.model_type == "llava":  # the stock class has no cache that compiled graphs could keep
-        model_class, kwargs = VmtcCmaiLlavaForConditionalGeneration, {"config": with_vmtc_and_cmai(config)}
+    if (
+        compiled and config.model_type in LLAVA_TYPES
+    ):  # the stock classes have no cache that compiled graphs could keep
+        model_class, kwargs = family_of(config.model_type).head, {"config": with_vmtc_and_cmai(config)}
     if num_visual_tokens is None and cmai_max_ratio is None:
         with loading_from(model):  # before any weights are downloaded
-            processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
+            # The stock processor of LLaVA-OneVision needs torchvision, though only for videos.
+            processor_class = family_of(config.model_type).processor if has_views(config) else AutoProcessor
+            processor = processor_class.from_pretrained(model, trust_remote_code=False)
     # The library would widen some weights of a model that bitsandbytes has quantised, and leave others.
     is_quantised = getattr(config, "quantization_config", None) is not None
     dtype = "auto" if on_gpu or is_quantised else torch.float32

@@ -57,12 +57,25 @@ class TowerCompression:
     kept_tokens: str = "importance"
     trace: list[torch.Tensor] = field(default_factory=list)
 
-    def attention_row(self, query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
-        """The row of attention weights that the importance needs, `(B, heads, 1, tokens)`."""
-        with maybe_autocast(query.device.type, enabled=False):
-            return (class_token_attention if self.has_class_token else mean_received_attention)(query, key, scaling)
+    def of_first_view(self) -> tuple[list[torch.Tensor], list[VmtcStage]]:
+        """The trace and the stages of the first image, after the call."""
+        return [becomes[0] for becomes in self.trace], [stage for _, stage in sorted(self.stages.items())]
 
-    def complete_row(self, row: torch.Tensor | None, attention: Any, normed: torch.Tensor) -> torch.Tensor:
+    def stage_of(self, block_index: int, hidden_states: torch.Tensor) -> Any:
+        """What a block does to `hidden_states` `(B, tokens, d)`; `None` if it does not compress."""
+        return self.stages.get(block_index)
+
+    def mask_of(self, block_index: int, hidden_states: torch.Tensor) -> Any:
+        """The attention mask of a block. Images have no padding, and after a stage the tower's mask would be too long."""
+        return None
+
+    def attention_row(self, query: torch.Tensor, key: torch.Tensor, scaling: float, stage: Any) -> torch.Tensor:
+        """The row of attention weights that the importance needs, `(B, heads, 1, tokens)`."""
+        function = class_token_attention if self.has_class_token else mean_received_attention
+        with maybe_autocast(query.device.type, enabled=False):
+            return function(query, key, scaling, getattr(stage, "is_real", None))
+
+    def complete_row(self, row: torch.Tensor | None, attention: Any, normed: torch.Tensor, stage: Any) -> torch.Tensor:
         """
         Returns `row` if the attention has made an `attention_row`. If not, computes it from the projections of `attention`
         and its input `normed` `(B, tokens, d)`. The weights of eager attention are no such row: dropout and half precision
@@ -74,7 +87,7 @@ class TowerCompression:
         scaling = attention.scale if hasattr(attention, "scale") else attention.scaling
         query = attention.q_proj(normed[:, :1] if self.has_class_token else normed)
         query, key = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, attention.k_proj(normed)))
-        return self.attention_row(query, key, scaling)
+        return self.attention_row(query, key, scaling, stage)
 
     def __call__(self, hidden_states: torch.Tensor, row: torch.Tensor, stage: VmtcStage) -> torch.Tensor:
         """Compresses `hidden_states` `(B, tokens, d)` by the `attention_row` `(B, heads, 1, tokens)`."""
@@ -97,6 +110,7 @@ def stage_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     compression: TowerCompression | None = None,
+    stage: Any = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
@@ -105,7 +119,7 @@ def stage_attention_forward(
     """
     attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
     output, weights = attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    return output, weights if compression is None else compression.attention_row(query, key, scaling)
+    return output, weights if compression is None else compression.attention_row(query, key, scaling, stage)
 
 
 AttentionInterface.register("vmtc_sdpa", stage_attention_forward)
@@ -134,18 +148,20 @@ def compressing_block_class(block_class: Any) -> type[nn.Module]:
                 return hidden_states
             if compression is None:
                 return super().forward(hidden_states, attention_mask, **kwargs)
-            stage = compression.stages.get(self.block_index)
-            if stage is None:  # without the mask: images have no padding, and after a stage it would be too long
-                return super().forward(hidden_states, None, **kwargs)
+            stage = compression.stage_of(self.block_index, hidden_states)
+            mask = compression.mask_of(self.block_index, hidden_states)
+            if stage is None:
+                return super().forward(hidden_states, mask, **kwargs)
+            arguments = {"compression": compression, "stage": stage, **kwargs}
             if hasattr(self, "layer_norm1"):  # CLIP and SigLIP
                 normed = self.layer_norm1(hidden_states)
-                attended, row = self.self_attn(normed, None, compression=compression, **kwargs)
-                row = compression.complete_row(row, self.self_attn, normed)
+                attended, row = self.self_attn(normed, mask, **arguments)
+                row = compression.complete_row(row, self.self_attn, normed, stage)
                 hidden_states = compression(hidden_states + attended, row, stage)
                 return hidden_states + self.mlp(self.layer_norm2(hidden_states))
             normed = self.norm1(hidden_states)
-            attended, row = self.attention(normed, None, compression=compression, **kwargs)
-            row = compression.complete_row(row, self.attention, normed)
+            attended, row = self.attention(normed, mask, **arguments)
+            row = compression.complete_row(row, self.attention, normed, stage)
             hidden_states = compression(self.drop_path(self.layer_scale1(attended)) + hidden_states, row, stage)
             return self.drop_path(self.layer_scale2(self.mlp(self.norm2(hidden_states)))) + hidden_states
 
@@ -197,6 +213,17 @@ def compression_of_call(
     if not config.use_vmtc:
         count_visual_tokens(config, num_patches, num_visual_tokens)  # a budget without VMTC is an error
         return None
+    num_blocks = count_blocks(tower, feature_layer)
+    stages = plan_stages(config, num_patches, num_blocks, num_visual_tokens)
+    if not stages:
+        return None
+    return TowerCompression(
+        stages, config.vmtc_merge_weights, has_class_token(tower), kept_tokens=config.vmtc_kept_tokens
+    )
+
+
+def count_blocks(tower: Any, feature_layer: Any) -> int:
+    """How many blocks there are up to the one whose output is used. Raises as `compression_of_call` does."""
     layer = single_feature_layer(feature_layer)
     if layer is None:
         raise ValueError(f"VMTC works with one `vision_feature_layer`, got {feature_layer}.")
@@ -212,12 +239,7 @@ def compression_of_call(
             f"`vision_feature_layer` is {feature_layer}, but the vision tower has {len(blocks)} blocks, and VMTC needs the "
             "output of one."
         )
-    stages = plan_stages(config, num_patches, num_blocks, num_visual_tokens)
-    if not stages:
-        return None
-    return TowerCompression(
-        stages, config.vmtc_merge_weights, has_class_token(tower), kept_tokens=config.vmtc_kept_tokens
-    )
+    return num_blocks
 
 
 def blank_image(config: Any, tower: Any) -> torch.Tensor:

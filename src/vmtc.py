@@ -198,7 +198,7 @@ def plan_stages(
         `ValueError`: The budget or the blocks of the config are not possible.
     """
     budget = count_visual_tokens(config, num_patches, num_visual_tokens)
-    layers = _stage_layers(config, num_blocks)
+    layers = stage_layers(config, num_blocks)
     stages, num_tokens = {}, num_patches
     for s, layer in enumerate(layers):
         output = num_patches - round((num_patches - budget) * (s + 1) / len(layers))
@@ -217,7 +217,7 @@ def plan_stages(
     return stages
 
 
-def _stage_layers(config: Any, num_blocks: int) -> list[int]:
+def stage_layers(config: Any, num_blocks: int) -> list[int]:
     """Indices of the blocks that compress, among the first `num_blocks`."""
     if config.vmtc_method == "last_layer_prune":
         return [num_blocks - 1]
@@ -242,29 +242,42 @@ def _stage_layers(config: Any, num_blocks: int) -> list[int]:
 # --- the maths -----------------------------------------------------------------------------------------------------
 
 
-def class_token_attention(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
+def class_token_attention(
+    query: torch.Tensor, key: torch.Tensor, scaling: float, is_real: torch.Tensor | None = None
+) -> torch.Tensor:
     """
     The row of the class token, which is the first token, in the attention weights. VMTC needs no other row.
 
     Args:
         query, key (`torch.FloatTensor` of shape `(B, heads, 1 + n, head_dim)`): Those of the attention.
+        is_real (`torch.BoolTensor` of shape `(B, n)`, *optional*): Which patches are not padding; by default all.
 
     Returns:
-        `torch.FloatTensor` of shape `(B, heads, 1, 1 + n)`, float32.
+        `torch.FloatTensor` of shape `(B, heads, 1, 1 + n)`, float32. Padding has 0.
     """
     scores = query[:, :, :1].float() @ key.float().mT * scaling
+    if is_real is not None:
+        is_padding = nn.functional.pad(~is_real, (1, 0))
+        scores = scores.masked_fill(is_padding[:, None, None], -torch.inf)
     return scores.softmax(dim=-1)
 
 
-def mean_received_attention(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
+def mean_received_attention(
+    query: torch.Tensor, key: torch.Tensor, scaling: float, is_real: torch.Tensor | None = None
+) -> torch.Tensor:
     """
     The attention that each patch receives, averaged over the patches that pay it; for towers without a class token. Shapes
     are those of `class_token_attention`, with n in place of 1 + n. One image at a time keeps the memory at heads * n * n.
     """
-    rows = [
-        (one_query.float() @ one_key.float().mT * scaling).softmax(dim=-1).mean(dim=-2, keepdim=True)
-        for one_query, one_key in zip(query, key, strict=True)
-    ]
+    rows = []
+    for image, (one_query, one_key) in enumerate(zip(query, key, strict=True)):
+        scores = one_query.float() @ one_key.float().mT * scaling
+        if is_real is None:
+            rows.append(scores.softmax(dim=-1).mean(dim=-2, keepdim=True))
+        else:  # a view that is all padding gets zeros
+            pays = is_real[image, :, None] & is_real[image]
+            weights = scores.masked_fill(~is_real[image], torch.finfo(scores.dtype).min).softmax(dim=-1) * pays
+            rows.append(weights.sum(dim=-2, keepdim=True) / is_real[image].sum().clamp(min=1))
     return torch.stack(rows)
 
 
@@ -467,7 +480,8 @@ class VisualBudgetMixin:
 
     def set_visual_budget(self: Any, num_visual_tokens: int) -> None:
         """
-        Turns VMTC on and keeps this many visual tokens per image from now on. Call it on both model and processor.
+        Turns VMTC on and keeps this many visual tokens per image, or per view of it, from now on. Call it on both model and
+        processor.
 
         Args:
             num_visual_tokens (`int`): From 1 to the number of patches.
@@ -485,3 +499,5 @@ class VisualBudgetMixin:
                 "`spd_factor=1` first."
             )
         settings.use_vmtc, settings.vmtc_num_visual_tokens = True, num_visual_tokens
+        if getattr(settings, "vmtc_total_visual_tokens", None) is not None:  # pictures in views
+            settings.vmtc_total_visual_tokens = None

@@ -50,7 +50,7 @@ from ta_llava import (
     VmtcCmaiLlavaForConditionalGeneration,
     VmtcCmaiLlavaModel,
     VmtcCmaiLlavaProcessor,
-    vmtc_cmai_patch,
+    vmtc_cmai_mixins,
 )
 from ta_llava.vmtc import count_visual_tokens
 
@@ -122,7 +122,9 @@ def test_what_is_saved_loads_again(tmp_path):
     assert "cmai_sdpa" not in saved
     assert "vmtc_sdpa" not in saved
     assert "vmtc_cmai_patch.VmtcCmaiLlavaForConditionalGeneration" in saved
-    assert {"vmtc_cmai_patch.py", "vmtc.py", "cmai.py"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"vmtc_cmai_patch.py", "vmtc_cmai_mixins.py", "vmtc.py", "cmai.py"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
 
 
 def test_the_config_survives_a_round_trip(tmp_path):
@@ -1038,7 +1040,7 @@ def test_a_batch_without_an_image_gives_what_reads_images_gradients_of_zero(flag
 
 def test_placeholders_in_the_labels_count_as_in_stock_llava_and_are_warned_of(stock, monkeypatch):
     warnings = []
-    monkeypatch.setattr(vmtc_cmai_patch.logger, "warning_once", warnings.append)
+    monkeypatch.setattr(vmtc_cmai_mixins.logger, "warning_once", warnings.append)
     theirs, folder = stock
     model = VmtcCmaiLlavaForConditionalGeneration.from_pretrained(folder).train()
     inputs = llava_inputs([llava_prompt(num_visual_tokens=36)], num_visual_tokens=36)

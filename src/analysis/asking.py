@@ -38,9 +38,15 @@ def prompt_inputs(processor: Any, image: Any, question: str, num_visual_tokens: 
 
 
 def seen_image(image_processor: Any, image: Image.Image) -> Image.Image:
-    """An image as the vision tower sees it: cropped and resized, RGB."""
-    pixels = image_processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"][0]
+    """An image as the vision tower sees it: cropped and resized, RGB; of several views, that of the whole image."""
+    pixels = image_processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
+    pixels = whole_picture(pixels)[0]
     return Image.fromarray(pixels.float().round().clamp(0, 255).byte().permute(1, 2, 0).numpy(), "RGB")
+
+
+def whole_picture(pixel_values: torch.Tensor) -> torch.Tensor:
+    """The pixels `(1, 3, H, W)` of the whole image, which may come as views `(1, views, 3, H, W)`."""
+    return pixel_values[:, 0] if pixel_values.dim() == 5 else pixel_values
 
 
 def check_questions(questions: Sequence[str]) -> None:
@@ -57,7 +63,7 @@ def ask(
     inputs = prompt_inputs(processor, image, question, num_visual_tokens).to(model.device)
     budget = {} if num_visual_tokens is None else {"num_visual_tokens": num_visual_tokens}
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, **GREEDY, **budget)
-    return inputs["pixel_values"], output[0, inputs["input_ids"].shape[1] :]
+    return whole_picture(inputs["pixel_values"]), output[0, inputs["input_ids"].shape[1] :]
 
 
 def decode(processor: Any, tokens: torch.Tensor) -> str:
@@ -101,7 +107,7 @@ def traced_tower(model: Any) -> Iterator[list[Any]]:
 
 
 def tokens_of_patches(config: Any, pixel_values: torch.Tensor, compression: Any) -> torch.Tensor:
-    """The visual token that each patch has become, `(rows, columns)`; -1 if VMTC dropped the patch."""
+    """The visual token that each patch of the first view has become, `(rows, columns)`; -1 if VMTC dropped the patch."""
     rows, columns = patch_grid(config, pixel_values)
     factor = getattr(config, "spd_factor", 1)
     tokens = torch.arange((rows // factor) * (columns // factor)).view(rows // factor, columns // factor)

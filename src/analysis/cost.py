@@ -21,16 +21,17 @@ from transformers import (
     CLIPVisionConfig,
     Gemma2Config,
     LlamaConfig,
-    LlavaConfig,
 )
 from transformers.initialization import no_init_weights
 
 from ..cmai import attention_weights, focus_scores, head_averaged_scores, inhibition_ratio
+from ..common.families import LLAVA_TYPES, has_views
 from ..common.loading import config_of
 from ..common.sources import check_source
 from ..configuration_ta_llava import TaLlavaConfig
 from ..library_versions import CACHE
 from ..safe_loading import check_image_size
+from ..vmtc_cmai_llava_next import VmtcCmaiLlavaNextConfig
 from ..vmtc_cmai_patch import VmtcCmaiLlavaConfig
 
 
@@ -106,6 +107,7 @@ def full_size_config(name: str) -> Any:
         "llava-1.5-7b": {"hidden_size": 4096, "intermediate_size": 11008, "layers": 32, "heads": 32},
         "llava-1.5-13b": {"hidden_size": 5120, "intermediate_size": 13824, "layers": 40, "heads": 40},
     }
+    sizes["llava-next-7b"] = sizes["llava-1.5-7b"]
     size = sizes[name]
     text_config = LlamaConfig(
         hidden_size=size["hidden_size"],
@@ -115,15 +117,17 @@ def full_size_config(name: str) -> Any:
         vocab_size=32064,
         max_position_embeddings=4096,
     )
-    return VmtcCmaiLlavaConfig(vision_config=clip_large(), text_config=text_config)
+    config_class = VmtcCmaiLlavaNextConfig if name == "llava-next-7b" else VmtcCmaiLlavaConfig
+    return config_class(vision_config=clip_large(), text_config=text_config)
 
 
-FULL_SIZE = ("ta-llava-gemma-2-2b", "llava-1.5-7b", "llava-1.5-13b")
+REFERENCES = ("llava-1.5-7b", "llava-1.5-13b")
+FULL_SIZE = ("ta-llava-gemma-2-2b", *REFERENCES, "llava-next-7b")
 
 
 def read_config(source: str | Path) -> tuple[Any, int]:
     """
-    Config of a model, and the side of its images in pixels.
+    Config of a model, and the side of its images in pixels. Of pictures in views it is the side of a view.
 
     Args:
         source (`str` or `Path`): A `config.json`, a folder or Hub repo, or one of `FULL_SIZE`.
@@ -139,7 +143,7 @@ def read_config(source: str | Path) -> tuple[Any, int]:
     except ValueError as error:
         raise ValueError(f"{error} These need no files: {', '.join(FULL_SIZE)}.") from error
     config = config_of(source)
-    known = (TaLlavaConfig.model_type, VmtcCmaiLlavaConfig.model_type, LlavaConfig.model_type)
+    known = (TaLlavaConfig.model_type, *LLAVA_TYPES)
     if config.model_type not in known:
         raise ValueError(f"{source} is a {config.model_type!r} model; only {', '.join(known)} can be counted.")
     try:
@@ -154,10 +158,10 @@ def read_config(source: str | Path) -> tuple[Any, int]:
 
 def count_cost(config: Any, text_tokens: int = 40, num_images: int = 1, image_size: int | None = None) -> Cost:
     """
-    Counts the cost of one row with images.
+    Counts the cost of one row with images. Pictures in views have the size of `largest_picture`.
 
     Args:
-        config ([`TaLlavaConfig`], [`VmtcCmaiLlavaConfig`] or `LlavaConfig`):
+        config ([`TaLlavaConfig`], [`VmtcCmaiConfig`] or a config of the library such as `LlavaConfig`):
             Config of the model. The cost of CMAI is part of the language model's.
         text_tokens (`int`): Text tokens of the prompt.
         num_images (`int`): Images of the row.
@@ -166,7 +170,10 @@ def count_cost(config: Any, text_tokens: int = 40, num_images: int = 1, image_si
     image_size = image_size or config.vision_config.image_size
     with FakeTensorMode(), torch.no_grad():
         model = build_without_data(config)
-        pixel_values = torch.empty(num_images, 3, image_size, image_size, dtype=torch.bfloat16)
+        shape = (num_images, 3, image_size, image_size)
+        if has_views(config):
+            shape = (num_images * count_views(config), *shape[1:])
+        pixel_values = torch.empty(shape, dtype=torch.bfloat16)
         with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
             outputs = _Row(model)(pixel_values, text_tokens)
         counts, total = counter.get_flop_counts(), counter.get_total_flops()
@@ -188,8 +195,33 @@ def count_cost(config: Any, text_tokens: int = 40, num_images: int = 1, image_si
     return Cost(parameters, operations, num_tokens, cache_bytes)
 
 
+def largest_picture(config: Any) -> list[int]:
+    """
+    Height and width of the picture with most tiles, up to the 9 to which LLaVA-OneVision scales larger ones down: 672 x 672
+    pixels of LLaVA-NeXT, which are 2,880 tokens, and 1152 x 1152 of LLaVA-OneVision, which are 7,290.
+    """
+    tile = config.vision_config.image_size**2
+    return max(
+        (canvas for canvas in config.image_grid_pinpoints if canvas[0] * canvas[1] <= 9 * tile),
+        key=lambda canvas: (canvas[0] * canvas[1], min(canvas)),
+    )
+
+
+def count_views(config: Any) -> int:
+    """The views of the `largest_picture`."""
+    height, width = largest_picture(config)
+    return 1 + height * width // config.vision_config.image_size**2
+
+
 def build_without_data(config: Any) -> Any:
-    """A model in bfloat16 of tensors without data, inside a `FakeTensorMode`."""
+    """
+    A model in bfloat16 of tensors without data, inside a `FakeTensorMode`. A total budget of a picture, whose split depends
+    on data, becomes the same budget for each view.
+    """
+    total = getattr(config, "vmtc_total_visual_tokens", None)
+    if total is not None:
+        changed = {"vmtc_total_visual_tokens": None, "vmtc_num_visual_tokens": max(total // count_views(config), 1)}
+        config = type(config).from_dict({**config.to_dict(), **changed})
     with no_init_weights():  # the initialization of DINOv2 reads its numbers
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).eval()
     model.tie_weights()
@@ -210,7 +242,7 @@ class _Row(nn.Module):
         return outputs
 
 
-def inhibit(config: VmtcCmaiLlavaConfig, visual_tokens: int, text_tokens: int) -> None:
+def inhibit(config: Any, visual_tokens: int, text_tokens: int) -> None:
     """Does the matrix products of CMAI in the prefill of a row. `run` lacks them, since it skips the model's own forward."""
     text_config: Any = config.text_config
     heads, key_heads = text_config.num_attention_heads, text_config.num_key_value_heads
@@ -233,14 +265,18 @@ def inhibit(config: VmtcCmaiLlavaConfig, visual_tokens: int, text_tokens: int) -
 
 def run(model: Any, pixel_values: torch.Tensor, text_tokens: int, labels: bool = False) -> Any:
     """
-    Does a forward pass of one row with the images `pixel_values` `(I, 3, H, W)` and text, on tensors without data. With
-    `labels`, the output has a loss.
+    Does a forward pass of one row with the images `pixel_values` `(I, 3, H, W)`, or all their views, and text, on tensors
+    without data. With `labels`, the output has a loss.
     """
     if model.config.model_type == TaLlavaConfig.model_type:
         ids = torch.zeros(1, model.config.num_prefix_tokens + text_tokens, dtype=torch.long)
         return model(input_ids=ids, pixel_values=pixel_values[None], labels=ids if labels else None)
     # LLaVA reads the ids to place the visual tokens, and tensors without data have none. Here they come before the text.
-    visual_tokens = torch.cat(model.model.get_image_features(pixel_values, return_dict=True).pooler_output)[None]
+    views = {}
+    if has_views(model.config):
+        views["image_sizes"] = [largest_picture(model.config)] * (len(pixel_values) // count_views(model.config))
+    outputs = model.model.get_image_features(pixel_values, return_dict=True, **views)
+    visual_tokens = torch.cat(outputs.pooler_output)[None]
     text = model.get_input_embeddings()(torch.zeros(1, text_tokens, dtype=torch.long))
     outputs = model.model.language_model(inputs_embeds=torch.cat([visual_tokens, text], dim=1), use_cache=not labels)
     logits = model.lm_head(outputs.last_hidden_state)

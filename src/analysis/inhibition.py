@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from ..cmai import Inhibition
-from ..vmtc_cmai_patch import VmtcCmaiLlavaConfig
+from ..common.families import COMPRESSED_TYPES, has_views
 from .asking import ask, at_patches, decode, hooked, split_words, tokens_of_patches, traced_tower
 from .drawing import Panels, draw_heat, draw_panel, enlarge
 from .vmtc_stages import StageView, stage_views
@@ -77,9 +77,9 @@ def trace_inhibition(
             does not fit the image.
     """
     config = model.config
-    if config.model_type != VmtcCmaiLlavaConfig.model_type:
+    if config.model_type not in COMPRESSED_TYPES:
         raise ValueError(
-            f"This is a {config.model_type!r} model, but CMAI works in a {VmtcCmaiLlavaConfig.model_type!r}."
+            f"This is a {config.model_type!r} model, but CMAI works in a {' or '.join(map(repr, COMPRESSED_TYPES))}."
         )
     if not config.use_cmai or config.cmai_max_ratio == 0 or config.cmai_focus == "none":
         raise ValueError("CMAI is off, so no image token is inhibited. Load the model with CMAI on, e.g. with 0.6.")
@@ -94,8 +94,10 @@ def trace_inhibition(
         pixel_values, new_tokens = ask(model, processor, image, question, max_new_tokens, num_visual_tokens)
     tokens = tokens_of_patches(config, pixel_values, compressions[0])
     num_layers = config.text_config.num_hidden_layers
-    # The last columns are the patches: if the model uses the class token, it comes first.
-    by_step = [sum(row[0, -int(tokens.max()) - 1 :].float() for row in step.values()) / num_layers for step in steps]
+    # The last columns are the patches, after the class token if the model uses it. Of several views, the first is drawn.
+    count = int(tokens.max()) + 1
+    columns = slice(count) if has_views(config) else slice(-count, None)
+    by_step = [sum(row[0, columns].float() for row in step.values()) / num_layers for step in steps]
     words = split_words(processor.tokenizer, new_tokens)
     inhibited = [
         torch.stack([at_patches(by_step[step], tokens) for step in indices]).mean(dim=0) for _, indices in words

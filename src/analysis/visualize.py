@@ -17,6 +17,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 from ..building.compress import DEFAULT_CMAI_MAX_RATIO, training_free_fields
 from ..common.errors import one_line
+from ..common.families import COMPRESSED_TYPES, LLAVA_TYPES
 from ..common.loading import config_of, load_complete
 from ..common.shipped_models import DEFAULT_LLAVA, DEFAULT_MODEL
 from ..configuration_ta_llava import TaLlavaConfig
@@ -26,7 +27,7 @@ from ..safe_loading import check_image_size
 from ..vision_towers import make_compressible, patch_grid
 from ..vmtc import count_visual_tokens
 from ..vmtc_cmai_patch import VmtcCmaiLlavaConfig
-from .asking import check_questions, seen_image
+from .asking import check_questions, seen_image, whole_picture
 from .drawing import compose
 from .inhibition import CmaiView, inhibition_panels, trace_inhibition
 from .prefix_attention import PrefixView, prefix_panels, trace_prefix
@@ -38,7 +39,8 @@ def visualize(
     image: Any, model: str | Path = DEFAULT_MODEL, num_visual_tokens: int | None = None
 ) -> tuple[Image.Image, list[StageView]]:
     """
-    Runs the vision tower of a model on an image with VMTC and draws what it does. Only the tower of the model is loaded.
+    Runs the vision tower of a model on an image with VMTC and draws what it does. Only the tower of the model is loaded. If
+    the model cuts images into views, this is the view of the whole image.
 
     Args:
         image: Path, URL, PIL image or array.
@@ -54,7 +56,7 @@ def visualize(
     """
     image = load_rgb_image(image)
     settings, image_processor = _load_settings(model)
-    pixel_values = image_processor(image, return_tensors="pt")["pixel_values"]
+    pixel_values = whole_picture(image_processor(image, return_tensors="pt")["pixel_values"])
     num_patches = math.prod(patch_grid(settings, pixel_values))
     count_visual_tokens(settings, num_patches, num_visual_tokens)  # checks the budget before the weights are loaded
     views = trace_stages(settings, _load_tower(model, settings), pixel_values, num_visual_tokens)
@@ -99,7 +101,7 @@ def visualize_inhibition(
 ) -> tuple[Image.Image, CmaiView]:
     """
     Loads a LLaVA with CMAI, asks it a question about an image, and draws which parts of the image CMAI inhibits for each
-    word of the answer.
+    word of the answer. If the model cuts images into views, this is the view of the whole image.
 
     Args:
         image: Path, URL, PIL image or array.
@@ -117,7 +119,7 @@ def visualize_inhibition(
     image = load_rgb_image(image)
     check_questions([question])
     config = config_of(model)
-    if config.model_type not in (VmtcCmaiLlavaConfig.model_type, "llava"):
+    if config.model_type not in LLAVA_TYPES:
         raise ValueError(f"{str(model)!r} is a {config.model_type!r} model, but CMAI works in a LLaVA.")
     use_cmai = getattr(config, "use_cmai", False)
     if cmai_max_ratio is None and not use_cmai:
@@ -140,7 +142,7 @@ def _load_settings(model: str | Path) -> tuple[Any, Any]:
         image_processor = AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # files may be missing or damaged in any way
         raise _cannot_load(model, error) from error
-    if settings.model_type not in (TaLlavaConfig.model_type, VmtcCmaiLlavaConfig.model_type):
+    if settings.model_type not in (TaLlavaConfig.model_type, *COMPRESSED_TYPES):
         vision_config = getattr(settings, "vision_config", settings)  # a LLaVA, or a CLIP with its text tower, has one
         if not isinstance(getattr(vision_config, "patch_size", None), int):
             raise ValueError(

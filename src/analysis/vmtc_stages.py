@@ -125,10 +125,9 @@ def trace_stages(
 
 
 def stage_views(compression: Any) -> list[StageView]:
-    """What VMTC did to the first image, after the call of the tower."""
-    return compose_trace(
-        [becomes[0].cpu() for becomes in compression.trace], [stage for _, stage in sorted(compression.stages.items())]
-    )
+    """What VMTC did to the first image, or to the first view of it, after the call of the tower."""
+    trace, stages = compression.of_first_view()
+    return compose_trace([becomes.cpu() for becomes in trace], stages)
 
 
 def stage_panels(image: Image.Image, views: list[StageView], patch_size: int) -> Panels:

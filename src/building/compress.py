@@ -4,6 +4,8 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -14,23 +16,17 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
-from transformers import LlavaConfig, LlavaProcessor
 
 from ..common.errors import one_line
+from ..common.families import Family, family_of, has_views
 from ..common.files import atomic_folder, check_new_folder
 from ..common.loading import check_format
 from ..common.sources import check_source
 from ..configuration_ta_llava import TaLlavaConfig
 from ..safe_loading import check_sizes
-from ..vision_towers import patch_grid
+from ..vision_towers import has_class_token, patch_grid
 from ..vmtc import TRAINING_FREE_VMTC, VmtcConfig, count_visual_tokens
-from ..vmtc_cmai_patch import (
-    AUTO_MAP,
-    VmtcCmaiLlavaConfig,
-    VmtcCmaiLlavaForConditionalGeneration,
-    VmtcCmaiLlavaModel,
-    VmtcCmaiLlavaProcessor,
-)
+from ..vmtc_cmai_mixins import VmtcCmaiConfig
 
 
 # Settings of the paper, used if a call names none.
@@ -55,19 +51,21 @@ def compress_llava(
     link: bool = True,
     progress: bool = False,
     preset: str | None = None,
-) -> VmtcCmaiLlavaConfig:
+) -> VmtcCmaiConfig:
     """
-    Copies a LLaVA from a folder or Hub repo to a new folder, from which the same weights load with VMTC and CMAI. The Auto
-    classes and `pipeline` load it, with `trust_remote_code=True` also where this package is not installed. `out` appears
-    when it is complete.
+    Copies a LLaVA, LLaVA-NeXT or LLaVA-OneVision from a folder or Hub repo to a new folder, from which the same weights load
+    with VMTC and CMAI. The Auto classes and `pipeline` load it, with `trust_remote_code=True` also where this package is not
+    installed. `out` appears when it is complete.
 
     Args:
         source (`str` or `Path`):
-            A checkpoint of `LlavaForConditionalGeneration`, or one that is compressed already.
+            A checkpoint of `LlavaForConditionalGeneration`, `LlavaNextForConditionalGeneration` or
+            `LlavaOnevisionForConditionalGeneration`, or one that is compressed already.
         out (`str` or `Path`):
             New folder.
         num_visual_tokens (`int`, *optional*):
-            Turns VMTC on and keeps this many visual tokens per image, from 1 to the number of patches.
+            Turns VMTC on and keeps this many visual tokens per image, from 1 to the number of patches. If the model cuts
+            pictures into views, each view keeps as many.
         cmai_max_ratio (`float`, *optional*):
             Turns CMAI on and inhibits this share of the image tokens in the last layer, in (0, 1]; 0 turns it off. Settings
             you don't pass are unchanged. If you pass neither and the config has both off, both are turned on as in the
@@ -83,7 +81,7 @@ def compress_llava(
             already keeps its settings.
 
     Returns:
-        [`VmtcCmaiLlavaConfig`]: The content of `config.json`.
+        [`VmtcCmaiConfig`]: The content of `config.json`.
 
     Raises:
         `ValueError`: `out` is not new; `source` is no LLaVA, is incomplete or damaged, or has no safetensors; or the number
@@ -111,7 +109,7 @@ def compressed_parts(
     num_visual_tokens: int | None = None,
     cmai_max_ratio: float | None = None,
     preset: str | None = None,
-) -> tuple[Path, VmtcCmaiLlavaConfig, VmtcCmaiLlavaProcessor]:
+) -> tuple[Path, Any, Any]:
     """
     Prepares what `compress_llava` writes beside the weights. Arguments and errors are those of `compress_llava`.
 
@@ -130,7 +128,7 @@ def compressed_parts(
 
 def vmtc_cmai_flags(num_visual_tokens: int | None = None, cmai_max_ratio: float | None = None) -> dict[str, Any]:
     """
-    The fields of a [`VmtcCmaiLlavaConfig`] that turn VMTC and CMAI on, or CMAI off with a ratio of 0. Settings you don't
+    The fields of a [`VmtcCmaiConfig`] that turn VMTC and CMAI on, or CMAI off with a ratio of 0. Settings you don't
     pass have no field.
 
     Raises:
@@ -148,26 +146,32 @@ def vmtc_cmai_flags(num_visual_tokens: int | None = None, cmai_max_ratio: float 
 
 def with_vmtc_and_cmai(
     config: Any, num_visual_tokens: int | None = None, cmai_max_ratio: float | None = None
-) -> VmtcCmaiLlavaConfig:
+) -> VmtcCmaiConfig:
     """
     The config of a LLaVA, with VMTC and CMAI turned on. Settings you don't pass are unchanged, but if VMTC was off, the
     training-free preset replaces fields that have their defaults.
 
     Args:
-        config ([`VmtcCmaiLlavaConfig`] or `LlavaConfig`): Config of the LLaVA.
-        num_visual_tokens (`int`, *optional*): Turns VMTC on and keeps this many visual tokens per image.
+        config ([`VmtcCmaiConfig`], or a config of the library such as `LlavaConfig`): Config of the LLaVA.
+        num_visual_tokens (`int`, *optional*): Turns VMTC on and keeps this many visual tokens per image, or per view.
         cmai_max_ratio (`float`, *optional*):
             Turns CMAI on and inhibits this share of the image tokens in the last layer; 0 turns it off.
 
     Raises:
-        `ValueError`: The config belongs to a TA-LLaVA, or the ratio is not in [0, 1].
+        `ValueError`: The config belongs to a TA-LLaVA or to a family that is not known, or the ratio is not in [0, 1].
     """
     if config.model_type == TaLlavaConfig.model_type:
         raise ValueError("VMTC and CMAI are for a LLaVA, but this is a TA-LLaVA.")
+    config_class = family_of(config.model_type).config
     flags = vmtc_cmai_flags(num_visual_tokens, cmai_max_ratio)
     if flags.get("use_vmtc"):
-        flags |= training_free_fields(config)
-    return VmtcCmaiLlavaConfig.from_dict({**config.to_dict(), "model_type": VmtcCmaiLlavaConfig.model_type, **flags})
+        flags |= training_free_fields(config) | _without_total(config_class)
+    return config_class.from_dict({**config.to_dict(), "model_type": config_class.model_type, **flags})
+
+
+def _without_total(config_class: Any) -> dict[str, Any]:
+    """The field that makes room for a budget of each view."""
+    return {"vmtc_total_visual_tokens": None} if hasattr(config_class, "vmtc_total_visual_tokens") else {}
 
 
 def training_free_fields(config: Any) -> dict[str, str]:
@@ -222,7 +226,7 @@ def _find_weights(source: str | Path, folder: Path) -> list[Path]:
     if missing and not weight_map:
         raise ValueError(
             f"{source} has no weights in the safetensors format. Write them once by "
-            "`LlavaForConditionalGeneration.from_pretrained(source).save_pretrained(folder)`, and the processor likewise."
+            "`AutoModelForImageTextToText.from_pretrained(source).save_pretrained(folder)`, and the processor likewise."
         )
     if missing:
         raise ValueError(f"{source} is incomplete: {_INDEX} names {', '.join(missing)}, but there is no such file.")
@@ -271,9 +275,7 @@ def _link_or_copy(file: Path, target: Path, link: bool) -> None:
 # --- config and processor ------------------------------------------------------------------------------------------
 
 
-def _compressed_config(
-    source: str | Path, folder: Path, flags: dict[str, Any], preset: str | None
-) -> VmtcCmaiLlavaConfig:
+def _compressed_config(source: str | Path, folder: Path, flags: dict[str, Any], preset: str | None) -> Any:
     """
     The config with the `vmtc_cmai_flags` and the preset of VMTC. The number of visual tokens is set later, when the size of
     the images is known.
@@ -290,33 +292,36 @@ def _compressed_config(
         if not flags and not stock.get("use_vmtc") and not stock.get("use_cmai"):
             flags |= {"use_vmtc": True, "vmtc_num_visual_tokens": None, "vmtc_keep_ratio": DEFAULT_KEEP_RATIO}
             flags |= {"use_cmai": True, "cmai_max_ratio": DEFAULT_CMAI_MAX_RATIO}
-        if preset is None and stock.get("model_type") == LlavaConfig.model_type:  # it was not trained with VMTC
+        family = family_of(stock.get("model_type"))
+        if flags.get("use_vmtc"):
+            flags |= _without_total(family.config)
+        if preset is None and stock.get("model_type") == family.stock_type:  # it was not trained with VMTC
             preset = "training-free"
         if preset is not None:
             flags |= {"vmtc_layers": None, **VMTC_PRESETS[preset]}
-        config = VmtcCmaiLlavaConfig.from_pretrained(folder, **flags)
+        config = family.config.from_pretrained(folder, **flags)
     except StrictDataclassError as error:
         raise ValueError(f"{source}: {one_line(error.__cause__ or error)}") from error
     except Exception as error:  # the file may be damaged in any way
-        reason = one_line(error).replace(f"{folder} is a", "it is a")
-        raise ValueError(f"The config.json of {source} cannot be used for VMTC and CMAI: {reason}") from error
-    config.architectures = [VmtcCmaiLlavaForConditionalGeneration.__name__]
-    config.auto_map = dict(AUTO_MAP)
+        raise ValueError(f"The config.json of {source} cannot be used for VMTC and CMAI: {one_line(error)}") from error
+    config.architectures = [family.head.__name__]
+    config.auto_map = dict(family.head.auto_map)
     return config
 
 
 def _compressed_processor(
-    source: str | Path, folder: Path, config: VmtcCmaiLlavaConfig, num_visual_tokens: int | None
-) -> VmtcCmaiLlavaProcessor:
+    source: str | Path, folder: Path, config: VmtcCmaiConfig, num_visual_tokens: int | None
+) -> Any:
     """
     The processor for `config`; both get the budget of `num_visual_tokens`. Old checkpoints do not say all that the
     processor must know about the vision tower. A run of the tower without weights tells it.
 
     Raises:
-        `ValueError`: There is no processor, it is not LLaVA's or does not fit the model, or the budget does not fit its
-            images.
+        `ValueError`: There is no processor, it is not one of the family or does not fit the model, or the budget does not
+            fit its images.
     """
-    processor, pixel_values = _load_processor(source, folder)
+    family = family_of(config.model_type)
+    processor, pixel_values = _load_processor(source, folder, family)
     if processor.image_token_id != config.image_token_id:
         raise ValueError(
             f"The tokenizer of {source} writes {processor.image_token!r} as {processor.image_token_id}, but the config says "
@@ -325,21 +330,24 @@ def _compressed_processor(
     num_patches = math.prod(patch_grid(config, pixel_values))
     if num_visual_tokens is not None:
         config.vmtc_num_visual_tokens = count_visual_tokens(config, num_patches, num_visual_tokens)
-    is_default = config.vision_feature_select_strategy == "default"
-    num_features = _count_features(source, config, pixel_values)
-    processor.use_vmtc = config.use_vmtc
-    processor.vmtc_num_visual_tokens = config.vmtc_num_visual_tokens
-    processor.vmtc_keep_ratio = config.vmtc_keep_ratio
-    processor.spd_factor = config.spd_factor
-    vision_config: Any = config.vision_config
-    processor.patch_size = vision_config.patch_size
-    processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+    for name in ("use_vmtc", "vmtc_num_visual_tokens", "vmtc_keep_ratio", "vmtc_total_visual_tokens", "spd_factor"):
+        if hasattr(config, name):
+            setattr(processor, name, getattr(config, name))
+    config_of_tower: Any = config.vision_config  # type: ignore[attr-defined]
+    processor.vision_feature_select_strategy = config.vision_feature_select_strategy  # type: ignore[attr-defined]
+    if has_views(config):
+        _fit_processor_of_views(source, processor, config, pixel_values)
+        return processor
+    is_default = processor.vision_feature_select_strategy == "default"
+    num_features = _count_features(source, family, config, pixel_values)
+    processor.patch_size = config_of_tower.patch_size
     processor.num_additional_image_tokens = num_features - count_visual_tokens(config, num_patches) + is_default
     return processor
 
 
-def _load_processor(source: str | Path, folder: Path) -> tuple[VmtcCmaiLlavaProcessor, torch.Tensor]:
-    """The processor of a LLaVA, and what it makes of an image, `(1, 3, H, W)`."""
+def _load_processor(source: str | Path, folder: Path, family: Family) -> tuple[Any, torch.Tensor]:
+    """The processor of a LLaVA, and what it makes of an image: `(1, 3, H, W)`, or its views `(1, views, 3, H, W)`."""
+    known = (family.stock_processor.__name__, family.processor.__name__)
     for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
         try:
             settings = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -348,12 +356,13 @@ def _load_processor(source: str | Path, folder: Path) -> tuple[VmtcCmaiLlavaProc
             continue
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{folder / name} cannot be read: {one_line(error)}") from error
-        if processor_class not in (None, LlavaProcessor.__name__, VmtcCmaiLlavaProcessor.__name__):
+        if processor_class not in (None, *known):
             raise ValueError(
-                f"{source} has a {processor_class}; VMTC and CMAI work with images of one size, as a LlavaProcessor makes."
+                f"{source} has a {processor_class}, but its model is a {family.stock_type!r}: VMTC and CMAI need images as "
+                f"{known[0]} makes them."
             )
     try:
-        processor = VmtcCmaiLlavaProcessor.from_pretrained(folder, trust_remote_code=False)
+        processor = family.processor.from_pretrained(folder, trust_remote_code=False)
         black = Image.new("RGB", (64, 64))
         pixel_values = torch.as_tensor(processor.image_processor(black, return_tensors="pt")["pixel_values"])
     except Exception as error:  # files may be missing or damaged in any way
@@ -361,12 +370,45 @@ def _load_processor(source: str | Path, folder: Path) -> tuple[VmtcCmaiLlavaProc
     return processor, pixel_values
 
 
-def _count_features(source: str | Path, config: VmtcCmaiLlavaConfig, pixel_values: torch.Tensor) -> int:
+def _count_features(source: str | Path, family: Family, config: VmtcCmaiConfig, pixel_values: torch.Tensor) -> int:
     """Visual tokens of an image `(1, 3, H, W)`, counted by a run of the model without weights."""
+    with _working(source), torch.device("meta"), torch.no_grad():
+        model = family.head.model_class(deepcopy(config)).eval()
+        return len(model.get_image_features(pixel_values.to("meta"), return_dict=True).pooler_output[0])
+
+
+def _fit_processor_of_views(
+    source: str | Path, processor: Any, config: VmtcCmaiConfig, pixel_values: torch.Tensor
+) -> None:
+    """Sets what the processor must know about views, and checks that the model cuts a picture into the same ones."""
+    family, num_views = family_of(config.model_type), pixel_values.shape[1]
+    settings: Any = config
+    rows, columns = patch_grid(config, pixel_values)
+    if hasattr(processor, "patch_size"):  # LLaVA-NeXT
+        processor.patch_size = settings.vision_config.patch_size
+    else:
+        processor.num_image_tokens = rows * columns
+    pinpoints = [list(canvas) for canvas in processor.image_processor.image_grid_pinpoints]
+    if pinpoints != [list(canvas) for canvas in settings.image_grid_pinpoints]:
+        raise ValueError(
+            f"The processor of {source} has other `image_grid_pinpoints` than its config.json, so they would cut pictures "
+            "into different views. Make them equal."
+        )
+    with _working(source), torch.device("meta"), torch.no_grad():
+        model = family.head.model_class(deepcopy(config)).eval()
+        layouts = model._layouts([(64, 64)])
+        if hasattr(processor, "patch_size"):
+            processor.num_additional_image_tokens = int(has_class_token(model.vision_tower))
+        if config.use_vmtc:
+            views = pixel_values.new_empty(num_views, *pixel_values.shape[2:], device="meta")
+            model._compression_of_views(views, layouts, settings.vision_feature_layer, None)
+
+
+@contextmanager
+def _working(source: str | Path) -> Iterator[None]:
+    """Turns an error of a model without weights into a `ValueError` that names its checkpoint."""
     try:
-        with torch.device("meta"), torch.no_grad():
-            model = VmtcCmaiLlavaModel(deepcopy(config)).eval()
-            return len(model.get_image_features(pixel_values.to("meta"), return_dict=True).pooler_output[0])
+        yield
     except Exception as error:  # the config may be damaged in any way
         raise ValueError(
             f"{source} does not work with these settings: {one_line(error.__cause__ or error)}"

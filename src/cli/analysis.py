@@ -132,8 +132,8 @@ def cost(
         list[str] | None,
         typer.Argument(
             metavar="[CONFIG|MODEL]...",
-            help="config.json, folder or Hub repo of a TA-LLaVA or LLaVA. The weights are not read. Default: the paper's "
-            "TA-LLaVA; with --visual-tokens or --cmai LLaVA-1.5-7B.",
+            help="config.json, folder or Hub repo of a TA-LLaVA or LLaVA, or llava-next-7b. The weights are not read. "
+            "Default: the paper's TA-LLaVA; with --visual-tokens or --cmai LLaVA-1.5-7B.",
         ),
     ] = None,
     visual_tokens: VisualTokens = None,
@@ -149,7 +149,7 @@ def cost(
 
         from transformers.utils import logging
 
-        from ..analysis.cost import FULL_SIZE, count_cost, format_cost, read_config
+        from ..analysis.cost import FULL_SIZE, REFERENCES, count_cost, format_cost, read_config
         from ..building.compress import with_vmtc_and_cmai
 
         logging.set_verbosity_error()
@@ -160,9 +160,9 @@ def cost(
             config, size = configs[name] = read_config(name)
             if settings:
                 configs[", ".join([name, *settings])] = with_vmtc_and_cmai(config, visual_tokens, cmai), size
-        configs |= {name: read_config(name) for name in FULL_SIZE[1:]}
+        configs |= {name: read_config(name) for name in REFERENCES}
         costs = {name: count_cost(config, text_tokens, images, size) for name, (config, size) in configs.items()}
         if as_json:
             typer.echo(json.dumps({name: asdict(value) for name, value in costs.items()}, indent=1))
         else:
-            typer.echo(format_cost(costs, FULL_SIZE[1:]))
+            typer.echo(format_cost(costs, [name for name in FULL_SIZE[1:] if name in costs]))

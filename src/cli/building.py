@@ -10,12 +10,21 @@ from .common import OutFolder, check_exists, check_sources, errors_as_messages, 
 
 
 _VisualTokens = Annotated[
-    int | None, typer.Option(help="Turn VMTC on and keep this many visual tokens per image.", show_default=False)
+    int | None,
+    typer.Option(
+        help="Turn VMTC on and keep this many visual tokens per image, or per view if the model cuts images into views.",
+        show_default=False,
+    ),
 ]
 
 
 def compress(
-    llava: Annotated[str, typer.Argument(help="Folder or Hub repo of a LLaVA, e.g. llava-hf/llava-1.5-7b-hf.")],
+    llava: Annotated[
+        str,
+        typer.Argument(
+            help="Folder or Hub repo of a LLaVA, LLaVA-NeXT or LLaVA-OneVision, e.g. llava-hf/llava-1.5-7b-hf."
+        ),
+    ],
     out: OutFolder,
     visual_tokens: _VisualTokens = None,
     cmai: Annotated[
@@ -54,14 +63,16 @@ def compress(
 
         logging.set_verbosity_error()
         config = compress_llava(llava, out, visual_tokens, cmai, link=not copy, progress=True, preset=preset)
-    budget = config.vmtc_num_visual_tokens or f"{config.vmtc_keep_ratio:.0%} of the"
+    total = getattr(config, "vmtc_total_visual_tokens", None)
+    budget = total or config.vmtc_num_visual_tokens or f"{config.vmtc_keep_ratio:.0%} of the"
     settings = [f"VMTC with {budget} visual tokens"] if config.use_vmtc else []
     settings += [f"CMAI up to {config.cmai_max_ratio}"] if config.use_cmai else []
     typer.echo(f"Wrote {out}: {', '.join(settings) or 'neither VMTC nor CMAI'}.")
     if settings:
         typer.echo(
             "Load it with AutoModelForImageTextToText and AutoProcessor, and trust_remote_code=True. "
-            "LlavaForConditionalGeneration has neither VMTC nor CMAI, and refuses it."
+            f"{config.stock_config.__name__.removesuffix('Config')}ForConditionalGeneration has neither VMTC nor CMAI, and "
+            "refuses it."
         )
 
 

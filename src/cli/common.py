@@ -18,7 +18,9 @@ OutFolder = Annotated[Path, typer.Argument(help="New folder to write.", show_def
 VisualTokens = Annotated[
     int | None,
     typer.Option(
-        help="Turn VMTC on and keep this many visual tokens per image. For LLaVA models only.", show_default=False
+        help="Turn VMTC on and keep this many visual tokens per image, or per view if the model cuts images into views. For "
+        "LLaVA models only.",
+        show_default=False,
     ),
 ]
 Cmai = Annotated[

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import BatchFeature
 from transformers.utils import logging
 
+from ..common.families import LLAVA_TYPES
 from ..common.shipped_models import DEFAULT_LLAVA, DEFAULT_MODEL
 from ..image_loading import load_rgb_image
 from ..inference import GREEDY, load
@@ -338,7 +339,7 @@ class VmtcCmaiLlavaLmms(_Model):
         `ValueError`: No LLaVA can be loaded from there, or the batch size, visual tokens or share are wrong.
     """
 
-    model_types = ("llava", "vmtc_cmai_llava")
+    model_types = LLAVA_TYPES
 
     def __init__(
         self,

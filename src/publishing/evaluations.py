@@ -10,10 +10,10 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml, snapshot_download
 from huggingface_hub.constants import EVAL_RESULTS_FOLDER
 from huggingface_hub.errors import LocalEntryNotFoundError
-from transformers import LlavaConfig
 from transformers.utils import logging
 
 from ..analysis.cost import read_config
+from ..common.families import family_of
 from ..configuration_ta_llava import TaLlavaConfig
 from ..evaluation.results import (
     RESULTS,
@@ -25,7 +25,6 @@ from ..evaluation.results import (
     full_path,
 )
 from ..vmtc import count_visual_tokens
-from ..vmtc_cmai_patch import VmtcCmaiLlavaConfig
 from .existing_card import read_utf8
 
 
@@ -146,7 +145,7 @@ def _read_evaluation(path: Path, model: str | Path, config: Any, patches: int) -
 def _why_of_another(results: EvaluationResults, model_type: str, patches: int) -> str | None:
     """Why results cannot be of a model of this type with this many patches per image; `None` if they can."""
     is_ta_llava = model_type == TaLlavaConfig.model_type
-    types = (model_type,) if is_ta_llava else (LlavaConfig.model_type, VmtcCmaiLlavaConfig.model_type)
+    types = (model_type,) if is_ta_llava else family_of(model_type).types
     evaluated, settings = results.model_type, results.settings
     if evaluated is not None and evaluated not in types:
         return f"a {evaluated!r} model was evaluated, and this one is a {model_type!r}"

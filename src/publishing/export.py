@@ -10,10 +10,10 @@ from transformers import AutoProcessor
 from transformers.utils import has_file, logging
 
 from ..common.errors import one_line
+from ..common.families import COMPRESSED_TYPES
 from ..common.files import atomic_folder, check_new_folder
 from ..common.loading import check_processor, config_of, load_complete, loading_from
 from ..configuration_ta_llava import TaLlavaConfig
-from ..vmtc_cmai_patch import VmtcCmaiLlavaConfig
 from .evaluations import write_eval_results
 from .existing_card import CARD, find_card, is_unedited, tells_same_training
 from .model_card import write_model_card
@@ -114,10 +114,11 @@ def _load_processor(model: str | Path) -> Any:
     if has_adapter:  # it would be loaded too, and only the adapter would be saved
         raise ValueError(f"{model} has a PEFT adapter. Merge it into its model first, with `ta-llava merge`.")
     config = config_of(model)
-    if config.model_type not in (TaLlavaConfig.model_type, VmtcCmaiLlavaConfig.model_type):
+    known = (TaLlavaConfig.model_type, *COMPRESSED_TYPES)
+    if config.model_type not in known:
         raise ValueError(
-            f"{model} is a {config.model_type!r} model, not a {TaLlavaConfig.model_type!r} or "
-            f"{VmtcCmaiLlavaConfig.model_type!r}. `ta-llava compress` makes one from a LLaVA."
+            f"{model} is a {config.model_type!r} model, not a {', '.join(map(repr, known[:-1]))} or {known[-1]!r}. "
+            "`ta-llava compress` makes one from a LLaVA."
         )
     with loading_from(model):
         processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)

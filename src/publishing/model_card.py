@@ -15,12 +15,12 @@ import jinja2
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..analysis.cost import LANGUAGE_MODEL, Cost, count_cost, in_millions, read_config, scaled
+from ..common.families import family_of
 from ..common.shipped_models import DEFAULT_LLAVA, DEFAULT_MODEL
 from ..configuration_ta_llava import TaLlavaConfig
 from ..evaluation.results import is_repo
 from ..modeling_ta_llava import TaLlavaForConditionalGeneration
 from ..training.summary import SUMMARY, TrainingSummary
-from ..vmtc_cmai_patch import VmtcCmaiLlavaForConditionalGeneration
 from .evaluations import read_evaluations
 from .existing_card import pin_line, seal
 from .licences import CODE_LICENCE, LICENCE_TERMS, find_licence
@@ -69,7 +69,7 @@ def write_model_card(model: str | Path, name: str, results: Sequence[str | Path]
     bases = [origin] if origin else parts
     licence = CODE_LICENCE if is_shipped else find_licence([*bases, *parts])
     is_ta_llava = config.model_type == TaLlavaConfig.model_type
-    model_class = TaLlavaForConditionalGeneration if is_ta_llava else VmtcCmaiLlavaForConditionalGeneration
+    model_class = TaLlavaForConditionalGeneration if is_ta_llava else family_of(config.model_type).head
 
     data = ModelCardData(
         base_model=bases or None,

@@ -5,11 +5,16 @@ from typing import Any
 
 from torch import nn
 
+from ..common.families import COMPRESSED_TYPES
 from ..configuration_ta_llava import TaLlavaConfig
-from ..vmtc_cmai_patch import VmtcCmaiLlavaConfig
 
 
 # Parts that a recipe may name under `train`, and their modules in the model without its head.
+_LLAVA_PARTS = {
+    "projector": ("multi_modal_projector", "image_newline"),  # the latter only of pictures in views
+    "language_model": ("language_model", "lm_head"),
+    "vision_tower": ("vision_tower",),
+}
 PARTS = {
     TaLlavaConfig.model_type: {
         "projector": ("multi_modal_projector",),
@@ -18,11 +23,7 @@ PARTS = {
         "language_model": ("language_model", "lm_head"),
         "vision_tower": ("vision_tower",),
     },
-    VmtcCmaiLlavaConfig.model_type: {
-        "projector": ("multi_modal_projector",),
-        "language_model": ("language_model", "lm_head"),
-        "vision_tower": ("vision_tower",),
-    },
+    **dict.fromkeys(COMPRESSED_TYPES, _LLAVA_PARTS),
 }
 
 

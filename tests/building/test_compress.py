@@ -170,6 +170,7 @@ def test_the_folder_has_all_that_the_hub_needs(stock, tmp_path):
     names = {path.name for path in out.iterdir()}
     code = {
         "vmtc_cmai_patch.py",
+        "vmtc_cmai_mixins.py",
         "vmtc.py",
         "cmai.py",
         "cmai_cache.py",
@@ -380,6 +381,7 @@ def test_a_compressed_folder_can_be_exported(stock, tmp_path):
     assert torch.equal(one(**inputs).logits, two(**inputs).logits)
     assert {
         "vmtc_cmai_patch.py",
+        "vmtc_cmai_mixins.py",
         "cmai.py",
         "cmai_cache.py",
         "vision_towers.py",

@@ -314,6 +314,7 @@ TA_LLAVA_FILES = {
         TA_LLAVA_FILES,
         {
             "vmtc_cmai_patch",
+            "vmtc_cmai_mixins",
             "vmtc",
             "cmai",
             "chat_messages",

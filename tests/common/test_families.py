@@ -1,0 +1,159 @@
+"""The commands with checkpoints of every family of LLaVAs: compress, ask, evaluate, cost, visualize, export."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from command_line import run
+from families import FAMILIES, VIEWS, build_processor, build_stock, ours
+from PIL import Image
+from safetensors.torch import load_file
+
+from ta_llava.analysis.cost import count_cost, read_config
+from ta_llava.analysis.visualize import visualize, visualize_inhibition
+from ta_llava.building.compress import compress_llava, with_vmtc_and_cmai
+from ta_llava.common.families import FAMILIES as KNOWN
+from ta_llava.common.families import family_of
+from ta_llava.inference import answer, load
+from ta_llava.publishing.export import export_model
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
+    """A folder as the library saves it, for each family."""
+    folders = {}
+    for family in FAMILIES:
+        folder = folders[family] = tmp_path_factory.mktemp(family)
+        build_stock(family).save_pretrained(folder)
+        build_processor(family).save_pretrained(folder)
+        settings = json.loads((folder / "processor_config.json").read_text())
+        names = (
+            "auto_map",
+            "use_vmtc",
+            "vmtc_num_visual_tokens",
+            "vmtc_keep_ratio",
+            "vmtc_total_visual_tokens",
+            "spd_factor",
+        )
+        settings = {name: value for name, value in settings.items() if name not in names}
+        settings["processor_class"] = family_of(family).stock_processor.__name__
+        if family == "llava_onevision":
+            settings["video_processor"] = {"video_processor_type": "LlavaOnevisionVideoProcessor"}
+        (folder / "processor_config.json").write_text(json.dumps(settings))
+        for code in folder.glob("*.py"):
+            code.unlink()
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 70, 3), dtype=np.uint8)).save(
+            folder / "photo.png"
+        )
+    return folders
+
+
+def test_an_unknown_family_is_told_which_are_known(stock, tmp_path):
+    assert [family.stock_type for family in KNOWN] == FAMILIES
+    with pytest.raises(
+        ValueError, match="'bert' model; VMTC and CMAI work on 'llava', 'llava_next' and 'llava_onevision'"
+    ):
+        family_of("bert")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    for arguments in (
+        ("compress", tmp_path, tmp_path / "out"),
+        ("ask", "--cmai", "0.6", "--model", tmp_path, stock["llava"] / "photo.png", "a"),
+    ):
+        code, _, error = run(*arguments)
+        assert code == 1 and "work on 'llava', 'llava_next' and 'llava_onevision' checkpoints" in error
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_compressed_checkpoint_answers_and_can_be_exported(family, stock, tmp_path):
+    code, output, error = run("compress", stock[family], tmp_path / "out", "--visual-tokens", "9", "--cmai", "0.6")
+    assert code == 0 and "VMTC with 9 visual tokens, CMAI up to 0.6" in output, error
+    assert {path.name for path in (tmp_path / "out").glob("*.py")} >= {"vmtc_cmai_mixins.py"}
+    weights = [load_file(folder / "model.safetensors") for folder in (stock[family], tmp_path / "out")]
+    assert weights[0].keys() == weights[1].keys()
+    model, processor = load(tmp_path / "out")
+    assert type(model) is ours(family, "ForConditionalGeneration") and type(processor) is ours(family, "Processor")
+    assert (model.config.vmtc_merge_weights, model.config.use_cmai) == ("normalized", True)
+    photo = stock[family] / "photo.png"
+    questions = [([photo], "what is it"), ([photo, photo], "a b"), ([], "c")]
+    answers = list(answer(model, processor, questions, batch_size=3, max_new_tokens=4))
+    assert answers == [each for one in questions for each in answer(model, processor, [one], max_new_tokens=4)]
+    code, output, error = run(
+        "ask",
+        "--model",
+        stock[family],
+        "--visual-tokens",
+        "9",
+        "--cmai",
+        "0.6",
+        "--max-new-tokens",
+        "4",
+        photo,
+        "what is it",
+    )
+    assert code == 0 and output.strip().endswith(answers[0]), error
+    export_model(tmp_path / "out", tmp_path / "export")
+    exported, _ = load(tmp_path / "export")
+    assert all(torch.equal(value, exported.state_dict()[name]) for name, value in model.state_dict().items())
+    assert "VMTC" in (tmp_path / "export" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stock_checkpoint_answers_as_it_is(family, stock):
+    model, processor = load(stock[family])
+    assert not hasattr(model.config, "use_vmtc")
+    ours_, _ = load(stock[family], cmai_max_ratio=0)
+    photo = stock[family] / "photo.png"
+    one, two = (next(answer(each, processor, [([photo], "what is it")], max_new_tokens=5)) for each in (model, ours_))
+    assert one == two
+
+
+@pytest.mark.parametrize("family", VIEWS)
+def test_what_would_cut_pictures_into_other_views_is_refused(family, stock, tmp_path):
+    settings = json.loads((stock[family] / "processor_config.json").read_text())
+    for path in stock[family].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    settings["image_processor"]["image_grid_pinpoints"] = [[24, 48]]
+    (tmp_path / "processor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="other `image_grid_pinpoints` than its config.json"):
+        compress_llava(tmp_path, tmp_path / "out")
+    settings["processor_class"] = "LlavaProcessor"
+    (tmp_path / "processor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=f"has a LlavaProcessor, but its model is a '{family}'"):
+        compress_llava(tmp_path, tmp_path / "out")
+    with pytest.raises(ValueError, match="The budget is 37 visual tokens, but an image has 36 patches"):
+        compress_llava(stock[family], tmp_path / "out", 37)
+
+
+@pytest.mark.parametrize("family", VIEWS)
+def test_the_cost_is_that_of_the_picture_with_most_tiles(family, stock):
+    config, size = read_config(stock[family])
+    whole = count_cost(config, 10, 1, size)
+    assert whole.num_tokens == 36 + 12 * 13 + 10  # 2 x 2 tiles; each row of the grid ends in a newline
+    few = count_cost(with_vmtc_and_cmai(config, 9, 0.6), 10, 2, size)
+    assert few.num_tokens == 2 * (5 * 9 + 2) + 10
+    total = with_vmtc_and_cmai(config, 9)
+    total.vmtc_total_visual_tokens = 20
+    assert count_cost(total, 10, 1, size).num_tokens == 5 * 4 + 2 + 10
+
+
+def test_the_cost_of_llava_next_at_its_published_size():
+    code, output, error = run("cost", "llava-next-7b", "--visual-tokens", "64", "--json")
+    costs = json.loads(output)
+    assert code == 0 and costs["llava-next-7b"]["num_tokens"] == 2880 + 48 + 40, (
+        error
+    )  # a newline for each row of the grid
+    assert costs["llava-next-7b, 64 visual tokens"]["num_tokens"] == 320 + 2 + 40
+
+
+@pytest.mark.parametrize("family", VIEWS)
+def test_the_whole_picture_is_drawn(family, stock):
+    photo = Image.open(stock[family] / "photo.png")
+    picture, views = visualize(photo, stock[family], 9)
+    assert [view.num_before for view in views] == [36, 27, 18] and picture.width > 24
+    assert views[-1].num_kept + views[-1].num_merged == 9
+    for budget in (9, None):
+        _, view = visualize_inhibition(photo, "what is it", stock[family], budget, 0.6, max_new_tokens=3)
+        assert view.inhibited.shape[1:] == (6, 6) and len(view.stages) == (3 if budget else 0)
+        if view.words:
+            assert 0 < view.inhibited.nan_to_num().max() <= 1
