@@ -36,7 +36,7 @@ TEXT = "what is in the image? compare the two. is the model an assistant, or a u
 # The heads of the other tests are too narrow for the kernels of vLLM.
 SIZES = {"hidden_size": 128, "intermediate_size": 96, "head_dim": 32}
 # Of a family of `LANGUAGE_MODELS`, with another backbone.
-FAMILIES = {"qwen3": "chatml"}
+FAMILIES = {"gemma3": "gemma", "qwen3": "chatml"}
 
 
 class Request(NamedTuple):
@@ -144,10 +144,12 @@ def assert_same(found: list[Answer], expected: list[Answer]) -> None:
             assert abs(log_probability - float(other.log_probabilities[token])) < 2e-3
 
 
-def save_random_model(folder: Path, system: str, family: str, tower: str, **fields: Any) -> Path:
+def save_random_model(
+    folder: Path, system: str, family: str, tower: str, config_fields: dict[str, Any] | None = None, **arguments: Any
+) -> Path:
     """
     A TA-LLaVA ("ta-llava") or LLaVA ("llava") with lively random weights, of a language model of `LANGUAGE_MODELS` or
-    `FAMILIES` and a tower of `save_tower`. `fields` are those of the config or arguments of `assemble_...`.
+    `FAMILIES` and a tower of `save_tower`. `arguments` are those of `assemble_...`.
     """
     parts = folder / "parts"
     save_tower(parts / tower, tower)
@@ -156,8 +158,25 @@ def save_random_model(folder: Path, system: str, family: str, tower: str, **fiel
         LANGUAGE_MODELS[family] = (family, *LANGUAGE_MODELS[known][1:])
     save_language_model(parts / family, family, **SIZES)
     make = {"llava": assemble_llava, "ta-llava": assemble_ta_llava}[system]
-    make(folder / "new", parts / tower, parts / family, **fields)
-    model = make_lively(AutoModelForImageTextToText.from_pretrained(folder / "new"))
+    make(folder / "new", parts / tower, parts / family, **arguments)
+    model = make_lively(AutoModelForImageTextToText.from_pretrained(folder / "new", **(config_fields or {})))
     model.save_pretrained(folder / "lively")
     AutoProcessor.from_pretrained(folder / "new").save_pretrained(folder / "lively")
     return folder / "lively"
+
+
+def num_preemptions(llm: LLM) -> int:
+    """Of an engine with `disable_log_stats=False`."""
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
+
+
+def rename_tower(folder: Path) -> None:
+    """Writes `vision_model.` into the names of the tower, as transformers did before 5.23, or takes it out."""
+    weights = load_file(folder / "model.safetensors")
+    has_old = any(".vision_model." in name for name in weights)
+    old, new = (
+        ("vision_tower.vision_model.", "vision_tower.") if has_old else ("vision_tower.", "vision_tower.vision_model.")
+    )
+    renamed = {name.replace(old, new): weight for name, weight in weights.items()}
+    assert renamed.keys() != weights.keys()
+    save_file(renamed, folder / "model.safetensors", {"format": "pt"})

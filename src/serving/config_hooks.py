@@ -12,6 +12,7 @@ from ..vmtc_cmai_patch import VmtcCmaiLlavaConfig
 # Under the name of vLLM, whose logging then shows what is logged here.
 logger = init_logger(f"vllm.{__name__}")
 
+RENDERER = "ta_llava"  # its name in the registry of vLLM
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 BACKBONES = ("gemma2", "llama", "mistral", "qwen2", "qwen3")
 
@@ -56,7 +57,14 @@ class TaLlavaHook(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Raises `ValueError` if the language model is not one of `BACKBONES`."""
+        """
+        Chooses the renderer of TA-LLaVA.
+
+        Raises:
+            `ValueError`: The language model is not one of `BACKBONES`.
+        """
+        if model_config.tokenizer_mode in ("auto", "hf"):
+            model_config.tokenizer_mode = RENDERER
         text_config = model_config.hf_config.text_config
         if text_config.model_type not in BACKBONES:
             raise ValueError(

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import BatchFeature
+from transformers.conversion_mapping import WeightRenaming, get_model_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.interfaces import SupportsMultiModal
@@ -130,15 +131,14 @@ class TaLlavaMultiModalProcessor(BaseMultiModalProcessor[TaLlavaProcessingInfo])
 
     def _postprocess_prompt(self, prompt: list[int]) -> list[int]:
         """
-        The tokens of a prompt with images, tokenized as the processor does it, without `<image>`s.
+        The tokens of a prompt with images. Placeholders in it, as the processor writes them, are taken out, because vLLM
+        inserts them.
 
         Raises:
             `ValueError`: It has no response marker, so nobody can tell where the instruction ends.
         """
-        processor, config = self.info.get_hf_processor(), self.info.get_hf_config()
-        text = processor.tokenizer.decode(prompt, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        text, _ = processor._take_out_image_tokens(text)
-        ids = processor._tokenize_prompt(text, 0, None, add_special_tokens=False)["input_ids"]
+        config = self.info.get_hf_config()
+        ids = [token for token in prompt if token != config.image_token_id]
         if end_of_instruction(torch.tensor(ids), config) == len(ids):
             raise ValueError(
                 "A prompt with images has no response marker "
@@ -221,6 +221,11 @@ class PrefixParts(TaLlavaModel):
         """Y before the first layer, `(L, d)`."""
         prefix = self.prefix_embedding.weight
         return prefix if self.scale is None else prefix * torch.as_tensor(self.scale).to(prefix)
+
+    def load_weights(self, weights: Any) -> set[str]:
+        """Some towers have other names in checkpoints than in the library."""
+        renaming = [each for each in get_model_conversion_mapping(self) if isinstance(each, WeightRenaming)]
+        return AutoWeightsLoader(self).load_weights(weights, mapper=WeightsMapper(orig_to_new_renaming=renaming))
 
     def reader(self, instruction_mask: torch.Tensor, image_rows: torch.Tensor) -> PrefixReader:
         """

@@ -2,8 +2,18 @@
 
 import pytest
 from conftest import SHIPPED_LLAVA
-from safetensors.torch import load_file, save_file
-from vllm_engines import Request, ask_generate, ask_vllm, assert_same, engine, picture, requests, save_random_model
+from vllm_engines import (
+    Request,
+    ask_generate,
+    ask_vllm,
+    assert_same,
+    engine,
+    num_preemptions,
+    picture,
+    rename_tower,
+    requests,
+    save_random_model,
+)
 
 from ta_llava import VmtcCmaiLlavaProcessor
 from ta_llava.building.compress import compress_llava
@@ -52,11 +62,7 @@ def test_prompts_may_come_in_chunks_and_prefixes_from_the_cache(folder, expected
 def test_requests_that_are_preempted_answer_the_same(folder, expected):
     llm = engine(folder, block_size=32, num_gpu_blocks_override=14, disable_log_stats=False)
     assert_same(ask_vllm(llm, requests(20)), expected[:20])
-    assert preemptions(llm) > 0
-
-
-def preemptions(llm):
-    return sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
+    assert num_preemptions(llm) > 0
 
 
 def test_the_transformers_backend_serves_the_folder(folder, expected):
@@ -91,20 +97,8 @@ def test_towers_and_backbones(name, tmp_path):
     folder = save_random_model(tmp_path, "llava", family, tower, **fields)
     expected = ask_generate(folder, requests(8))
     if name == "old names of clip":
-        with_old_names(folder)
+        rename_tower(folder)
     assert_same(ask_vllm(engine(folder), requests(8)), expected)
-
-
-def with_old_names(folder):
-    """Writes `vision_model.` into the names of the tower, as transformers did before 5.23, or takes it out."""
-    weights = load_file(folder / "model.safetensors")
-    has_old = any(".vision_model." in name for name in weights)
-    old, new = (
-        ("vision_tower.vision_model.", "vision_tower.") if has_old else ("vision_tower.", "vision_tower.vision_model.")
-    )
-    renamed = {name.replace(old, new): weight for name, weight in weights.items()}
-    assert renamed.keys() != weights.keys()
-    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
 
 
 @pytest.mark.parametrize("backend", ["vllm", "transformers"])
