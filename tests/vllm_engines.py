@@ -23,6 +23,7 @@ pytest.importorskip("vllm")
 import torch
 from conftest import make_lively
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_parts import LANGUAGE_MODELS, save_language_model, save_tower
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from vllm import LLM, SamplingParams

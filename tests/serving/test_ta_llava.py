@@ -31,6 +31,7 @@ def expected():
 
 @pytest.fixture(scope="module")
 def shipped():
+    """It stops to work when another engine ends, so the tests that use it come first."""
     return engine(SHIPPED_MODEL)
 
 
@@ -38,29 +39,6 @@ def test_40_requests_in_16_slots_alone_and_in_either_order(shipped, expected):
     assert_same(ask_vllm(shipped, requests(40)), expected)
     assert_same(ask_vllm(shipped, requests(40)[::-1]), expected[::-1])
     assert_same([ask_vllm(shipped, [request])[0] for request in requests(6)], expected[:6])
-
-
-def test_chunked_prefill_and_prefix_caching_are_off_also_if_asked_for(expected):
-    llm = engine(
-        SHIPPED_MODEL,
-        enable_chunked_prefill=True,
-        max_num_batched_tokens=32,
-        long_prefill_token_threshold=16,
-        enable_prefix_caching=True,
-        block_size=32,
-    )
-    config = llm.llm_engine.vllm_config
-    assert not config.scheduler_config.enable_chunked_prefill
-    assert not config.cache_config.enable_prefix_caching
-    assert config.scheduler_config.max_num_batched_tokens == 256
-    for _ in range(2):
-        assert_same(ask_vllm(llm, requests(20)), expected[:20])
-
-
-def test_requests_that_are_preempted_answer_the_same(expected):
-    llm = engine(SHIPPED_MODEL, block_size=32, num_gpu_blocks_override=18, disable_log_stats=False)
-    assert_same(ask_vllm(llm, requests(20)), expected[:20])
-    assert num_preemptions(llm) > 0
 
 
 def test_two_questions_about_one_image_in_either_order_encode_it_once(shipped, monkeypatch):
@@ -96,6 +74,35 @@ def test_images_are_told_apart_by_all_their_uuids(shipped):
         assert list(output.prompt_token_ids) == expected[n].prompt_ids
     assert shipped.llm_engine.renderer.mm_processor_cache is not None
     assert_same(ask_vllm(shipped, asked), expected)
+
+
+def test_a_prompt_with_an_image_needs_a_response_marker(shipped):
+    prompt = {"prompt": "<image>what color?", "multi_modal_data": {"image": picture(0)}}
+    with pytest.raises(ValueError, match="A prompt with images has no response marker"):
+        shipped.generate(prompt, use_tqdm=False)
+
+
+def test_chunked_prefill_and_prefix_caching_are_off_also_if_asked_for(expected):
+    llm = engine(
+        SHIPPED_MODEL,
+        enable_chunked_prefill=True,
+        max_num_batched_tokens=32,
+        long_prefill_token_threshold=16,
+        enable_prefix_caching=True,
+        block_size=32,
+    )
+    config = llm.llm_engine.vllm_config
+    assert not config.scheduler_config.enable_chunked_prefill
+    assert not config.cache_config.enable_prefix_caching
+    assert config.scheduler_config.max_num_batched_tokens == 256
+    for _ in range(2):
+        assert_same(ask_vllm(llm, requests(20)), expected[:20])
+
+
+def test_requests_that_are_preempted_answer_the_same(expected):
+    llm = engine(SHIPPED_MODEL, block_size=32, num_gpu_blocks_override=18, disable_log_stats=False)
+    assert_same(ask_vllm(llm, requests(20)), expected[:20])
+    assert num_preemptions(llm) > 0
 
 
 MODELS = {
@@ -140,12 +147,6 @@ def test_a_part_of_a_prompt_is_an_error(chunk, monkeypatch):
     llm = engine(SHIPPED_MODEL, enable_chunked_prefill=True, max_num_batched_tokens=chunk, enable_prefix_caching=False)
     with pytest.raises(RuntimeError, match="A part of a prompt has arrived"):
         ask_vllm(llm, [Request([picture(0)], "what is in the image? " * 3)])
-
-
-def test_a_prompt_with_an_image_needs_a_response_marker(shipped):
-    prompt = {"prompt": "<image>what color?", "multi_modal_data": {"image": picture(0)}}
-    with pytest.raises(ValueError, match="A prompt with images has no response marker"):
-        shipped.generate(prompt, use_tqdm=False)
 
 
 @pytest.mark.parametrize(("images", "tokens"), [(1, 3), (2, 3), (1, 8), (3, 7)])
