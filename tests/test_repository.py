@@ -122,7 +122,7 @@ LAYERS = [
     {"common"},
     {"data"},
     {"building", "inference"},
-    {"training", "evaluation", "analysis"},
+    {"training", "evaluation", "analysis", "serving"},
     {"publishing"},
     {"cli"},
 ]

@@ -43,6 +43,7 @@ from transformers import (
     StaticCache,
 )
 from transformers.cache_utils import StaticLayer
+from transformers.image_utils import SizeDict
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ta_llava import (
@@ -1160,6 +1161,20 @@ def test_the_budget_of_a_processor_is_saved_and_may_be_set(tmp_path):
         count(num_visual_tokens=40)
     assert loaded._get_num_multimodal_tokens([[24, 24], [100, 30]]).num_image_tokens == [11, 11]
     assert loaded._get_num_multimodal_tokens([[24, 24]], num_visual_tokens=3).num_image_tokens == [3]
+
+
+@pytest.mark.parametrize("settings", [{"do_center_crop": False, "crop_size": None}, {"do_center_crop": False}])
+def test_images_that_are_not_cropped_are_counted_by_their_size(settings):
+    """vLLM sizes its memory by this count. An image processor that does not crop may say a size of crops all the same."""
+    processor = build_processor(use_vmtc=True, vmtc_keep_ratio=0.5)
+    processor.image_processor.size = SizeDict(height=24, width=24)
+    processor.image_processor.crop_size = SizeDict(height=48, width=48)
+    for name, value in settings.items():
+        setattr(processor.image_processor, name, value)
+    written = processor(images=Image.new("RGB", (100, 30)), text="<image> a")["input_ids"][0].count(IMAGE)
+    counted = processor._get_num_multimodal_tokens([[30, 100]])
+    assert (counted.num_image_tokens, counted.num_image_patches) == ([written], [1])
+    assert processor._get_num_multimodal_tokens().num_image_tokens is None
 
 
 def test_a_ratio_that_is_none_is_named():

@@ -1,0 +1,26 @@
+"""
+Both systems on vLLM. `register` is the plugin: vLLM calls it in each of its processes, by the entry point
+`vllm.general_plugins`. Nothing else of the package imports this folder, and importing it does not import vLLM.
+"""
+
+
+def register() -> None:
+    """Tells vLLM the two architectures, and Transformers their configs and processors."""
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.renderers.registry import RENDERER_REGISTRY
+    from vllm.tokenizers.registry import TokenizerRegistry
+
+    from .. import auto_classes  # noqa: F401 - registers configs and processors, so that no code of a checkpoint is run
+    from .config_hooks import RENDERER, TaLlavaHook, VmtcLlavaHook
+
+    for architecture, module, name, hook in (
+        ("VmtcCmaiLlavaForConditionalGeneration", "vmtc_llava", "VllmVmtcLlava", VmtcLlavaHook),
+        ("TaLlavaForConditionalGeneration", "ta_llava", "VllmTaLlava", TaLlavaHook),
+    ):
+        ModelRegistry.register_model(architecture, f"{__name__}.{module}:{name}")
+        MODELS_CONFIG_MAP[architecture] = hook
+    if RENDERER not in RENDERER_REGISTRY.renderers:  # vLLM may call this several times
+        # vLLM chooses renderer and tokenizer by one name. The tokenizer is its usual one.
+        RENDERER_REGISTRY.register(RENDERER, f"{__name__}.renderer", "TaLlavaRenderer")
+        TokenizerRegistry.register(RENDERER, "vllm.tokenizers.hf", "CachedHfTokenizer")

@@ -1,0 +1,106 @@
+"""What vLLM checks and sets in its configs before it builds a model of this package."""
+
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from ..vmtc import TRAINING_FREE_VMTC, single_feature_layer
+from ..vmtc_cmai_patch import VmtcCmaiLlavaConfig
+
+
+# Under the name of vLLM, whose logging then shows what is logged here.
+logger = init_logger(f"vllm.{__name__}")
+
+RENDERER = "ta_llava"  # its name in the registry of vLLM
+TOWERS = ("clip_vision_model", "siglip_vision_model")
+BACKBONES = ("gemma2", "llama", "mistral", "qwen2", "qwen3")
+
+
+class VmtcLlavaHook(VerifyAndUpdateConfig):
+    """Hook of a LLaVA with VMTC, which may be a stock checkpoint."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """
+        Gives a stock LLaVA that `hf_overrides` turn into one with VMTC the config of this package.
+
+        Raises:
+            `ValueError`: The config asks for CMAI, for several feature layers, or for a tower that vLLM cannot compress.
+        """
+        config = model_config.hf_config
+        if config.model_type != VmtcCmaiLlavaConfig.model_type:
+            fields = {**TRAINING_FREE_VMTC, **config.to_dict(), "model_type": VmtcCmaiLlavaConfig.model_type}
+            vmtc_config: Any = VmtcCmaiLlavaConfig.from_dict(fields)
+            # vLLM holds the text config at a second place, and has already set fields of it.
+            vmtc_config.text_config = config.text_config
+            model_config.hf_config = config = vmtc_config
+        if config.use_cmai:
+            raise ValueError(
+                "CMAI changes the attention scores of every layer, which the kernels of vLLM do not hand out. Serve the "
+                "model without it, `--hf-overrides '{\"use_cmai\": false}'`, or answer with `generate()`."
+            )
+        if single_feature_layer(config.vision_feature_layer) is None:
+            raise ValueError(
+                f"`vision_feature_layer` is {config.vision_feature_layer}, but vLLM reads one layer of the tower only. Use "
+                '`generate()`, or `model_impl="transformers"`.'
+            )
+        if config.vision_config.model_type not in TOWERS:
+            raise ValueError(
+                f"The vision tower is a {config.vision_config.model_type!r}. Here vLLM knows {', '.join(TOWERS)}. Use "
+                '`model_impl="transformers"`.'
+            )
+
+
+class TaLlavaHook(VerifyAndUpdateConfig):
+    """Hook of a TA-LLaVA, whose prefix must see the whole prompt in one step."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """
+        Chooses the renderer of TA-LLaVA.
+
+        Raises:
+            `ValueError`: The language model is not one of `BACKBONES`.
+        """
+        if model_config.tokenizer_mode in ("auto", "hf"):
+            model_config.tokenizer_mode = RENDERER
+        text_config = model_config.hf_config.text_config
+        if text_config.model_type not in BACKBONES:
+            raise ValueError(
+                f"The language model is a {text_config.model_type!r}. On vLLM, TA-LLaVA knows {', '.join(BACKBONES)}. Use "
+                "`generate()`."
+            )
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """Turns chunked prefill and prefix caching off, also if you ask for them. A step can hold the longest prompt."""
+        scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
+        if scheduler.enable_chunked_prefill or cache.enable_prefix_caching:
+            logger.info(
+                "TA-LLaVA: chunked prefill and prefix caching are off, because the prefix reads the whole instruction in "
+                "one step."
+            )
+        scheduler.enable_chunked_prefill = False
+        scheduler.disable_chunked_mm_input = True
+        scheduler.long_prefill_token_threshold = 0
+        scheduler.max_num_batched_tokens = max(
+            scheduler.max_num_batched_tokens, vllm_config.model_config.max_model_len
+        )
+        cache.enable_prefix_caching = False
+
+
+def check_whole_prompts(vllm_config: Any) -> None:
+    """Raises `ValueError` if vLLM may split a prompt of a TA-LLaVA, because something has undone the hook's settings."""
+    scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
+    settings = {
+        "enable_chunked_prefill": scheduler.enable_chunked_prefill,
+        "enable_prefix_caching": cache.enable_prefix_caching,
+        "long_prefill_token_threshold": scheduler.long_prefill_token_threshold,
+    }
+    if any(settings.values()) or scheduler.max_num_batched_tokens < vllm_config.model_config.max_model_len:
+        raise ValueError(
+            f"TA-LLaVA needs each prompt whole in one step, but the settings are {settings}, and a step holds "
+            f"{scheduler.max_num_batched_tokens} tokens of a context of {vllm_config.model_config.max_model_len}. Set the "
+            "first three to False or 0 and `max_num_batched_tokens` to the context."
+        )
