@@ -237,11 +237,12 @@ class VmtcCmaiViewsProcessorMixin(VmtcCmaiProcessorMixin):
         if image_sizes is not None and self.use_vmtc:
             images_kwargs = self._merge_kwargs(VmtcCmaiProcessorKwargs, **kwargs)["images_kwargs"]
             budget = images_kwargs.get("num_visual_tokens")
-            layouts = [self._layout(image_size, self._view_size()) for image_size in image_sizes]
+            layouts = [self._layout(image_size, self.view_size) for image_size in image_sizes]
             data.num_image_tokens = [count_packed_tokens(layout, self, budget) for layout in layouts]
         return data
 
-    def _view_size(self: Any) -> int:
+    @property
+    def view_size(self: Any) -> int:
         """Pixels on each side of a view."""
         size = self.image_processor.size
         return int(size.get("shortest_edge") or size["height"])
