@@ -100,6 +100,8 @@ class VmtcCmaiViewsModelMixin(VmtcCmaiModelMixin):
             vision_feature_layer = config.vision_feature_layer
         if vision_feature_select_strategy is None:
             vision_feature_select_strategy = config.vision_feature_select_strategy
+        if torch.compiler.is_compiling() or is_compiled(self.vision_tower):
+            self._install_hooks()
         # CODEPATH: stock checkpoints do not use VMTC.
         if config.use_vmtc:
             others: Any = kwargs
@@ -114,8 +116,6 @@ class VmtcCmaiViewsModelMixin(VmtcCmaiModelMixin):
             )
         if num_visual_tokens is not None:
             count_visual_tokens(config, 0, num_visual_tokens)  # a budget without VMTC is an error
-        if torch.compiler.is_compiling() or is_compiled(self.vision_tower):
-            self._install_hooks()
         return super().get_image_features(  # type: ignore[misc]
             pixel_values,
             image_sizes,
@@ -172,6 +172,11 @@ class VmtcCmaiViewsModelMixin(VmtcCmaiModelMixin):
         for layout in layouts:
             count_packed_tokens(layout, config, num_visual_tokens)  # raises if the budget is not possible
         total, budget = total_of_call(config, num_visual_tokens), None
+        if total is not None and (torch.compiler.is_compiling() or is_compiled(self.vision_tower)):
+            raise ValueError(
+                f"`vmtc_total_visual_tokens` is {total}, but a compiled vision tower cannot wait for what is in a picture. Use "
+                "`vmtc_num_visual_tokens`, or do not compile."
+            )
         if total is None:
             budget = count_visual_tokens(config, num_patches, num_visual_tokens)
             if all(count == num_patches for layout in layouts for count in layout.count_patches()):
