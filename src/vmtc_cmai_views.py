@@ -93,9 +93,15 @@ class VmtcCmaiViewsModelMixin(VmtcCmaiModelMixin):
             list of visual tokens `(tokens, d)`, one element per picture.
 
         Raises:
-            `ValueError`: The pictures do not allow the budget, or the tower is not built like CLIP, SigLIP or DINOv2.
+            `ValueError`: The sizes are missing, the pictures do not allow the budget, or the tower is not built like CLIP,
+                SigLIP or DINOv2.
         """
         config = self.config
+        if image_sizes is None:
+            raise ValueError(
+                "`pixel_values` are given without `image_sizes`, which say how many views each picture has. The processor "
+                "makes both."
+            )
         if vision_feature_layer is None:
             vision_feature_layer = config.vision_feature_layer
         if vision_feature_select_strategy is None:
@@ -174,8 +180,8 @@ class VmtcCmaiViewsModelMixin(VmtcCmaiModelMixin):
         total, budget = total_of_call(config, num_visual_tokens), None
         if total is not None and (torch.compiler.is_compiling() or is_compiled(self.vision_tower)):
             raise ValueError(
-                f"`vmtc_total_visual_tokens` is {total}, but a compiled vision tower cannot wait for what is in a picture. Use "
-                "`vmtc_num_visual_tokens`, or do not compile."
+                f"`vmtc_total_visual_tokens` is {total}, but a compiled vision tower cannot wait for what is in a picture. "
+                "Use `vmtc_num_visual_tokens`, or do not compile."
             )
         if total is None:
             budget = count_visual_tokens(config, num_patches, num_visual_tokens)

@@ -9,6 +9,7 @@ from command_line import run
 from families import FAMILIES, VIEWS, build_processor, build_stock, ours
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import pipeline
 
 from ta_llava.analysis.cost import count_cost, read_config
 from ta_llava.analysis.visualize import visualize, visualize_inhibition
@@ -78,6 +79,12 @@ def test_a_compressed_checkpoint_answers_and_can_be_exported(family, stock, tmp_
     questions = [([photo], "what is it"), ([photo, photo], "a b"), ([], "c")]
     answers = list(answer(model, processor, questions, batch_size=3, max_new_tokens=4))
     assert answers == [each for one in questions for each in answer(model, processor, [one], max_new_tokens=4)]
+    pipe = pipeline("image-text-to-text", model=str(tmp_path / "out"))
+    content = [{"type": "image", "path": str(photo)}, {"type": "text", "text": "what is it"}]
+    [piped] = pipe(
+        text=[{"role": "user", "content": content}], max_new_tokens=4, return_full_text=False, do_sample=False
+    )
+    assert piped["generated_text"].strip() == answers[0]
     code, output, error = run(
         "ask",
         "--model",
