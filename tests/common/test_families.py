@@ -105,6 +105,27 @@ def test_a_compressed_checkpoint_answers_and_can_be_exported(family, stock, tmp_
     assert "VMTC" in (tmp_path / "export" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("family", VIEWS)
+def test_a_total_budget_is_written(family, stock, tmp_path):
+    code, output, error = run("compress", stock[family], tmp_path / "total", "--total-visual-tokens", "20")
+    assert code == 0 and "VMTC with 20 visual tokens." in output, error
+    model, processor = load(tmp_path / "total")
+    assert (model.config.vmtc_total_visual_tokens, model.config.vmtc_num_visual_tokens) == (20, None)
+    assert (
+        next(answer(model, processor, [([stock[family] / "photo.png"], "what is it")], max_new_tokens=2)) is not None
+    )
+    config = compress_llava(tmp_path / "total", tmp_path / "views", 9)  # replaces it
+    assert (config.vmtc_total_visual_tokens, config.vmtc_num_visual_tokens) == (None, 9)
+    for source, arguments, message in (
+        (stock[family], (9,), "of each view \\(9\\) or of a whole picture \\(20\\), not both"),
+        (stock["llava"], (), "a 'llava' model does not cut pictures into views"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compress_llava(source, tmp_path / "other", *arguments, total_visual_tokens=20)
+    with pytest.raises(ValueError, match="is 4 visual tokens, but it has up to 5 views"):
+        compress_llava(stock[family], tmp_path / "other", total_visual_tokens=4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_stock_checkpoint_answers_as_it_is(family, stock):
     model, processor = load(stock[family])
