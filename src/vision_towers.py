@@ -69,13 +69,15 @@ class TowerCompression:
         """The attention mask of a block. Images have no padding, and after a stage the tower's mask would be too long."""
         return None
 
-    def attention_row(self, query: torch.Tensor, key: torch.Tensor, scaling: float, stage: Any) -> torch.Tensor:
+    def attention_row(self, query: torch.Tensor, key: torch.Tensor, scaling: float, stage: Any = None) -> torch.Tensor:
         """The row of attention weights that the importance needs, `(B, heads, 1, tokens)`."""
         function = class_token_attention if self.has_class_token else mean_received_attention
         with maybe_autocast(query.device.type, enabled=False):
             return function(query, key, scaling, getattr(stage, "is_real", None))
 
-    def complete_row(self, row: torch.Tensor | None, attention: Any, normed: torch.Tensor, stage: Any) -> torch.Tensor:
+    def complete_row(
+        self, row: torch.Tensor | None, attention: Any, normed: torch.Tensor, stage: Any = None
+    ) -> torch.Tensor:
         """
         Returns `row` if the attention has made an `attention_row`. If not, computes it from the projections of `attention`
         and its input `normed` `(B, tokens, d)`. The weights of eager attention are no such row: dropout and half precision

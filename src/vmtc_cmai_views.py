@@ -93,13 +93,21 @@ class VmtcCmaiViewsModelMixin(VmtcCmaiModelMixin):
             list of visual tokens `(tokens, d)`, one element per picture.
 
         Raises:
-            `ValueError`: The pictures do not allow the budget, or the tower is not built like CLIP, SigLIP or DINOv2.
+            `ValueError`: The sizes are missing, the pictures do not allow the budget, or the tower is not built like CLIP,
+                SigLIP or DINOv2.
         """
         config = self.config
+        if image_sizes is None:
+            raise ValueError(
+                "`pixel_values` are given without `image_sizes`, which say how many views each picture has. The processor "
+                "makes both."
+            )
         if vision_feature_layer is None:
             vision_feature_layer = config.vision_feature_layer
         if vision_feature_select_strategy is None:
             vision_feature_select_strategy = config.vision_feature_select_strategy
+        if torch.compiler.is_compiling() or is_compiled(self.vision_tower):
+            self._install_hooks()
         # CODEPATH: stock checkpoints do not use VMTC.
         if config.use_vmtc:
             others: Any = kwargs
@@ -114,8 +122,6 @@ class VmtcCmaiViewsModelMixin(VmtcCmaiModelMixin):
             )
         if num_visual_tokens is not None:
             count_visual_tokens(config, 0, num_visual_tokens)  # a budget without VMTC is an error
-        if torch.compiler.is_compiling() or is_compiled(self.vision_tower):
-            self._install_hooks()
         return super().get_image_features(  # type: ignore[misc]
             pixel_values,
             image_sizes,
@@ -172,6 +178,11 @@ class VmtcCmaiViewsModelMixin(VmtcCmaiModelMixin):
         for layout in layouts:
             count_packed_tokens(layout, config, num_visual_tokens)  # raises if the budget is not possible
         total, budget = total_of_call(config, num_visual_tokens), None
+        if total is not None and (torch.compiler.is_compiling() or is_compiled(self.vision_tower)):
+            raise ValueError(
+                f"`vmtc_total_visual_tokens` is {total}, but a compiled vision tower cannot wait for what is in a picture. "
+                "Use `vmtc_num_visual_tokens`, or do not compile."
+            )
         if total is None:
             budget = count_visual_tokens(config, num_patches, num_visual_tokens)
             if all(count == num_patches for layout in layouts for count in layout.count_patches()):
@@ -237,11 +248,12 @@ class VmtcCmaiViewsProcessorMixin(VmtcCmaiProcessorMixin):
         if image_sizes is not None and self.use_vmtc:
             images_kwargs = self._merge_kwargs(VmtcCmaiProcessorKwargs, **kwargs)["images_kwargs"]
             budget = images_kwargs.get("num_visual_tokens")
-            layouts = [self._layout(image_size, self._view_size()) for image_size in image_sizes]
+            layouts = [self._layout(image_size, self.view_size) for image_size in image_sizes]
             data.num_image_tokens = [count_packed_tokens(layout, self, budget) for layout in layouts]
         return data
 
-    def _view_size(self: Any) -> int:
+    @property
+    def view_size(self: Any) -> int:
         """Pixels on each side of a view."""
         size = self.image_processor.size
         return int(size.get("shortest_edge") or size["height"])

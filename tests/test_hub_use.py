@@ -289,7 +289,9 @@ def test_transformers_chat(served, without_image, python_of_a_user, tmp_path):
 
 # The rules of `mlinter` are for files of these names; what is in a file that has none of them decides which it gets.
 RULES = ("configuration_", "modeling_", "processing_")
-LINTED_AS = {"vmtc_cmai_patch.py": RULES} | dict.fromkeys(("cmai.py", "prefix_adapters.py"), ("modeling_",))
+LINTED_AS = {"vmtc_cmai_patch.py": RULES, "vmtc_cmai_mixins.py": RULES} | dict.fromkeys(
+    ("cmai.py", "prefix_adapters.py"), ("modeling_",)
+)
 # TRF057 asks for docstrings that are put together from those of the library. Outside of the library this prints what it did
 # not find, on every import.
 RULES_OFF = ("TRF057",)

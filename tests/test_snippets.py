@@ -16,6 +16,7 @@ import pytest
 import torch
 import typer
 from conftest import ROOT, SHIPPED_LLAVA, SHIPPED_MODEL
+from families import build_processor, build_stock
 from hub_server import HubServer
 from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -132,6 +133,8 @@ def models(tmp_path_factory) -> dict[str, Path]:
         LlamaForCausalLM(config).save_pretrained(folder / name)
         tokenizer.chat_template = template
         tokenizer.save_pretrained(folder / name)
+    for part in (build_stock("llava_next"), build_processor("llava_next", stock=True)):
+        part.save_pretrained(folder / "next")
     return {
         "my-llava": folder / "my-llava",
         "my-model": folder / "my-model",
@@ -139,6 +142,7 @@ def models(tmp_path_factory) -> dict[str, Path]:
         "runs/easy-vqa": SHIPPED_MODEL,
         "runs/ta-llava/phase3": SHIPPED_MODEL,
         "llava-hf/llava-1.5-7b-hf": SHIPPED_LLAVA,
+        "llava-hf/llava-v1.6-vicuna-7b-hf": folder / "next",
         "openai/clip-vit-large-patch14-336": folder / "tower",
         "google/gemma-2-2b-it": folder / "gemma",
         "lmsys/vicuna-7b-v1.5": folder / "vicuna",

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, DynamicCache, StaticCache
 
 from ta_llava.image_views import count_packed_tokens
+from ta_llava.inference import compile_model
 
 
 OFF = {"use_vmtc": False, "use_cmai": False}
@@ -261,6 +262,18 @@ def test_eager_and_sdpa_agree(family):
     assert_close(model(**inputs).logits[real], default[real], 2e-4)
 
 
+def test_compiled_answers_are_the_same():
+    model, compiled = build("llava_next"), compile_model(build("llava_next"), backend="eager")
+    for rows in ([[(48, 48)]], [[(30, 60)]]):  # without padding, and with it
+        inputs = inputs_of(model, rows)
+        expected = generate(model, inputs)
+        static = {"cache_implementation": "static", "disable_compile": True}
+        assert torch.equal(generate(compiled, inputs, **static), expected)
+    compiled.config.vmtc_total_visual_tokens = 20
+    with pytest.raises(ValueError, match="`vmtc_total_visual_tokens` is 20, but a compiled vision tower"):
+        generate(compiled, inputs)
+
+
 # --- training ------------------------------------------------------------------------------------------------------
 
 
@@ -381,6 +394,8 @@ def test_what_views_cannot_have_is_refused(family):
         model.get_image_features(**pictures, vision_feature_select_strategy=strategy)
     with pytest.raises(ValueError, match="says that 1 pictures have 3 views"):
         model.get_image_features(**{**pictures, "pixel_values": pictures["pixel_values"][:, :2]})
+    with pytest.raises(ValueError, match="`pixel_values` are given without `image_sizes`"):
+        model(input_ids=torch.tensor([[BOS, IMAGE]]), pixel_values=pictures["pixel_values"])
     with pytest.raises(ValueError, match="has no `vision_features`"):
         model(input_ids=torch.tensor([[BOS, 20]]), vision_features=torch.randn(1, 9, 24))
 

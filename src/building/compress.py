@@ -51,6 +51,7 @@ def compress_llava(
     link: bool = True,
     progress: bool = False,
     preset: str | None = None,
+    total_visual_tokens: int | None = None,
 ) -> VmtcCmaiConfig:
     """
     Copies a LLaVA, LLaVA-NeXT or LLaVA-OneVision from a folder or Hub repo to a new folder, from which the same weights load
@@ -79,6 +80,9 @@ def compress_llava(
             How VMTC works (`VMTC_PRESETS`). `"training-free"`: for weights that are used as they are. `"paper"`: for weights
             that you will train with VMTC. By default, a stock LLaVA gets `"training-free"`, and one that is compressed
             already keeps its settings.
+        total_visual_tokens (`int`, *optional*):
+            In place of `num_visual_tokens`, for a model that cuts pictures into views: turns VMTC on and keeps this many
+            visual tokens of a whole picture.
 
     Returns:
         [`VmtcCmaiConfig`]: The content of `config.json`.
@@ -89,7 +93,9 @@ def compress_llava(
     """
     out = Path(out)
     check_new_folder(out)
-    folder, config, processor = compressed_parts(source, num_visual_tokens, cmai_max_ratio, preset)
+    folder, config, processor = compressed_parts(
+        source, num_visual_tokens, cmai_max_ratio, preset, total_visual_tokens
+    )
     files = _find_weights(source, folder)
 
     with atomic_folder(out) as unfinished:
@@ -109,6 +115,7 @@ def compressed_parts(
     num_visual_tokens: int | None = None,
     cmai_max_ratio: float | None = None,
     preset: str | None = None,
+    total_visual_tokens: int | None = None,
 ) -> tuple[Path, Any, Any]:
     """
     Prepares what `compress_llava` writes beside the weights. Arguments and errors are those of `compress_llava`.
@@ -119,6 +126,13 @@ def compressed_parts(
     if preset is not None and preset not in VMTC_PRESETS:
         raise ValueError(f"The preset must be one of {', '.join(VMTC_PRESETS)}, got {preset!r}.")
     flags = vmtc_cmai_flags(num_visual_tokens, cmai_max_ratio)
+    if total_visual_tokens is not None:
+        if num_visual_tokens is not None:
+            raise ValueError(
+                f"Give the visual tokens of each view ({num_visual_tokens}) or of a whole picture ({total_visual_tokens}), "
+                "not both."
+            )
+        flags |= {"use_vmtc": True, "vmtc_total_visual_tokens": total_visual_tokens}
     folder = _find_source(source)
     config = _compressed_config(source, folder, flags, preset)
     if folder != Path(source):
@@ -293,8 +307,12 @@ def _compressed_config(source: str | Path, folder: Path, flags: dict[str, Any], 
             flags |= {"use_vmtc": True, "vmtc_num_visual_tokens": None, "vmtc_keep_ratio": DEFAULT_KEEP_RATIO}
             flags |= {"use_cmai": True, "cmai_max_ratio": DEFAULT_CMAI_MAX_RATIO}
         family = family_of(stock.get("model_type"))
+        if "vmtc_total_visual_tokens" in flags and not _without_total(family.config):
+            raise ValueError(
+                f"a {family.stock_type!r} model does not cut pictures into views, so it has no budget for all of them"
+            )
         if flags.get("use_vmtc"):
-            flags |= _without_total(family.config)
+            flags = _without_total(family.config) | flags
         if preset is None and stock.get("model_type") == family.stock_type:  # it was not trained with VMTC
             preset = "training-free"
         if preset is not None:
@@ -399,6 +417,14 @@ def _fit_processor_of_views(
         layouts = model._layouts([(64, 64)])
         if hasattr(processor, "patch_size"):
             processor.num_additional_image_tokens = int(has_class_token(model.vision_tower))
+        canvases = [rows * columns for rows, columns in settings.image_grid_pinpoints]
+        most = 1 + max(canvases) // settings.vision_config.image_size**2
+        total = settings.vmtc_total_visual_tokens
+        if config.use_vmtc and total is not None and total < most:
+            raise ValueError(
+                f"the budget of a picture is {total} visual tokens, but it has up to {most} views, and each keeps at least "
+                "one"
+            )
         if config.use_vmtc:
             views = pixel_values.new_empty(num_views, *pixel_values.shape[2:], device="meta")
             model._compression_of_views(views, layouts, settings.vision_feature_layer, None)

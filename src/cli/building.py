@@ -27,6 +27,14 @@ def compress(
     ],
     out: OutFolder,
     visual_tokens: _VisualTokens = None,
+    total_visual_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Turn VMTC on and keep this many visual tokens of a whole image that is cut into views: more of the "
+            "important views.",
+            show_default=False,
+        ),
+    ] = None,
     cmai: Annotated[
         float | None,
         typer.Option(
@@ -50,8 +58,8 @@ def compress(
     Write a LLaVA with VMTC (fewer visual tokens) and CMAI (inhibited attention to them) turned on. The weights stay as they
     are. The new folder loads anywhere with trust_remote_code=True.
 
-    Settings you don't pass are unchanged. If you pass neither --visual-tokens nor --cmai, and LLAVA has both off, this turns
-    both on: half of the tokens, and 0.6.
+    Settings you don't pass are unchanged. If you pass no budget and no --cmai, and LLAVA has both off, this turns both on:
+    half of the tokens, and 0.6.
     """
     with errors_as_messages():
         check_new_folder(out)
@@ -62,7 +70,16 @@ def compress(
         from ..building.compress import compress_llava
 
         logging.set_verbosity_error()
-        config = compress_llava(llava, out, visual_tokens, cmai, link=not copy, progress=True, preset=preset)
+        config = compress_llava(
+            llava,
+            out,
+            visual_tokens,
+            cmai,
+            link=not copy,
+            progress=True,
+            preset=preset,
+            total_visual_tokens=total_visual_tokens,
+        )
     total = getattr(config, "vmtc_total_visual_tokens", None)
     budget = total or config.vmtc_num_visual_tokens or f"{config.vmtc_keep_ratio:.0%} of the"
     settings = [f"VMTC with {budget} visual tokens"] if config.use_vmtc else []

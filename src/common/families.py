@@ -49,6 +49,9 @@ FAMILIES = (
     Family(VmtcCmaiLlavaOnevisionForConditionalGeneration, VmtcCmaiLlavaOnevisionProcessor, LlavaOnevisionProcessor),
 )
 LLAVA_TYPES = tuple(model_type for family in FAMILIES for model_type in family.types)
+VIEWS_TYPES = tuple(
+    model_type for family in FAMILIES for model_type in family.types if hasattr(family.config, "image_grid_pinpoints")
+)
 COMPRESSED_TYPES = tuple(family.config.model_type for family in FAMILIES)
 
 

@@ -106,7 +106,7 @@ class _Preparation:
     def fingerprint(self, records: datasets.Dataset) -> str:
         """A hash of everything that the rows depend on, the code included."""
         processor = self.encoder.processor
-        settings = [self.max_length, self.image_folder, self.keep_text_only, self.is_json, self.encoder._placeholders]
+        settings = [self.max_length, self.image_folder, self.keep_text_only, self.is_json]
         return Hasher.hash(
             [
                 records._fingerprint,
@@ -118,7 +118,7 @@ class _Preparation:
                 processor.tokenizer.backend_tokenizer.to_str(),
                 str(processor.tokenizer.special_tokens_map),
                 str(processor.chat_template),
-                str([processor.image_token_id, self.encoder.num_prefix_tokens, *settings]),
+                str([processor.image_token_id, *self.encoder.settings, *settings]),
             ]
         )
 
@@ -396,7 +396,8 @@ class Collator:
         Returns:
             `dict`: `input_ids`, `attention_mask`, `labels` `(B, S)`. For TA-LLaVA with images also `image_mask` `(B, I)`
             and `pixel_values` `(B, I, 3, H, W)` or `vision_features` `(B, I, M, d)`, zeros where a row has fewer images;
-            for LLaVA `(N, 3, H, W)` or `(N, M, d)`, the images of all rows one after the other.
+            for LLaVA `(N, 3, H, W)` or `(N, M, d)`, the images of all rows one after the other; and for images in views what
+            their processor makes of them.
 
         Raises:
             `ValueError`: An image cannot be read any more.
@@ -411,13 +412,16 @@ class Collator:
         rows = [as_list(item["images"]) for item in items]
         if not any(rows):
             return batch
+        if hasattr(self.processor, "view_size"):  # which images belong to one row may decide about their views
+            opened = [[self._open(image, item) for image in row] for item, row in zip(items, rows)]
+            return {**batch, **self.processor(images=opened, return_tensors="pt")}
         if self.vision_features is not None:
             name = "vision_features"
             images = torch.stack([self.vision_features.get(image) for row in rows for image in row])
         else:
             name = "pixel_values"
-            opened = [self._open(image, item) for item, row in zip(items, rows) for image in row]
-            images = torch.as_tensor(self.processor(images=opened, return_tensors="pt")["pixel_values"])
+            one_by_one = [self._open(image, item) for item, row in zip(items, rows) for image in row]
+            images = torch.as_tensor(self.processor(images=one_by_one, return_tensors="pt")["pixel_values"])
             images = images.flatten(0, -4)  # (N, 3, H, W)
         if not self.images_by_row:
             return {**batch, name: images}

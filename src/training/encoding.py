@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from ..common.errors import one_line
-from ..data.samples import IMAGE, Sample, SampleError, as_items, as_text
+from ..data.samples import IMAGE, Sample, SampleError, as_items, as_text, open_image
 
 
 logger = logging.get_logger(__name__)
@@ -27,13 +27,15 @@ _QUESTION, _ANSWER = "\ue000", "\ue001"
 class SampleEncoder:
     """
     Makes token ids and labels of samples. The ids are those of
-    `processor(text=processor.apply_chat_template(messages), images=...)`, with one BOS, but the images are not opened.
-    Answers are labelled, with the token that ends their turn; all else is not.
+    `processor(text=processor.apply_chat_template(messages), images=...)`, with one BOS. The images are opened only if their
+    sizes decide how many tokens they have, as in LLaVA-NeXT and LLaVA-OneVision. Answers are labelled, with the token that
+    ends their turn; all else is not.
 
     The chat template needs no `{% generation %}`: another answer in the place of each shows what it writes around them.
 
     Args:
-        processor (`TaLlavaProcessor` or `VmtcCmaiLlavaProcessor`): It has a fast tokenizer and a chat template.
+        processor (`TaLlavaProcessor`, `VmtcCmaiLlavaProcessor` or that of a family after it): It has a fast tokenizer and a
+            chat template.
 
     Raises:
         `ValueError`: The processor has another class, its images differ in their number of tokens, or its chat template
@@ -51,14 +53,22 @@ class SampleEncoder:
         self.num_prefix_tokens = getattr(processor, "num_prefix_tokens", 0)
         self._look_at_template()
         token = re.escape(processor.image_token)
+        self._image_pattern, self._placeholders = re.compile(token), ""
+        self._has_views = hasattr(processor, "view_size")
         if self.num_prefix_tokens:  # TA-LLaVA takes the images out of the text
-            self._image_pattern, self._placeholders = re.compile(token + r"\n?"), ""
-        else:
-            self._image_pattern, self._placeholders = (
-                re.compile(token),
-                processor.image_token * self._tokens_per_image(),
-            )
+            self._image_pattern = re.compile(token + r"\n?")
+        elif not self._has_views:
+            self._placeholders = processor.image_token * self._tokens_per_image()
         self._check_ids()
+
+    @property
+    def settings(self) -> list[Any]:
+        """What the placeholders of images depend on."""
+        sizes = [(24, 24), (20, 1000), (1000, 20), (1000, 1000)]
+        placeholders = (
+            [self._placeholders_of_views([size]) for size in sizes] if self._has_views else self._placeholders
+        )
+        return [self.num_prefix_tokens, placeholders]
 
     def __call__(self, sample: Sample) -> dict[str, Any]:
         """
@@ -84,7 +94,10 @@ class SampleEncoder:
         except ValueError as error:
             raise SampleError(sample.id, sample.index, sample.source, str(error)) from error
 
-        input_ids, offsets, moved = self._tokenize(text)
+        try:
+            input_ids, offsets, moved = self._tokenize(text, self._placeholders_of(sample.images))
+        except ValueError as error:  # an image cannot be read
+            raise SampleError(sample.id, sample.index, sample.source, str(error)) from error
         is_answer = np.zeros(len(input_ids), dtype=bool)
         for start, end in spans:
             is_answer |= (offsets[:, 0] < moved(end)) & (offsets[:, 1] > moved(start))
@@ -97,17 +110,33 @@ class SampleEncoder:
             "length": len(input_ids),
         }
 
-    def _tokenize(self, text: str) -> tuple[list[int], np.ndarray, Callable[[int], int]]:
+    def _placeholders_of(self, images: Sequence[Any]) -> list[str]:
+        """What stands for each image of a sample. Raises `ValueError` if its size decides, and it cannot be read."""
+        if not self._has_views:
+            return [self._placeholders] * len(images)
+        return self._placeholders_of_views([open_image(image).size[::-1] for image in images])
+
+    def _placeholders_of_views(self, sizes: list[tuple[int, int]]) -> list[str]:
+        """What stands for each image of a sample, by heights and widths."""
+        view = np.empty((3, self.processor.view_size, self.processor.view_size))
+        inputs = {"image_sizes": sizes, "batch_num_images": [len(sizes)], "pixel_values": [[view]]}
+        return [self.processor.replace_image_token(inputs, index) for index in range(len(sizes))]
+
+    def _tokenize(self, text: str, placeholders: list[str]) -> tuple[list[int], np.ndarray, Callable[[int], int]]:
         """
-        Tokenises what the template wrote, with placeholders for the images.
+        Tokenises what the template wrote, with `placeholders` for each of the images.
 
         Returns:
             The ids; start and end of each token in the text with placeholders, `(S, 2)`; and a function from places in
             `text` to places in that.
         """
         images = list(self._image_pattern.finditer(text))
-        grown = [(image.end(), len(self._placeholders) - len(image.group())) for image in images]
-        prompt = self._image_pattern.sub(self._placeholders, text)
+        grown = [
+            (image.end(), len(placeholder) - len(image.group()))
+            for image, placeholder in zip(images, placeholders, strict=True)
+        ]
+        in_order = iter(placeholders)
+        prompt = self._image_pattern.sub(lambda image: next(in_order), text)
         tokens = self.processor.tokenizer(
             prompt, add_special_tokens=self._needs_bos(prompt), return_offsets_mapping=True, verbose=False
         )
@@ -235,8 +264,8 @@ class SampleEncoder:
         text = self._render([self._for_template(message) for message in messages])
         image = Image.new("RGB", (64, 64))
         inputs = self.processor(images=[image], text=[text], add_special_tokens=self._needs_bos(text))
-        if list(inputs["input_ids"][0]) != self._tokenize(text)[0]:
+        if list(inputs["input_ids"][0]) != self._tokenize(text, self._placeholders_of([image]))[0]:
             raise ValueError(
                 f"A {type(self.processor).__name__} writes images into the text in a way that is not known here. Use a "
-                "TaLlavaProcessor or a VmtcCmaiLlavaProcessor."
+                "TaLlavaProcessor, a VmtcCmaiLlavaProcessor or that of a family after it."
             )

@@ -11,7 +11,7 @@ from ..configuration_ta_llava import TaLlavaConfig
 
 # Parts that a recipe may name under `train`, and their modules in the model without its head.
 _LLAVA_PARTS = {
-    "projector": ("multi_modal_projector", "image_newline"),  # the latter only of pictures in views
+    "projector": ("multi_modal_projector",),
     "language_model": ("language_model", "lm_head"),
     "vision_tower": ("vision_tower",),
 }
@@ -31,8 +31,8 @@ def train_only(model: Any, parts: Sequence[str]) -> None:
     """Freezes all parts of a model except the named `PARTS`."""
     model.requires_grad_(False)
     for part in parts:
-        for module in modules_of(model, part).values():
-            module.requires_grad_(True)
+        for parameter in _parameters_of(model, part).values():
+            parameter.requires_grad_(True)
 
 
 def modules_of(model: Any, part: str) -> dict[str, nn.Module]:
@@ -41,22 +41,32 @@ def modules_of(model: Any, part: str) -> dict[str, nn.Module]:
     return {name: getattr(owner, name) for name, owner in owners.items() if hasattr(owner, name)}
 
 
+def _parameters_of(model: Any, part: str) -> dict[str, nn.Parameter]:
+    """The parameters of a part by name."""
+    parameters = {
+        f"{module_name}.{name}": parameter
+        for module_name, module in modules_of(model, part).items()
+        for name, parameter in module.named_parameters()
+    }
+    newline = getattr(model.model, "image_newline", None) if part == "projector" else None
+    return parameters if newline is None else {**parameters, "image_newline": newline}  # of pictures in views
+
+
 def count_parameters(model: Any) -> dict[str, tuple[int, int]]:
     """Trainable and frozen parameters of each part. Shared parameters (tied embeddings) count once."""
     seen: set[int] = set()
     counts = {}
     for part in PARTS[model.config.model_type]:
         trainable = frozen = 0
-        for module in modules_of(model, part).values():
-            for name, parameter in module.named_parameters():
-                # PEFT keeps the originals of fully trained modules.
-                if id(parameter) not in seen and "original_module." not in name:
-                    seen.add(id(parameter))
-                    number = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves empty parameters
-                    if type(parameter).__name__ == "Params4bit":
-                        number *= 2  # two of them are in a byte
-                    trainable += number * parameter.requires_grad
-                    frozen += number * (not parameter.requires_grad)
+        for name, parameter in _parameters_of(model, part).items():
+            # PEFT keeps the originals of fully trained modules.
+            if id(parameter) not in seen and "original_module." not in name:
+                seen.add(id(parameter))
+                number = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves empty parameters
+                if type(parameter).__name__ == "Params4bit":
+                    number *= 2  # two of them are in a byte
+                trainable += number * parameter.requires_grad
+                frozen += number * (not parameter.requires_grad)
         counts[part] = (trainable, frozen)
     return counts
 

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from transformers.utils import is_bitsandbytes_available
 
 from ..common.errors import how_to_install, one_line
+from ..common.families import VIEWS_TYPES
 from .parts import PARTS
 from .typed_yaml import load_yaml, typed_fields
 
@@ -152,6 +153,11 @@ def check_recipe(recipe: Recipe, model_type: str) -> None:
     if recipe.global_batch_size < 1:
         raise ValueError(f"`global_batch_size` must be at least 1, got {recipe.global_batch_size}.")
     _check_data(recipe)
+    if recipe.cache_vision_features and model_type in VIEWS_TYPES:
+        raise ValueError(
+            f"`cache_vision_features` is not for a {model_type!r} model, whose images differ in their number of features. "
+            "Leave it out of the recipe."
+        )
     _check_combinations(recipe)
     _check_lora(recipe)
 

@@ -9,6 +9,7 @@ from command_line import run
 from families import FAMILIES, VIEWS, build_processor, build_stock, ours
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import pipeline
 
 from ta_llava.analysis.cost import count_cost, read_config
 from ta_llava.analysis.visualize import visualize, visualize_inhibition
@@ -78,6 +79,12 @@ def test_a_compressed_checkpoint_answers_and_can_be_exported(family, stock, tmp_
     questions = [([photo], "what is it"), ([photo, photo], "a b"), ([], "c")]
     answers = list(answer(model, processor, questions, batch_size=3, max_new_tokens=4))
     assert answers == [each for one in questions for each in answer(model, processor, [one], max_new_tokens=4)]
+    pipe = pipeline("image-text-to-text", model=str(tmp_path / "out"))
+    content = [{"type": "image", "path": str(photo)}, {"type": "text", "text": "what is it"}]
+    [piped] = pipe(
+        text=[{"role": "user", "content": content}], max_new_tokens=4, return_full_text=False, do_sample=False
+    )
+    assert piped["generated_text"].strip() == answers[0]
     code, output, error = run(
         "ask",
         "--model",
@@ -96,6 +103,27 @@ def test_a_compressed_checkpoint_answers_and_can_be_exported(family, stock, tmp_
     exported, _ = load(tmp_path / "export")
     assert all(torch.equal(value, exported.state_dict()[name]) for name, value in model.state_dict().items())
     assert "VMTC" in (tmp_path / "export" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("family", VIEWS)
+def test_a_total_budget_is_written(family, stock, tmp_path):
+    code, output, error = run("compress", stock[family], tmp_path / "total", "--total-visual-tokens", "20")
+    assert code == 0 and "VMTC with 20 visual tokens." in output, error
+    model, processor = load(tmp_path / "total")
+    assert (model.config.vmtc_total_visual_tokens, model.config.vmtc_num_visual_tokens) == (20, None)
+    assert (
+        next(answer(model, processor, [([stock[family] / "photo.png"], "what is it")], max_new_tokens=2)) is not None
+    )
+    config = compress_llava(tmp_path / "total", tmp_path / "views", 9)  # replaces it
+    assert (config.vmtc_total_visual_tokens, config.vmtc_num_visual_tokens) == (None, 9)
+    for source, arguments, message in (
+        (stock[family], (9,), "of each view \\(9\\) or of a whole picture \\(20\\), not both"),
+        (stock["llava"], (), "a 'llava' model does not cut pictures into views"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compress_llava(source, tmp_path / "other", *arguments, total_visual_tokens=20)
+    with pytest.raises(ValueError, match="is 4 visual tokens, but it has up to 5 views"):
+        compress_llava(stock[family], tmp_path / "other", total_visual_tokens=4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

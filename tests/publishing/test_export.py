@@ -315,6 +315,10 @@ TA_LLAVA_FILES = {
         {
             "vmtc_cmai_patch",
             "vmtc_cmai_mixins",
+            "vmtc_cmai_views",
+            "vmtc_cmai_llava_next",
+            "vmtc_cmai_llava_onevision",
+            "image_views",
             "vmtc",
             "cmai",
             "chat_messages",
