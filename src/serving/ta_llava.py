@@ -53,7 +53,7 @@ from ..image_inputs import TaLlavaEncodedImages
 from ..modeling_ta_llava import TaLlavaModel, find_instruction_end
 from ..prefix_adapters import PrefixReader, adapter_after_layer
 from ..processing_ta_llava import TaLlavaProcessor
-from .config_hooks import check_whole_prompts
+from .config_hooks import check_whole_prompts, split_graphs
 from .suppressed_tokens import SuppressedTokensMixin
 
 
@@ -257,6 +257,9 @@ class PrefixParts(TaLlavaModel):
 # --- the language model --------------------------------------------------------------------------------------------
 
 
+OPERATOR = "ta_llava_read_prefix"
+
+
 def read_prefix(hidden_states: torch.Tensor, residual: torch.Tensor, source: str, model_name: str) -> None:
     """
     Lets the prefixes of a step read from `source`, in place. The state of a token is `hidden_states` `(T, d)` plus
@@ -276,7 +279,7 @@ def read_prefix_fake(hidden_states: torch.Tensor, residual: torch.Tensor, source
 
 
 direct_register_custom_op(
-    "ta_llava_read_prefix", read_prefix, mutates_args=["hidden_states", "residual"], fake_impl=read_prefix_fake
+    OPERATOR, read_prefix, mutates_args=["hidden_states", "residual"], fake_impl=read_prefix_fake
 )
 
 
@@ -321,6 +324,7 @@ class VllmTaLlava(SuppressedTokensMixin, CausalLanguageModel, SupportsMultiModal
     def __init__(self: Any, *, vllm_config: Any, prefix: str = ""):
         super().__init__()
         check_whole_prompts(vllm_config)
+        split_graphs(vllm_config, f"vllm::{OPERATOR}")
         self.config = config = vllm_config.model_config.hf_config
         self.read_suppressed_tokens(vllm_config.model_config)
         self.configure_mm_token_handling(config.text_config.vocab_size, [config.image_token_id])
