@@ -11,13 +11,14 @@ class SuppressedTokensMixin:
     itself does not read. The placeholder of images is among them.
     """
 
-    suppressed: list[int] = []
+    suppressed: torch.Tensor
 
-    def read_suppressed_tokens(self, model_config: Any) -> None:
-        self.suppressed = list(model_config.try_get_generation_config().get("suppress_tokens") or ())
+    def read_suppressed_tokens(self: Any, model_config: Any) -> None:
+        tokens = model_config.try_get_generation_config().get("suppress_tokens") or []
+        self.register_buffer("suppressed", torch.tensor(tokens, dtype=torch.long), persistent=False)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         logits = super().compute_logits(hidden_states)  # type: ignore[misc]
-        if self.suppressed and logits is not None:  # tensor parallel gathers them on one process only
-            logits[:, self.suppressed] = -torch.inf
-        return logits
+        if logits is None:  # tensor parallel may gather them on one process only
+            return None
+        return logits.index_fill_(-1, self.suppressed, -torch.inf)

@@ -82,9 +82,7 @@ class TaLlavaDataParser(MultiModalDataParser):
             return ImagesOfPrompt(data[0])  # an item that comes back
         items = super()._parse_image_data(data)
         if not isinstance(items, ProcessorBatchItems):
-            raise ValueError(
-                "TA-LLaVA takes images, not embeddings of images: its prefix reads more than vLLM would keep."
-            )
+            raise ValueError("TA-LLaVA takes images, not embeddings of images. Its prefix reads them by an adapter.")
         return ImagesOfPrompt(items.data)
 
 
@@ -104,7 +102,7 @@ class TaLlavaProcessingInfo(BaseProcessingInfo):
 
 class TaLlavaDummyInputsBuilder(BaseDummyInputsBuilder[TaLlavaProcessingInfo]):
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
-        return self.info.get_tokenizer().decode(self.info.get_hf_config().response_marker_ids)
+        return ""
 
     def get_dummy_mm_data(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any) -> Any:
         size = self.info.get_hf_config().vision_config.image_size
@@ -117,6 +115,11 @@ class TaLlavaDummyInputsBuilder(BaseDummyInputsBuilder[TaLlavaProcessingInfo]):
 
 
 class TaLlavaMultiModalProcessor(BaseMultiModalProcessor[TaLlavaProcessingInfo]):
+    def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        """Images with an empty instruction, from which vLLM measures its memory."""
+        inputs = super().get_dummy_inputs(*args, **kwargs)
+        return replace(inputs, prompt=list(self.info.get_hf_config().response_marker_ids))
+
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
@@ -180,9 +183,8 @@ def pack(images: TaLlavaEncodedImages, prefix: torch.Tensor) -> list[torch.Tenso
     The rows `(L, d + width)` that vLLM keeps for each item of E: the prefix `(L, d)`, and behind it the keys and values of
     the images, spread over the L rows. Each visual token has 1 before its keys and values; rows are filled up with zeros.
     """
-    key_value = (
-        torch.cat([images.key, images.value], dim=-1).transpose(1, 2).flatten(2)
-    )  # (E, I * M, heads * 2 * head_dim)
+    # (E, I * M, heads * 2 * head_dim)
+    key_value = torch.cat([images.key, images.value], dim=-1).transpose(1, 2).flatten(2)
     tokens = nn.functional.pad(key_value, (1, 0), value=1.0)
     per_row = math.ceil(tokens.shape[1] / len(prefix))
     tokens = nn.functional.pad(tokens, (0, 0, 0, per_row * len(prefix) - tokens.shape[1]))

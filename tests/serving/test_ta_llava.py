@@ -127,6 +127,10 @@ def test_backbones_and_towers(name, tmp_path):
     assert_same(ask_vllm(engine(folder), requests(8)), expected)
 
 
+def test_a_config_of_the_checkpoints_own_code_is_served_too(expected):
+    assert_same(ask_vllm(engine(SHIPPED_MODEL, trust_remote_code=True), requests(5)), expected[:5])
+
+
 def test_an_unknown_language_model_is_refused(tmp_path):
     folder = save_random_model(tmp_path, "ta-llava", "gemma3", "clip_vision")
     with pytest.raises(Exception, match="The language model is a 'gemma3_text'"):
