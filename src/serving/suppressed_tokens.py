@@ -1,24 +1,18 @@
-"""Tokens that an answer never has."""
+"""
+Tokens that an answer never has: the `suppress_tokens` of `generation_config.json`, which vLLM itself does not read. The
+placeholder of images is among them.
+"""
 
 from typing import Any
 
 import torch
 
 
-class SuppressedTokensMixin:
-    """
-    Before a model class of vLLM: gives no probability to the `suppress_tokens` of `generation_config.json`, which vLLM
-    itself does not read. The placeholder of images is among them.
-    """
+def suppressed_tokens(model_config: Any) -> torch.Tensor:
+    """Their ids."""
+    return torch.tensor(model_config.try_get_generation_config().get("suppress_tokens") or [], dtype=torch.long)
 
-    suppressed: torch.Tensor
 
-    def read_suppressed_tokens(self: Any, model_config: Any) -> None:
-        tokens = model_config.try_get_generation_config().get("suppress_tokens") or []
-        self.register_buffer("suppressed", torch.tensor(tokens, dtype=torch.long), persistent=False)
-
-    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        logits = super().compute_logits(hidden_states)  # type: ignore[misc]
-        if logits is None:  # tensor parallel may gather them on one process only
-            return None
-        return logits.index_fill_(-1, self.suppressed, -torch.inf)
+def suppress(logits: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor | None:
+    """Sets logits `(T, vocabulary)` to -inf, in place. With tensor parallel one process alone may have them."""
+    return None if logits is None else logits.index_fill_(-1, tokens, -torch.inf)

@@ -54,7 +54,7 @@ from ..modeling_ta_llava import TaLlavaModel, find_instruction_end
 from ..prefix_adapters import PrefixReader, adapter_after_layer
 from ..processing_ta_llava import TaLlavaProcessor
 from .config_hooks import check_whole_prompts, split_graphs
-from .suppressed_tokens import SuppressedTokensMixin
+from .suppressed_tokens import suppress, suppressed_tokens
 
 
 # --- prompts and images --------------------------------------------------------------------------------------------
@@ -301,19 +301,10 @@ def prefix_reading_layer_class(layer_class: Any) -> type[nn.Module]:
     return PrefixReadingLayer
 
 
-class CausalLanguageModel(nn.Module):
-    """Between the mixin for logits and the language model that has them."""
-
-    language_model: Any
-
-    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        return self.language_model.compute_logits(hidden_states)
-
-
 @MULTIMODAL_REGISTRY.register_processor(
     TaLlavaMultiModalProcessor, info=TaLlavaProcessingInfo, dummy_inputs=TaLlavaDummyInputsBuilder
 )
-class VllmTaLlava(SuppressedTokensMixin, CausalLanguageModel, SupportsMultiModal):
+class VllmTaLlava(nn.Module, SupportsMultiModal):
     requires_raw_input_tokens = True  # they tell where prefixes and response markers are
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_prefix={"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head."}
@@ -328,7 +319,7 @@ class VllmTaLlava(SuppressedTokensMixin, CausalLanguageModel, SupportsMultiModal
         check_whole_prompts(vllm_config)
         split_graphs(vllm_config, f"vllm::{OPERATOR}")
         self.config = config = vllm_config.model_config.hf_config
-        self.read_suppressed_tokens(vllm_config.model_config)
+        self.register_buffer("suppressed", suppressed_tokens(vllm_config.model_config), persistent=False)
         self.configure_mm_token_handling(config.text_config.vocab_size, [config.image_token_id])
         with self._mark_tower_model(vllm_config, "image"):
             self.model = PrefixParts(config)
@@ -456,6 +447,9 @@ class VllmTaLlava(SuppressedTokensMixin, CausalLanguageModel, SupportsMultiModal
                 )
             instructions.append((start, length))
         return instructions
+
+    def compute_logits(self: Any, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        return suppress(self.language_model.compute_logits(hidden_states), self.suppressed)
 
     def load_weights(self, weights: Any) -> set[str]:
         return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
