@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-real test-versions lint docs train-tiny train-llava-tiny train-small evaluate-tiny tables bench bench-full bench-gpu photographs space space-folder test-space test-quantization test-vllm dist clean
+.PHONY: help demo test test-real test-versions lint docs train-tiny train-llava-tiny train-small evaluate-tiny tables bench bench-full bench-gpu photographs space space-folder test-space test-quantization test-vllm bench-vllm dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -137,6 +137,9 @@ $(VENV)-vllm/installed: setup.cfg pyproject.toml constraints-vllm.txt tests/serv
 
 test-vllm: $(VENV)-vllm/installed  ## test both systems on vLLM, on the CPU (5 minutes to install, 3 GB)
 	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest -q -rs tests/serving
+
+bench-vllm: $(VENV)-vllm/installed  ## measure both systems on vLLM against LLaVA on vLLM, on the CPU
+	$(VENV)-vllm/bin/python benchmarks/bench_vllm.py --output benchmarks/results/vllm.md
 
 dist: $(VENV)/installed-dev  ## build the package into dist/, check it, and ask it a question in an empty environment
 	rm -rf dist

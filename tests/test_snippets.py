@@ -46,8 +46,9 @@ NOT_RUN = {
     "ta-llava push runs/ta-llava/phase3": "comes after hours of training",
     "ta-llava train": "minutes to hours of training",
     "torchrun": "several GPUs",
+    "vllm": "has an environment and tests of its own",
 }
-PROGRAMS = ("git", "hf", "lmms-eval", "make", "pip", "python", "ta-llava", "torchrun")
+PROGRAMS = ("git", "hf", "lmms-eval", "make", "pip", "python", "ta-llava", "torchrun", "vllm")
 # A stand-in for each program. It logs the arguments that the shell passes to it.
 STAND_IN = """#!/bin/bash
 printf '%s\\0' "${0##*/}" "$@" >> "$COMMANDS_LOG"; echo >> "$COMMANDS_LOG"

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from vllm.config import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
@@ -103,4 +104,24 @@ def check_whole_prompts(vllm_config: Any) -> None:
             f"TA-LLaVA needs each prompt whole in one step, but the settings are {settings}, and a step holds "
             f"{scheduler.max_num_batched_tokens} tokens of a context of {vllm_config.model_config.max_model_len}. Set the "
             "first three to False or 0 and `max_num_batched_tokens` to the context."
+        )
+
+
+def split_graphs(vllm_config: Any, operator: str) -> None:
+    """
+    Has vLLM split its graphs at an operator that must run anew in every step. Call it before the language model is built.
+
+    Raises:
+        `ValueError`: Whole steps with prompts would be replayed as CUDA graphs, in which the operator does not run.
+    """
+    compilation = vllm_config.compilation_config
+    if compilation.splitting_ops:
+        compilation.splitting_ops.append(operator)
+    mode = compilation.cudagraph_mode
+    of_prompts = CUDAGraphMode.NONE if mode is None else mode.mixed_mode()
+    if of_prompts == CUDAGraphMode.FULL or (of_prompts == CUDAGraphMode.PIECEWISE and not compilation.splitting_ops):
+        raise ValueError(
+            f"With `cudagraph_mode` {mode.name} and `splitting_ops` {compilation.splitting_ops}, a prompt would be "
+            "replayed as one CUDA graph, in which its prefix does not read. Use the defaults of vLLM, or "
+            "`-cc.cudagraph_mode=FULL_DECODE_ONLY`."
         )

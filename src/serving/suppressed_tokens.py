@@ -1,23 +1,18 @@
-"""Tokens that an answer never has."""
+"""
+Tokens that an answer never has: the `suppress_tokens` of `generation_config.json`, which vLLM itself does not read. The
+placeholder of images is among them.
+"""
 
 from typing import Any
 
 import torch
 
 
-class SuppressedTokensMixin:
-    """
-    Before a model class of vLLM: gives no probability to the `suppress_tokens` of `generation_config.json`, which vLLM
-    itself does not read. The placeholder of images is among them.
-    """
+def suppressed_tokens(model_config: Any) -> torch.Tensor:
+    """Their ids."""
+    return torch.tensor(model_config.try_get_generation_config().get("suppress_tokens") or [], dtype=torch.long)
 
-    suppressed: list[int] = []
 
-    def read_suppressed_tokens(self, model_config: Any) -> None:
-        self.suppressed = list(model_config.try_get_generation_config().get("suppress_tokens") or ())
-
-    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        logits = super().compute_logits(hidden_states)  # type: ignore[misc]
-        if self.suppressed and logits is not None:  # tensor parallel gathers them on one process only
-            logits[:, self.suppressed] = -torch.inf
-        return logits
+def suppress(logits: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor | None:
+    """Sets logits `(T, vocabulary)` to -inf, in place. With tensor parallel one process alone may have them."""
+    return None if logits is None else logits.index_fill_(-1, tokens, -torch.inf)

@@ -53,8 +53,8 @@ from ..image_inputs import TaLlavaEncodedImages
 from ..modeling_ta_llava import TaLlavaModel, find_instruction_end
 from ..prefix_adapters import PrefixReader, adapter_after_layer
 from ..processing_ta_llava import TaLlavaProcessor
-from .config_hooks import check_whole_prompts
-from .suppressed_tokens import SuppressedTokensMixin
+from .config_hooks import check_whole_prompts, split_graphs
+from .suppressed_tokens import suppress, suppressed_tokens
 
 
 # --- prompts and images --------------------------------------------------------------------------------------------
@@ -82,9 +82,7 @@ class TaLlavaDataParser(MultiModalDataParser):
             return ImagesOfPrompt(data[0])  # an item that comes back
         items = super()._parse_image_data(data)
         if not isinstance(items, ProcessorBatchItems):
-            raise ValueError(
-                "TA-LLaVA takes images, not embeddings of images: its prefix reads more than vLLM would keep."
-            )
+            raise ValueError("TA-LLaVA takes images, not embeddings of images. Its prefix reads them by an adapter.")
         return ImagesOfPrompt(items.data)
 
 
@@ -104,7 +102,7 @@ class TaLlavaProcessingInfo(BaseProcessingInfo):
 
 class TaLlavaDummyInputsBuilder(BaseDummyInputsBuilder[TaLlavaProcessingInfo]):
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
-        return self.info.get_tokenizer().decode(self.info.get_hf_config().response_marker_ids)
+        return ""
 
     def get_dummy_mm_data(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any) -> Any:
         size = self.info.get_hf_config().vision_config.image_size
@@ -117,6 +115,11 @@ class TaLlavaDummyInputsBuilder(BaseDummyInputsBuilder[TaLlavaProcessingInfo]):
 
 
 class TaLlavaMultiModalProcessor(BaseMultiModalProcessor[TaLlavaProcessingInfo]):
+    def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        """Images with an empty instruction, from which vLLM measures its memory."""
+        inputs = super().get_dummy_inputs(*args, **kwargs)
+        return replace(inputs, prompt=list(self.info.get_hf_config().response_marker_ids))
+
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
@@ -180,9 +183,8 @@ def pack(images: TaLlavaEncodedImages, prefix: torch.Tensor) -> list[torch.Tenso
     The rows `(L, d + width)` that vLLM keeps for each item of E: the prefix `(L, d)`, and behind it the keys and values of
     the images, spread over the L rows. Each visual token has 1 before its keys and values; rows are filled up with zeros.
     """
-    key_value = (
-        torch.cat([images.key, images.value], dim=-1).transpose(1, 2).flatten(2)
-    )  # (E, I * M, heads * 2 * head_dim)
+    # (E, I * M, heads * 2 * head_dim)
+    key_value = torch.cat([images.key, images.value], dim=-1).transpose(1, 2).flatten(2)
     tokens = nn.functional.pad(key_value, (1, 0), value=1.0)
     per_row = math.ceil(tokens.shape[1] / len(prefix))
     tokens = nn.functional.pad(tokens, (0, 0, 0, per_row * len(prefix) - tokens.shape[1]))
@@ -257,6 +259,9 @@ class PrefixParts(TaLlavaModel):
 # --- the language model --------------------------------------------------------------------------------------------
 
 
+OPERATOR = "ta_llava_read_prefix"
+
+
 def read_prefix(hidden_states: torch.Tensor, residual: torch.Tensor, source: str, model_name: str) -> None:
     """
     Lets the prefixes of a step read from `source`, in place. The state of a token is `hidden_states` `(T, d)` plus
@@ -276,7 +281,7 @@ def read_prefix_fake(hidden_states: torch.Tensor, residual: torch.Tensor, source
 
 
 direct_register_custom_op(
-    "ta_llava_read_prefix", read_prefix, mutates_args=["hidden_states", "residual"], fake_impl=read_prefix_fake
+    OPERATOR, read_prefix, mutates_args=["hidden_states", "residual"], fake_impl=read_prefix_fake
 )
 
 
@@ -296,19 +301,10 @@ def prefix_reading_layer_class(layer_class: Any) -> type[nn.Module]:
     return PrefixReadingLayer
 
 
-class CausalLanguageModel(nn.Module):
-    """Between the mixin for logits and the language model that has them."""
-
-    language_model: Any
-
-    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        return self.language_model.compute_logits(hidden_states)
-
-
 @MULTIMODAL_REGISTRY.register_processor(
     TaLlavaMultiModalProcessor, info=TaLlavaProcessingInfo, dummy_inputs=TaLlavaDummyInputsBuilder
 )
-class VllmTaLlava(SuppressedTokensMixin, CausalLanguageModel, SupportsMultiModal):
+class VllmTaLlava(nn.Module, SupportsMultiModal):
     requires_raw_input_tokens = True  # they tell where prefixes and response markers are
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_prefix={"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head."}
@@ -321,8 +317,9 @@ class VllmTaLlava(SuppressedTokensMixin, CausalLanguageModel, SupportsMultiModal
     def __init__(self: Any, *, vllm_config: Any, prefix: str = ""):
         super().__init__()
         check_whole_prompts(vllm_config)
+        split_graphs(vllm_config, f"vllm::{OPERATOR}")
         self.config = config = vllm_config.model_config.hf_config
-        self.read_suppressed_tokens(vllm_config.model_config)
+        self.register_buffer("suppressed", suppressed_tokens(vllm_config.model_config), persistent=False)
         self.configure_mm_token_handling(config.text_config.vocab_size, [config.image_token_id])
         with self._mark_tower_model(vllm_config, "image"):
             self.model = PrefixParts(config)
@@ -450,6 +447,9 @@ class VllmTaLlava(SuppressedTokensMixin, CausalLanguageModel, SupportsMultiModal
                 )
             instructions.append((start, length))
         return instructions
+
+    def compute_logits(self: Any, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        return suppress(self.language_model.compute_logits(hidden_states), self.suppressed)
 
     def load_weights(self, weights: Any) -> set[str]:
         return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)

@@ -21,7 +21,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from ..vision_towers import TowerCompression
 from ..vmtc import count_visual_tokens, plan_stages, spatial_downsample
 from ..vmtc_cmai_patch import VmtcCmaiLlavaProcessor
-from .suppressed_tokens import SuppressedTokensMixin
+from .suppressed_tokens import suppress, suppressed_tokens
 
 
 class VmtcLlavaProcessingInfo(LlavaProcessingInfo):
@@ -79,7 +79,7 @@ def compressing_block_class(block_class: Any) -> type[nn.Module]:
 @MULTIMODAL_REGISTRY.register_processor(
     VmtcLlavaMultiModalProcessor, info=VmtcLlavaProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder
 )
-class VllmVmtcLlava(SuppressedTokensMixin, LlavaForConditionalGeneration):
+class VllmVmtcLlava(LlavaForConditionalGeneration):
     # Since 5.23, transformers saves the names of a tower without `vision_model.`, which is in the names of vLLM.
     hf_to_vllm_mapper = (
         WeightsMapper(
@@ -92,7 +92,7 @@ class VllmVmtcLlava(SuppressedTokensMixin, LlavaForConditionalGeneration):
 
     def __init__(self, *, vllm_config: Any, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.read_suppressed_tokens(vllm_config.model_config)
+        self.register_buffer("suppressed", suppressed_tokens(vllm_config.model_config), persistent=False)
         config, tower = self.config, self.vision_tower.vision_model
         if not config.use_vmtc:
             return
@@ -115,3 +115,6 @@ class VllmVmtcLlava(SuppressedTokensMixin, LlavaForConditionalGeneration):
             return features
         side = math.isqrt(features.shape[1])
         return spatial_downsample(features, (side, side), self.config.spd_factor)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        return suppress(super().compute_logits(hidden_states), self.suppressed)

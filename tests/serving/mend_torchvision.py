@@ -4,6 +4,8 @@ loaded there, and its import fails because two of them are not even declared. vL
 declaring them is enough. `make test-vllm` runs this in its own environment.
 """
 
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,10 +20,10 @@ for _operator in ("nms", "qnms"):
 
 
 def mend() -> None:
+    if subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True, check=False).returncode == 0:
+        return  # a torchvision for the CPU
     path = Path(find_spec("torchvision").origin)
-    source = path.read_text(encoding="utf-8")
-    if not source.startswith(DECLARATIONS):
-        path.write_text(DECLARATIONS + source, encoding="utf-8")
+    path.write_text(DECLARATIONS + path.read_text(encoding="utf-8"), encoding="utf-8")
 
 
 if __name__ == "__main__":

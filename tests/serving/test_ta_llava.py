@@ -1,8 +1,12 @@
 """TA-LLaVA on vLLM answers as `generate()` does, and never from a part of a prompt."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import SHIPPED_MODEL
+from vllm.config import CUDAGraphMode
 from vllm_engines import (
     Request,
     ask_generate,
@@ -76,6 +80,26 @@ def test_images_are_told_apart_by_all_their_uuids(shipped):
     assert_same(ask_vllm(shipped, asked), expected)
 
 
+@pytest.mark.parametrize("mode", ["NONE", "PIECEWISE", "FULL_AND_PIECEWISE", "FULL_DECODE_ONLY"])
+def test_graphs_are_split_where_the_prefix_reads(mode):
+    attention = "vllm::unified_attention_with_output"
+    compilation = SimpleNamespace(cudagraph_mode=CUDAGraphMode[mode], splitting_ops=[attention])
+    config_hooks.split_graphs(SimpleNamespace(compilation_config=compilation), "vllm::read")
+    assert compilation.splitting_ops == [attention, "vllm::read"]
+
+
+@pytest.mark.parametrize(("mode", "is_refused"), [("NONE", False), ("FULL_DECODE_ONLY", False), ("PIECEWISE", True)])
+def test_a_prompt_is_never_one_graph(mode, is_refused):
+    """Without operators to split at, and always in the mode FULL."""
+    compilation = SimpleNamespace(cudagraph_mode=CUDAGraphMode[mode], splitting_ops=[])
+    config = SimpleNamespace(compilation_config=compilation)
+    with pytest.raises(ValueError, match="replayed as one CUDA graph") if is_refused else nullcontext():
+        config_hooks.split_graphs(config, "vllm::read")
+    compilation.cudagraph_mode, compilation.splitting_ops = CUDAGraphMode.FULL, ["attention"]
+    with pytest.raises(ValueError, match="replayed as one CUDA graph"):
+        config_hooks.split_graphs(config, "vllm::read")
+
+
 def test_a_prompt_with_an_image_needs_a_response_marker(shipped):
     prompt = {"prompt": "<image>what color?", "multi_modal_data": {"image": picture(0)}}
     with pytest.raises(ValueError, match="A prompt with images has no response marker"):
@@ -125,6 +149,10 @@ def test_backbones_and_towers(name, tmp_path):
     if name == "old names of clip":
         rename_tower(folder)
     assert_same(ask_vllm(engine(folder), requests(8)), expected)
+
+
+def test_a_config_of_the_checkpoints_own_code_is_served_too(expected):
+    assert_same(ask_vllm(engine(SHIPPED_MODEL, trust_remote_code=True), requests(5)), expected[:5])
 
 
 def test_an_unknown_language_model_is_refused(tmp_path):
