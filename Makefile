@@ -76,6 +76,7 @@ tables: $(VENV)/installed-real-parts  ## repeat the papers' tables with small mo
 bench: $(VENV)/installed-dev  ## measure both systems against LLaVA with the same backbones
 	$(BIN)/python benchmarks/compare_with_llava.py
 	$(BIN)/python benchmarks/compare_vmtc_cmai.py
+	$(BIN)/python benchmarks/compare_llava_next.py
 	$(BIN)/python benchmarks/compare_cached_features.py
 	$(BIN)/python benchmarks/count_training_cost.py
 	$(BIN)/python benchmarks/count_launches.py

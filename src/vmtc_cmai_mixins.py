@@ -492,9 +492,9 @@ class VmtcCmaiHeadMixin:
         """
         return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
 
-    def get_image_features(self: Any, pixel_values: torch.Tensor, **kwargs) -> tuple | BaseModelOutputWithPooling:
+    def get_image_features(self: Any, pixel_values: torch.Tensor, *args, **kwargs) -> Any:
         """See that of the model without a head."""
-        return self.model.get_image_features(pixel_values, **kwargs)
+        return self.model.get_image_features(pixel_values, *args, **kwargs)
 
     def get_vision_features(self: Any, pixel_values: torch.Tensor) -> torch.Tensor:
         """See [`VmtcCmaiModelMixin.get_vision_features`]."""

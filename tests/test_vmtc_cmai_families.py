@@ -96,6 +96,17 @@ def test_with_both_flags_off_it_is_the_stock_model(family, stock):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_image_features_take_the_arguments_of_the_stock_model_by_place(family, stock):
+    theirs, folder, _ = stock[family]
+    model = ours(family, "ForConditionalGeneration").from_pretrained(folder)
+    pictures = pictures_of(theirs, [[(30, 60)]])
+    arguments = [pictures[name] for name in ("pixel_values", "image_sizes") if name in pictures]
+    expected, found = (each.get_image_features(*arguments, return_dict=True).pooler_output for each in (theirs, model))
+    assert torch.equal(torch.cat(list(found)), torch.cat(list(expected)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_saved_loads_again_and_carries_its_code(family, tmp_path):
     model = build(family)
     model.save_pretrained(tmp_path)
