@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-real test-versions lint docs train-tiny train-llava-tiny train-small evaluate-tiny tables bench bench-full bench-gpu photographs space space-folder test-space test-quantization test-vllm bench-vllm dist clean
+.PHONY: help demo test test-real test-versions lint docs train-tiny train-llava-tiny train-small evaluate-tiny tables instructions bench bench-full bench-gpu photographs space space-folder test-space test-quantization test-vllm bench-vllm dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -72,6 +72,9 @@ evaluate-tiny: $(VENV)/installed-dev  ## score the shipped models on all 9,673 t
 tables: $(VENV)/installed-real-parts  ## repeat the papers' tables with small models (the first half takes 4 hours on 2 cores, the second wants a GPU; resumes)
 	$(BIN)/python experiments/tables.py
 	$(BIN)/python experiments/tables.py --config experiments/tables_smollm2.yaml --output-dir runs/tables-smollm2
+
+instructions: $(VENV)/installed-real-parts  ## what visual tuning without instructions does to following them, and whether VMTC and CMAI mend it (resumes)
+	$(BIN)/python experiments/tables.py --config experiments/instructions.yaml --output-dir runs/instructions
 
 bench: $(VENV)/installed-dev  ## measure both systems against LLaVA with the same backbones
 	$(BIN)/python benchmarks/compare_with_llava.py
