@@ -207,8 +207,7 @@ class VmtcCmaiViewsModelMixin(VmtcCmaiModelMixin):
         raise ValueError(f"{type(self).__name__} has no `vision_features`. Give it `pixel_values` and `image_sizes`.")
 
     def _project(self: Any, vision_features: torch.Tensor) -> BaseModelOutputWithPooling:
-        self.get_vision_features(vision_features)
-        raise AssertionError
+        return self.get_vision_features(vision_features)
 
     def _blank_image(self: Any) -> dict[str, Any]:
         pixel_values = super()._blank_image()["pixel_values"]

@@ -14,8 +14,17 @@ from typing import Any
 import jinja2
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..analysis.cost import LANGUAGE_MODEL, Cost, count_cost, in_millions, read_config, scaled
-from ..common.families import family_of
+from ..analysis.cost import (
+    LANGUAGE_MODEL,
+    Cost,
+    count_cost,
+    count_views,
+    in_millions,
+    largest_picture,
+    read_config,
+    scaled,
+)
+from ..common.families import family_of, has_views
 from ..common.shipped_models import DEFAULT_LLAVA, DEFAULT_MODEL
 from ..configuration_ta_llava import TaLlavaConfig
 from ..evaluation.results import is_repo
@@ -157,12 +166,16 @@ def _describe_architecture(config: Any, image_size: int) -> dict[str, Any]:
     """Variables of the template that are known from the config alone."""
     cost = count_cost(config, _TEXT_TOKENS, image_size=image_size)
     is_ta_llava = config.model_type == TaLlavaConfig.model_type
+    height, width, patches = image_size, image_size, (image_size // config.vision_config.patch_size) ** 2
+    if has_views(config):
+        (height, width), patches = largest_picture(config), patches * count_views(config)
     return {
         "config": config,
+        "has_views": has_views(config),
         "is_ta_llava": is_ta_llava,
         "use_cmai": not is_ta_llava and config.use_cmai,
-        "image_size": image_size,
-        "patches": (image_size // config.vision_config.patch_size) ** 2,
+        "image": f"{height} x {width}",
+        "patches": patches,
         "visual_tokens": None if is_ta_llava else cost.num_tokens - _TEXT_TOKENS,
         "text_tokens": _TEXT_TOKENS,
         "cost": cost,

@@ -18,6 +18,7 @@ from ta_llava.common.families import FAMILIES as KNOWN
 from ta_llava.common.families import family_of
 from ta_llava.inference import answer, load
 from ta_llava.publishing.export import export_model
+from ta_llava.publishing.model_card import write_model_card
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,13 @@ def test_a_compressed_checkpoint_answers_and_can_be_exported(family, stock, tmp_
     export_model(tmp_path / "out", tmp_path / "export")
     exported, _ = load(tmp_path / "export")
     assert all(torch.equal(value, exported.state_dict()[name]) for name, value in model.state_dict().items())
-    assert "VMTC" in (tmp_path / "export" / "README.md").read_text()
+    card = (tmp_path / "export" / "README.md").read_text()
+    if family in VIEWS:  # the whole picture and 2 x 2 tiles, with a newline after each row of them
+        assert "the 180 visual tokens of an image of 48 x 48 pixels become **47**" in card
+    else:
+        assert "the 36 visual tokens of an image become **9**" in card
+    compress_llava(stock[family], tmp_path / "cmai", cmai_max_ratio=0.6)
+    assert "averaged over squares" not in write_model_card(tmp_path / "cmai", "name")
 
 
 @pytest.mark.parametrize("family", VIEWS)
