@@ -3,6 +3,7 @@ Engines of vLLM on the CPU, in float32 and without compiling, and `generate()` t
 which reads its environment when it is imported.
 """
 
+import gc
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,6 +71,7 @@ def requests(count: int) -> list[Request]:
 
 
 def engine(folder: str | Path, **kwargs: Any) -> LLM:
+    gc.collect()  # an engine that ends later would take the process groups of this one with it
     settings = {
         "dtype": "float32",
         "enforce_eager": True,

@@ -46,7 +46,7 @@ def server(request, tmp_path_factory):
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, cwd=tmp_path_factory.mktemp("cwd"), env=os.environ
         )
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=2, timeout=60)
         try:
             wait_until_ready(client, process, log)
             yield client, folder, process

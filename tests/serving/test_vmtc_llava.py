@@ -1,4 +1,4 @@
-"""LLaVA with VMTC on vLLM answers as `generate()` does: natively, and on vLLM's Transformers backend."""
+"""LLaVA with VMTC on vLLM answers as `generate()` does."""
 
 import pytest
 from conftest import SHIPPED_LLAVA
@@ -65,12 +65,6 @@ def test_requests_that_are_preempted_answer_the_same(folder, expected):
     assert num_preemptions(llm) > 0
 
 
-def test_the_transformers_backend_serves_the_folder(folder, expected):
-    llm = engine(folder, model_impl="transformers", trust_remote_code=True)
-    assert_same(ask_vllm(llm, requests(10)), expected[:10])
-    assert_same(ask_vllm(llm, requests(10)[::-1]), expected[:10][::-1])
-
-
 def test_overrides_change_the_budget(folder, tmp_path):
     llm = engine(folder, hf_overrides={"vmtc_num_visual_tokens": 5})
     compress_llava(folder, tmp_path / "small", num_visual_tokens=5)
@@ -101,11 +95,10 @@ def test_towers_and_backbones(name, tmp_path):
     assert_same(ask_vllm(engine(folder), requests(8)), expected)
 
 
-@pytest.mark.parametrize("backend", ["vllm", "transformers"])
-def test_cmai_is_refused(backend, tmp_path):
+def test_cmai_is_refused(tmp_path):
     compress_llava(SHIPPED_LLAVA, tmp_path / "model", num_visual_tokens=NUM_VISUAL_TOKENS, cmai_max_ratio=0.6)
     with pytest.raises(Exception, match="use_cmai"):
-        engine(tmp_path / "model", model_impl=backend, trust_remote_code=backend == "transformers")
+        engine(tmp_path / "model")
 
 
 @pytest.mark.parametrize(
