@@ -168,7 +168,7 @@ def train_stage(
         "training_arguments.max_steps": sizes["steps"],
         "training_arguments.learning_rate": sizes["learning_rate"],
         "training_arguments.seed": seed,
-        "training_arguments.bf16": "false",  # models trained in bfloat16 are worse, and lose more with fewer tokens
+        "training_arguments.bf16": "false",  # models trained in bfloat16 were less accurate
         "training_arguments.gradient_checkpointing": "false",
         "training_arguments.dataloader_num_workers": 0,
         "training_arguments.save_steps": 100,
