@@ -5,12 +5,15 @@ which reads its environment when it is imported.
 
 import gc
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 
+if find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed", allow_module_level=True)
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "TORCHDYNAMO_DISABLE": "1",  # the sampler would be compiled
@@ -19,7 +22,6 @@ os.environ |= {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
-pytest.importorskip("vllm")
 
 import torch
 from conftest import make_lively
@@ -28,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from tiny_parts import LANGUAGE_MODELS, save_language_model, save_tower
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from vllm import LLM, SamplingParams
+from vllm.config import CUDAGraphMode
 
 from ta_llava.building.assemble import assemble_llava, assemble_ta_llava
 from ta_llava.inference import load
@@ -183,3 +186,8 @@ def rename_tower(folder: Path) -> None:
     renamed = {name.replace(old, new): weight for name, weight in weights.items()}
     assert renamed.keys() != weights.keys()
     save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+
+
+def graph_mode(name: str) -> CUDAGraphMode:
+    """One of vLLM's ways to use CUDA graphs."""
+    return CUDAGraphMode[name]

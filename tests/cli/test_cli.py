@@ -354,7 +354,8 @@ def test_modules_that_load_or_save_models_register_their_classes():
     paths = [path for path in paths if re.search(r"\bAuto[A-Z]\w+\b|save_pretrained", path.read_text())]
     names = [f"ta_llava.{'.'.join(path.relative_to(source).with_suffix('').parts)}" for path in paths]
     assert len(names) > 8 and "ta_llava.cli.building" in names
-    names = [name for name in names if not name.startswith("ta_llava.cli.")]  # they import the others
+    # The commands import the others; vLLM calls a plugin, which registers them.
+    names = [name for name in names if not name.startswith(("ta_llava.cli.", "ta_llava.serving."))]
     process = subprocess.run([sys.executable, "-c", IMPORT_ALONE, *names], capture_output=True, text=True, check=False)
     assert process.stdout.splitlines() == [f"{name} 0" for name in names], process.stderr[-3000:]
 

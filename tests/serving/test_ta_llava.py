@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import SHIPPED_MODEL
-from vllm.config import CUDAGraphMode
 from vllm_engines import (
     Request,
     ask_generate,
     ask_vllm,
     assert_same,
     engine,
+    graph_mode,
     num_preemptions,
     picture,
     rename_tower,
@@ -83,7 +83,7 @@ def test_images_are_told_apart_by_all_their_uuids(shipped):
 @pytest.mark.parametrize("mode", ["NONE", "PIECEWISE", "FULL_AND_PIECEWISE", "FULL_DECODE_ONLY"])
 def test_graphs_are_split_where_the_prefix_reads(mode):
     attention = "vllm::unified_attention_with_output"
-    compilation = SimpleNamespace(cudagraph_mode=CUDAGraphMode[mode], splitting_ops=[attention])
+    compilation = SimpleNamespace(cudagraph_mode=graph_mode(mode), splitting_ops=[attention])
     config_hooks.split_graphs(SimpleNamespace(compilation_config=compilation), "vllm::read")
     assert compilation.splitting_ops == [attention, "vllm::read"]
 
@@ -91,11 +91,11 @@ def test_graphs_are_split_where_the_prefix_reads(mode):
 @pytest.mark.parametrize(("mode", "is_refused"), [("NONE", False), ("FULL_DECODE_ONLY", False), ("PIECEWISE", True)])
 def test_a_prompt_is_never_one_graph(mode, is_refused):
     """Without operators to split at, and always in the mode FULL."""
-    compilation = SimpleNamespace(cudagraph_mode=CUDAGraphMode[mode], splitting_ops=[])
+    compilation = SimpleNamespace(cudagraph_mode=graph_mode(mode), splitting_ops=[])
     config = SimpleNamespace(compilation_config=compilation)
     with pytest.raises(ValueError, match="replayed as one CUDA graph") if is_refused else nullcontext():
         config_hooks.split_graphs(config, "vllm::read")
-    compilation.cudagraph_mode, compilation.splitting_ops = CUDAGraphMode.FULL, ["attention"]
+    compilation.cudagraph_mode, compilation.splitting_ops = graph_mode("FULL"), ["attention"]
     with pytest.raises(ValueError, match="replayed as one CUDA graph"):
         config_hooks.split_graphs(config, "vllm::read")
 
