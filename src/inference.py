@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from .building.compress import compressed_parts, with_vmtc_and_cmai
 from .common.adapters import is_adapter, merge_into, model_of_adapter
-from .common.families import LLAVA_TYPES, family_of, has_views
+from .common.families import LLAVA_TYPES, VIEWS_TYPES, family_of
 from .common.loading import check_processor, config_of, load_complete, loading_from
 from .common.shipped_models import DEFAULT_MODEL
 from .image_loading import open_images
@@ -89,14 +89,14 @@ def load(
         model_class, kwargs = family_of(config.model_type).head, {"config": config}
     else:
         config = config_of(model)
-    if (
-        compiled and config.model_type in LLAVA_TYPES
-    ):  # the stock classes have no cache that compiled graphs could keep
+    if compiled and config.model_type in LLAVA_TYPES:  # the stock classes keep no cache for compiled graphs
         model_class, kwargs = family_of(config.model_type).head, {"config": with_vmtc_and_cmai(config)}
     if num_visual_tokens is None and cmai_max_ratio is None:
         with loading_from(model):  # before any weights are downloaded
             # The stock processor of LLaVA-OneVision needs torchvision, though only for videos.
-            processor_class = family_of(config.model_type).processor if has_views(config) else AutoProcessor
+            processor_class = (
+                family_of(config.model_type).processor if config.model_type in VIEWS_TYPES else AutoProcessor
+            )
             processor = processor_class.from_pretrained(model, trust_remote_code=False)
     # The library would widen some weights of a model that bitsandbytes has quantised, and leave others.
     is_quantised = getattr(config, "quantization_config", None) is not None

@@ -77,6 +77,11 @@ class VmtcCmaiLlavaOnevisionModel(VmtcCmaiViewsModelMixin, VmtcCmaiLlavaOnevisio
         layouts = super()._layouts(image_sizes)
         if batch_num_images is None:
             return layouts
+        if int(sum(batch_num_images)) != len(layouts):
+            raise ValueError(
+                f"`batch_num_images` counts {int(sum(batch_num_images))} pictures, but `image_sizes` {len(layouts)}. The "
+                "processor makes both."
+            )
         vision_config: Any = self.config.vision_config
         is_alone = [count == 1 for count in batch_num_images for _ in range(count)]
         return [
@@ -87,7 +92,7 @@ class VmtcCmaiLlavaOnevisionModel(VmtcCmaiViewsModelMixin, VmtcCmaiLlavaOnevisio
     def get_image_features(  # type: ignore[override]
         self,
         pixel_values: torch.Tensor,
-        image_sizes: torch.Tensor,
+        image_sizes: torch.Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         vision_aspect_ratio: str | None = None,
@@ -193,6 +198,7 @@ class VmtcCmaiLlavaOnevisionForConditionalGeneration(
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         num_visual_tokens: int | None = None,
+        vision_features: torch.Tensor | None = None,
         cache: Cache | None = None,
         cmai_max_ratio: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -215,6 +221,7 @@ class VmtcCmaiLlavaOnevisionForConditionalGeneration(
             image_sizes=image_sizes,
             mm_encoder_outputs=mm_encoder_outputs,
             num_visual_tokens=num_visual_tokens,
+            vision_features=vision_features,
             cache=cache,
             cmai_max_ratio=cmai_max_ratio,
             pixel_values_videos=pixel_values_videos,  # type: ignore[call-arg]

@@ -259,10 +259,11 @@ class VmtcCmaiModelMixin:
             "allow more tokens."
         )
         if found > 0:
+            ours = type(self.config).__name__.removesuffix("Config") + "Processor"
             remedy = (
                 f"That is {found / len(features):g} per image. Processor and model must have the same budget: pass "
                 "the same `num_visual_tokens` to both calls, or call `set_visual_budget` on both. Without VMTC both have "
-                "`use_vmtc=False`. A stock `LlavaProcessor` has no budget: load a `VmtcCmaiLlavaProcessor`. "
+                f"`use_vmtc=False`. A stock processor has no budget: load a `{ours}`. "
                 "`AutoProcessor` does so from a folder of `ta-llava compress`. If the text was truncated (`max_length`), "
                 "allow more tokens."
             )
@@ -484,7 +485,7 @@ class VmtcCmaiHeadMixin:
                 Share of the image tokens that CMAI inhibits in the last layer, for all tokens of this call, in [0, 1]. It
                 replaces that of the config and needs `use_cmai`.
             vision_features (`torch.FloatTensor` of shape `(N, M, vision width)`, *optional*):
-                Replaces `pixel_values`: the result of `get_vision_features`.
+                Replaces `pixel_values`: the result of `get_vision_features`. Only LLaVA itself takes it.
 
         Returns:
             `torch.LongTensor` of shape `(B, S + new tokens)`: The prompts and their answers. With

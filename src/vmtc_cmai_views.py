@@ -68,7 +68,7 @@ class VmtcCmaiViewsModelMixin(VmtcCmaiModelMixin):
     def get_image_features(
         self: Any,
         pixel_values: torch.Tensor,
-        image_sizes: torch.Tensor,
+        image_sizes: torch.Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         num_visual_tokens: int | None = None,
@@ -141,6 +141,11 @@ class VmtcCmaiViewsModelMixin(VmtcCmaiModelMixin):
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """`get_image_features` with VMTC."""
+        if pixel_values.dim() == 5 and len(pixel_values) != len(layouts):
+            raise ValueError(
+                f"`pixel_values` holds {len(pixel_values)} pictures, but `image_sizes` {len(layouts)}. The processor makes "
+                "both."
+            )
         if pixel_values.dim() == 5:
             views = zip(pixel_values, layouts, strict=True)
             pixel_values = torch.cat([picture[: layout.num_views] for picture, layout in views])
@@ -150,12 +155,7 @@ class VmtcCmaiViewsModelMixin(VmtcCmaiModelMixin):
                 f"`pixel_values` has shape {tuple(pixel_values.shape)}, but `image_sizes` says that {len(layouts)} pictures "
                 f"have {num_views} views. The processor makes both."
             )
-        first_is_class_token = has_class_token(self.vision_tower)
-        if (select_strategy == "default") != first_is_class_token:
-            raise ValueError(
-                f'`vision_feature_select_strategy` is "{select_strategy}", but VMTC on views takes the patches alone: '
-                'set "default" for a tower with a class token, and "full" for one without.'
-            )
+        self._check_select_strategy(select_strategy)
         compression, lengths = self._compression_of_views(pixel_values, layouts, feature_layer, num_visual_tokens)
         if compression is not None:
             kwargs["compression"] = compression
@@ -165,6 +165,14 @@ class VmtcCmaiViewsModelMixin(VmtcCmaiModelMixin):
         features = self.multi_modal_projector(features)
         outputs.pooler_output = pack_views(features, lengths, layouts, self.image_newline)  # type: ignore[assignment]
         return outputs
+
+    def _check_select_strategy(self: Any, select_strategy: str) -> None:
+        """Raises unless a strategy selects the patches and nothing else."""
+        if (select_strategy == "default") != has_class_token(self.vision_tower):
+            raise ValueError(
+                f'`vision_feature_select_strategy` is "{select_strategy}", but VMTC on views takes the patches alone: '
+                'set "default" for a tower with a class token, and "full" for one without.'
+            )
 
     def _compression_of_views(
         self: Any,

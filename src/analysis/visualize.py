@@ -57,6 +57,12 @@ def visualize(
     image = load_rgb_image(image)
     settings, image_processor = _load_settings(model)
     pixel_values = whole_picture(image_processor(image, return_tensors="pt")["pixel_values"])
+    total = getattr(settings, "vmtc_total_visual_tokens", None)
+    if total is not None and num_visual_tokens is None:
+        raise ValueError(
+            f"{model} shares {total} visual tokens among the views of a picture, but here one view is drawn. Say how many "
+            "it keeps: `--visual-tokens`."
+        )
     num_patches = math.prod(patch_grid(settings, pixel_values))
     count_visual_tokens(settings, num_patches, num_visual_tokens)  # checks the budget before the weights are loaded
     views = trace_stages(settings, _load_tower(model, settings), pixel_values, num_visual_tokens)

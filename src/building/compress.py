@@ -406,6 +406,12 @@ def _fit_processor_of_views(
         processor.patch_size = settings.vision_config.patch_size
     else:
         processor.num_image_tokens = rows * columns
+    side = settings.vision_config.image_size
+    if tuple(pixel_values.shape[-2:]) != (side, side):
+        raise ValueError(
+            f"The processor of {source} makes views of {pixel_values.shape[-2]} x {pixel_values.shape[-1]} pixels, but its "
+            f"vision tower takes {side} x {side}. Set the `size` of the image processor to {side}."
+        )
     pinpoints = [list(canvas) for canvas in processor.image_processor.image_grid_pinpoints]
     if pinpoints != [list(canvas) for canvas in settings.image_grid_pinpoints]:
         raise ValueError(
@@ -423,9 +429,15 @@ def _fit_processor_of_views(
         if config.use_vmtc and total is not None and total < most:
             raise ValueError(
                 f"the budget of a picture is {total} visual tokens, but it has up to {most} views, and each keeps at least "
-                "one"
+                f"one: set {most} or more"
+            )
+        if config.use_vmtc and total is not None and total > most * rows * columns:
+            raise ValueError(
+                f"the budget of a picture is {total} visual tokens, but its {most} views have {most * rows * columns} "
+                "patches: set as many or fewer"
             )
         if config.use_vmtc:
+            model._check_select_strategy(settings.vision_feature_select_strategy)
             views = pixel_values.new_empty(num_views, *pixel_values.shape[2:], device="meta")
             model._compression_of_views(views, layouts, settings.vision_feature_layer, None)
 

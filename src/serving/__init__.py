@@ -3,9 +3,24 @@ Both systems on vLLM. `register` is the plugin: vLLM calls it in each of its pro
 `vllm.general_plugins`. Nothing else of the package imports this folder, and importing it does not import vLLM.
 """
 
+import logging
+
 
 def register() -> None:
-    """Tells vLLM the two architectures, and Transformers their configs and processors."""
+    """
+    Tells vLLM the two architectures, and Transformers their configs and processors. vLLM calls it wherever the package is
+    installed, also for other models. So if vLLM is too old, it warns, and the other models start.
+    """
+    try:
+        _register()
+    except ImportError as error:
+        # Under the name of vLLM, whose logging then shows it
+        logging.getLogger(f"vllm.{__name__}").warning(
+            "ta_llava needs vLLM 0.32 or newer, so its models are not registered: %s", error
+        )
+
+
+def _register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.renderers.registry import RENDERER_REGISTRY

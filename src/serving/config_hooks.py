@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from transformers import LlavaConfig
 from vllm.config import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
@@ -30,6 +31,11 @@ class VmtcLlavaHook(VerifyAndUpdateConfig):
             `ValueError`: The config asks for CMAI, for several feature layers, or for a tower that vLLM cannot compress.
         """
         config = model_config.hf_config
+        if config.model_type not in (LlavaConfig.model_type, VmtcCmaiLlavaConfig.model_type):
+            raise ValueError(
+                f"The checkpoint is a {config.model_type!r}, but natively vLLM serves VMTC on {LlavaConfig.model_type!r} "
+                "alone. Write a folder by `ta-llava compress`, and serve it with `--model-impl transformers --trust-remote-code`."
+            )
         if config.model_type != VmtcCmaiLlavaConfig.model_type:
             fields = {**TRAINING_FREE_VMTC, **config.to_dict(), "model_type": VmtcCmaiLlavaConfig.model_type}
             vmtc_config: Any = VmtcCmaiLlavaConfig.from_dict(fields)

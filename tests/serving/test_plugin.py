@@ -1,6 +1,7 @@
 """What must hold where vLLM is not installed."""
 
 import ast
+import logging
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -13,6 +14,14 @@ from ta_llava.serving import register
 def test_vllm_finds_the_plugin():
     [plugin] = entry_points(group="vllm.general_plugins", name="ta_llava")
     assert plugin.load() is register
+
+
+def test_a_vllm_that_is_too_old_starts_without_the_plugin(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "vllm.renderers.registry", None)
+    logging.getLogger("vllm").propagate = True
+    with caplog.at_level(logging.WARNING):
+        register()
+    assert "vLLM 0.32 or newer" in caplog.text
 
 
 def test_importing_the_package_does_not_import_vllm():

@@ -13,9 +13,8 @@ from ta_llava.training.recipe import Recipe
     "capability, bf16, slow", [("AVX2", True, True), ("AVX2", False, False), ("AVX512", True, False)]
 )
 def test_bfloat16_on_a_cpu_that_is_slow_in_it_is_warned_of(tmp_path, monkeypatch, capability, bf16, slow):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    recipe = Recipe(output_dir=str(tmp_path), training_arguments={"bf16": bf16})
+    recipe = Recipe(output_dir=str(tmp_path), training_arguments={"bf16": bf16, "use_cpu": True})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         build_training_arguments(recipe)
