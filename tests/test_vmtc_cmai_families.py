@@ -405,6 +405,16 @@ def test_what_views_cannot_have_is_refused(family):
         model.get_image_features(**pictures, vision_feature_select_strategy=strategy)
     with pytest.raises(ValueError, match="says that 1 pictures have 3 views"):
         model.get_image_features(**{**pictures, "pixel_values": pictures["pixel_values"][:, :2]})
+    with pytest.raises(ValueError, match="`pixel_values` holds 2 pictures, but `image_sizes` 1"):
+        model.get_image_features(**{**pictures, "pixel_values": pictures["pixel_values"].repeat(2, 1, 1, 1, 1)})
+    if family == "llava_onevision":
+        with pytest.raises(ValueError, match="`batch_num_images` counts 3 pictures, but `image_sizes` 1"):
+            model.get_image_features(**{**pictures, "batch_num_images": torch.tensor([3])})
+    placeholder = torch.tensor([[BOS, IMAGE]])
+    for arguments in ({"pixel_values": pictures["pixel_values"]}, {"vision_features": torch.randn(1, 9, 24)}):
+        name = "image_sizes" if "pixel_values" in arguments else "has no `vision_features`"
+        with pytest.raises(ValueError, match=name):
+            model.generate(placeholder, **arguments, max_new_tokens=1)
     with pytest.raises(ValueError, match="`pixel_values` are given without `image_sizes`"):
         model(input_ids=torch.tensor([[BOS, IMAGE]]), pixel_values=pictures["pixel_values"])
     with pytest.raises(ValueError, match="has no `vision_features`"):

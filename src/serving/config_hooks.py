@@ -34,7 +34,8 @@ class VmtcLlavaHook(VerifyAndUpdateConfig):
         if config.model_type not in (LlavaConfig.model_type, VmtcCmaiLlavaConfig.model_type):
             raise ValueError(
                 f"The checkpoint is a {config.model_type!r}, but natively vLLM serves VMTC on {LlavaConfig.model_type!r} "
-                "alone. Write a folder by `ta-llava compress`, and serve it with `--model-impl transformers --trust-remote-code`."
+                "alone. Write a folder by `ta-llava compress`, and serve it with `--model-impl transformers "
+                "--trust-remote-code`."
             )
         if config.model_type != VmtcCmaiLlavaConfig.model_type:
             fields = {**TRAINING_FREE_VMTC, **config.to_dict(), "model_type": VmtcCmaiLlavaConfig.model_type}

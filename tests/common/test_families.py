@@ -1,6 +1,7 @@
 """The commands with checkpoints of every family of LLaVAs: compress, ask, evaluate, cost, visualize, export."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -129,8 +130,32 @@ def test_a_total_budget_is_written(family, stock, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             compress_llava(source, tmp_path / "other", *arguments, total_visual_tokens=20)
-    with pytest.raises(ValueError, match="is 4 visual tokens, but it has up to 5 views"):
-        compress_llava(stock[family], tmp_path / "other", total_visual_tokens=4)
+    for total, message in ((4, "is 4 visual tokens, but it has up to 5 views"), (181, "its 5 views have 180 patches")):
+        with pytest.raises(ValueError, match=message):
+            compress_llava(stock[family], tmp_path / "other", total_visual_tokens=total)
+    with pytest.raises(ValueError, match="shares 20 visual tokens among the views"):
+        visualize(stock[family] / "photo.png", tmp_path / "total")
+
+
+@pytest.mark.parametrize("family", VIEWS)
+def test_a_checkpoint_that_would_never_answer_is_refused(family, stock, tmp_path):
+    """Its views are too large for the tower, or its features hold a class token."""
+    strategy = "full" if family == "llava_next" else "default"
+    for name, change, message in (
+        (
+            "processor_config.json",
+            {"size": {"height": 48, "width": 48}, "crop_size": {"height": 48, "width": 48}},
+            "48 x 48",
+        ),
+        ("config.json", {"vision_feature_select_strategy": strategy}, f'is "{strategy}"'),
+    ):
+        source = tmp_path / name
+        shutil.copytree(stock[family], source)
+        settings = json.loads((source / name).read_text())
+        settings.get("image_processor", settings).update(change)
+        (source / name).write_text(json.dumps(settings))
+        with pytest.raises(ValueError, match=message):
+            compress_llava(source, tmp_path / "out", 9)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
