@@ -30,6 +30,8 @@ from ta_llava.inference import compile_model
 
 
 OFF = {"use_vmtc": False, "use_cmai": False}
+# A budget for each view, and one for all views of a picture
+BUDGETS = [(family, {}) for family in FAMILIES] + [(family, {"vmtc_total_visual_tokens": 20}) for family in VIEWS]
 SIZES = [(24, 24), (30, 60), (60, 15), (15, 60), (7, 5), (10, 20000), (20000, 10), (48, 48), (100, 26)]
 
 
@@ -171,13 +173,10 @@ def test_views_that_keep_all_their_tokens_have_those_of_the_stock_model(family, 
 # --- generation ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"vmtc_total_visual_tokens": 20}], ids=["per view", "total"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family, kwargs", BUDGETS)
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_a_batch_is_its_rows(family, side, kwargs):
-    if family == "llava" and kwargs:
-        pytest.skip("one view")
     model = build(family, **kwargs)
     inputs = inputs_of(model, side=side)
     logits = model(**inputs).logits
@@ -288,11 +287,8 @@ def test_compiled_answers_are_the_same():
 # --- training ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"vmtc_total_visual_tokens": 20}], ids=["per view", "total"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family, kwargs", BUDGETS)
 def test_gradients_are_the_same_with_checkpointing(family, kwargs):
-    if family == "llava" and kwargs:
-        pytest.skip("one view")
     gradients = []
     for checkpointing in (False, True):
         model = build(family, **kwargs).train()
