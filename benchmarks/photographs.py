@@ -11,12 +11,10 @@ all scores, and tables in Markdown.
 
 import argparse
 import json
-import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,6 +24,7 @@ import transformers
 import yaml
 from compare_with_llava import describe_machine
 from grocery_questions import read_photos
+from jobs import Job, run_jobs
 from photograph_answers import (
     ALL_TOKENS,
     CMAI,
@@ -61,7 +60,6 @@ from photograph_tables import (
 )
 from rival_towers import read_tower
 from rivals import RIVALS
-from tables import Job, run_job
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
@@ -120,28 +118,6 @@ def list_tower_jobs(config: dict[str, Any], split: str) -> list[Job]:
     return [Job(f"tower-{split}", compute_tower_outputs, (split,))] + [
         Job(f"tower-{split}-{name}-{budget}", compute_compressed, (split, name, budget)) for name, budget in inside
     ]
-
-
-def run_jobs(folder: Path, config: dict[str, Any], workers: int) -> list[str]:
-    """Runs the jobs, each on one core, and returns the names of those that failed."""
-    failed: list[str] = []
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
-    lists = list_jobs(config)
-    context = multiprocessing.get_context("spawn")
-    with (
-        tqdm(total=sum(map(len, lists)), unit="job") as bar,
-        ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool,
-    ):
-        for jobs in lists:
-            futures = {pool.submit(run_job, job, folder, config): job for job in jobs}
-            for future in as_completed(futures):
-                if not future.result():
-                    failed.append(futures[future].name)
-                    tqdm.write(f"{failed[-1]} failed, see {folder / 'logs' / failed[-1]}.log", file=sys.stderr)
-                bar.update()
-            if failed:
-                break
-    return failed
 
 
 def check_config(folder: Path, config: dict[str, Any]) -> None:
@@ -317,7 +293,7 @@ def main() -> None:
     except ValueError as error:
         sys.exit(str(error))
     prepare(arguments.output_dir, config)
-    failed = run_jobs(arguments.output_dir, config, arguments.workers)
+    failed = run_jobs(arguments.output_dir, config, list_jobs(config), arguments.workers)
     write_results(arguments.output_dir, config, arguments.results)
     if failed:
         sys.exit(f"{len(failed)} jobs failed: {', '.join(failed)}. Rerun the same command to retry only these.")

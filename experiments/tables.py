@@ -11,14 +11,10 @@ VMTC and CMAI. `--config experiments/tables_smollm2.yaml` uses a larger language
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
 import sys
-import traceback
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +22,7 @@ from typing import Any
 import torch
 import transformers
 import yaml
+from jobs import Job, run_jobs
 from scipy import stats
 from small_models import (
     EROSION_STAGES,
@@ -42,7 +39,6 @@ from small_models import (
     train_llava,
     write_tower,
 )
-from tqdm.auto import tqdm
 
 from ta_llava.common.files import write_text
 from ta_llava.evaluation.instruction_following import TASKS
@@ -53,22 +49,6 @@ CONFIDENCE = 0.95
 
 
 # --- jobs ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Job:
-    """
-    One piece of work.
-
-    Args:
-        name (`str`): Name of its log file.
-        function (`Callable`): A function of `small_models`.
-        arguments (`tuple`): The arguments after the folder and the config.
-    """
-
-    name: str
-    function: Callable[..., None]
-    arguments: tuple
 
 
 def list_jobs(config: dict[str, Any]) -> list[list[Job]]:
@@ -129,40 +109,6 @@ def check_config(folder: Path, config: dict[str, Any]) -> None:
         if name not in ("seeds", "prefix_lengths") and now != then:
             raise ValueError(f"{folder} was begun with `{name}` {then}, not {now}. Choose another --output-dir.")
     write_text(path, json.dumps({**config, "variants": begun_with["variants"] | config["variants"]}, indent=1))
-
-
-def run_jobs(folder: Path, config: dict[str, Any], workers: int) -> list[str]:
-    """Runs the jobs, and returns the names of those that failed. Such small models make use of one core at most."""
-    failed: list[str] = []
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
-    write_tower(folder, config)
-    lists = list_jobs(config)
-    context = multiprocessing.get_context("spawn")
-    with (
-        tqdm(total=sum(map(len, lists)), unit="job") as bar,
-        ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool,
-    ):
-        for jobs in lists:
-            futures = {pool.submit(run_job, job, folder, config): job for job in jobs}
-            for future in as_completed(futures):
-                if not future.result():
-                    failed.append(futures[future].name)
-                    tqdm.write(f"{failed[-1]} failed, see {folder / 'logs' / failed[-1]}.log", file=sys.stderr)
-                bar.update()
-            if failed:
-                break
-    return failed
-
-
-def run_job(job: Job, folder: Path, config: dict[str, Any]) -> bool:
-    """Runs a job, and returns whether it succeeded. Its output goes to its log file."""
-    with (folder / "logs" / f"{job.name}.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
-        try:
-            job.function(folder, config, *job.arguments)
-        except Exception:  # the other jobs go on
-            traceback.print_exc()
-            return False
-    return True
 
 
 # --- results -------------------------------------------------------------------------------------------------------
@@ -539,7 +485,8 @@ def main() -> None:
     arguments = parser.parse_args()
     config = yaml.safe_load(arguments.config.read_text(encoding="utf-8"))
     check_config(arguments.output_dir, config)
-    if failed := run_jobs(arguments.output_dir, config, arguments.workers):
+    write_tower(arguments.output_dir, config)
+    if failed := run_jobs(arguments.output_dir, config, list_jobs(config), arguments.workers):
         sys.exit(f"{len(failed)} jobs failed: {', '.join(failed)}. Rerun the same command to retry only these.")
     write_results(arguments.output_dir, config, arguments.results, arguments.config.stem)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import make_lively
 from grocery_questions import LOOK, Question
+from jobs import run_job
 from photograph_answers import (
     ALL_TOKENS,
     CMAI,
@@ -28,7 +29,6 @@ from photograph_tables import AVERAGE, Resamples, Results, accuracies, format_av
 from photographs import check_config, list_jobs, write_results
 from PIL import Image
 from rivals import RIVALS
-from tables import run_job
 from tiny_parts import save_language_model, save_tower
 from transformers import AutoModelForImageTextToText, AutoProcessor
 

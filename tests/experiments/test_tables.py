@@ -8,6 +8,7 @@ import small_models
 import tables
 import torch
 import yaml
+from jobs import Job, run_job
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalLM
 
 
@@ -184,7 +185,7 @@ def test_the_instruction_experiment_tunes_without_instructions_and_tells_what_er
 
 
 def test_a_job_that_fails_is_named_and_the_others_go_on(tmp_path):
-    job = tables.Job("broken", small_models.train_llava, (0,))
+    job = Job("broken", small_models.train_llava, (0,))
     (tmp_path / "logs").mkdir()
-    assert not tables.run_job(job, tmp_path, quick_config())
+    assert not run_job(job, tmp_path, quick_config())
     assert "language-model" in (tmp_path / "logs" / "broken.log").read_text()
