@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from ..common.errors import one_line
+from ..common.errors import one_line, why_refused
 from ..common.families import Family, family_of, has_views
 from ..common.files import atomic_folder, check_new_folder
 from ..common.loading import check_format
@@ -319,7 +319,7 @@ def _compressed_config(source: str | Path, folder: Path, flags: dict[str, Any], 
             flags |= {"vmtc_layers": None, **VMTC_PRESETS[preset]}
         config = family.config.from_pretrained(folder, **flags)
     except StrictDataclassError as error:
-        raise ValueError(f"{source}: {one_line(error.__cause__ or error)}") from error
+        raise ValueError(f"{source}: {why_refused(error)}") from error
     except Exception as error:  # the file may be damaged in any way
         raise ValueError(f"The config.json of {source} cannot be used for VMTC and CMAI: {one_line(error)}") from error
     config.architectures = [family.head.__name__]
@@ -448,6 +448,4 @@ def _working(source: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the config may be damaged in any way
-        raise ValueError(
-            f"{source} does not work with these settings: {one_line(error.__cause__ or error)}"
-        ) from error
+        raise ValueError(f"{source} does not work with these settings: {why_refused(error)}") from error
