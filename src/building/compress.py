@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -78,8 +79,8 @@ def compress_llava(
             Show a progress bar.
         preset (`str`, *optional*):
             How VMTC works (`VMTC_PRESETS`). `"training-free"`: for weights that are used as they are. `"paper"`: for weights
-            that you will train with VMTC. By default, a stock LLaVA gets `"training-free"`, and one that is compressed
-            already keeps its settings.
+            that you will train with VMTC. By default, a LLaVA whose VMTC was off gets `"training-free"`, and any other
+            keeps its settings.
         total_visual_tokens (`int`, *optional*):
             In place of `num_visual_tokens`, for a model that cuts pictures into views: turns VMTC on and keeps this many
             visual tokens of a whole picture.
@@ -315,6 +316,8 @@ def _compressed_config(source: str | Path, folder: Path, flags: dict[str, Any], 
             flags = _without_total(family.config) | flags
         if preset is None and stock.get("model_type") == family.stock_type:  # it was not trained with VMTC
             preset = "training-free"
+        elif preset is None and flags.get("use_vmtc"):
+            flags |= training_free_fields(SimpleNamespace(**stock))
         if preset is not None:
             flags |= {"vmtc_layers": None, **VMTC_PRESETS[preset]}
         config = family.config.from_pretrained(folder, **flags)

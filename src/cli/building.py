@@ -49,7 +49,7 @@ def compress(
         str | None,
         typer.Option(
             help="Set how VMTC works: training-free, for weights that are used as they are, or paper, for weights that you "
-            "will train with VMTC. Default: training-free for a stock LLaVA.",
+            "will train with VMTC. Default: training-free for a LLaVA whose VMTC is off.",
             show_default=False,
         ),
     ] = None,
