@@ -1,7 +1,7 @@
 """
-Pictures of several easy-VQA images beside each other, in grids of different aspect ratios, so that LLaVA-NeXT cuts them into
-two to four tiles. Some cells hold the background of an image without its shape. The questions are in easy-VQA's own words,
-about one of the shapes. The images come from the official splits, so a model has not seen those of the test.
+Pictures of one to four shapes in grids of different aspect ratios, so that LLaVA-NeXT cuts them into two to four tiles. A
+cell of a grid holds an image of easy-VQA, or only its background. The questions are in easy-VQA's words and of its four
+types. The images come from the official splits, so a model has not seen those of the test.
 
     picture = build_pictures("test", 500)[0]
     image, questions = picture.draw(), ask(picture, random.Random(0))
@@ -18,12 +18,11 @@ from PIL import Image
 from scene_pixels import load_pixels, shape_mask
 from tqdm.auto import tqdm
 
-from ta_llava.data.easy_vqa import Scene, load_easy_vqa
+from ta_llava.data.easy_vqa import COLORS, SHAPES, Scene, load_easy_vqa, question_type
 
 
 # Rows and columns. On canvases of up to 2 x 2 tiles, three cells in a row are scaled down, with padding.
-LAYOUTS = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))
-QUESTION_TYPES = ("which colour", "which shape", "yes/no")
+GRIDS = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))
 
 
 @dataclass
@@ -53,88 +52,69 @@ class Picture:
         return Image.fromarray(np.concatenate(rows))
 
     @property
-    def shapes(self) -> list[tuple[str, str]]:
-        """Colour and shape of what is shown."""
-        return [(str(cell.color), str(cell.shape)) for cell, shown in zip(self.cells, self.shown) if shown]
+    def scenes(self) -> list[Scene]:
+        """The cells that show their shape."""
+        return [cell for cell, shown in zip(self.cells, self.shown) if shown]
 
 
 def build_pictures(split: str, count: int, seed: int = 0) -> list[Picture]:
     """
     Draws `count` pictures from the scenes of a split of easy-VQA, `"train"` or `"test"`. A larger `count` does not change
-    the first pictures. In each, at least one shape differs in colour from all others, and one in its kind.
+    the first pictures.
     """
     scenes = [scene for scene in load_easy_vqa(split) if scene.color and scene.shape]
     generator = random.Random(f"{split} {seed}")
-    pictures: list[Picture] = []
-    while len(pictures) < count:
-        rows, columns = LAYOUTS[len(pictures) % len(LAYOUTS)]
-        cells = [generator.choice(scenes) for _ in range(rows * columns)]
-        shown = [True] * len(cells)
-        if len(cells) == 4:
-            for index in generator.sample(range(4), generator.randrange(3)):
-                shown[index] = False
-        picture = Picture(rows, columns, cells, shown)
-        if _unique(picture.shapes, 0) and _unique(picture.shapes, 1):
-            pictures.append(picture)
+    pictures = []
+    for index in range(count):
+        rows, columns = GRIDS[index % len(GRIDS)]
+        places = range(rows * columns)
+        chosen = generator.sample(places, generator.randint(1, len(places)))
+        cells = [generator.choice(scenes) for _ in places]
+        pictures.append(Picture(rows, columns, cells, [place in chosen for place in places]))
     return pictures
-
-
-def _unique(shapes: list[tuple[str, str]], part: int) -> list[tuple[str, str]]:
-    """The shapes whose colour (`part` 0) or kind (`part` 1) no other has."""
-    values = [shape[part] for shape in shapes]
-    return [shape for shape in shapes if values.count(shape[part]) == 1]
 
 
 # --- questions -----------------------------------------------------------------------------------------------------
 
 
-def ask(picture: Picture, generator: random.Random) -> list[tuple[str, str, str]]:
-    """One question of each of `QUESTION_TYPES`: type, question and answer."""
-    chosen = [
-        generator.choice(_unique(picture.shapes, 1)),
-        generator.choice(_unique(picture.shapes, 0)),
-        generator.choice(picture.shapes),
-    ]
-    return [
-        (kind, *_question(picture, shape, kind, generator)) for kind, shape in zip(QUESTION_TYPES, chosen, strict=True)
-    ]
-
-
-def converse(picture: Picture, generator: random.Random) -> list[tuple[str, str, str]]:
-    """A question about each shape, as `ask` gives them. No answer follows from those before it."""
-    turns = []
-    for shape in generator.sample(picture.shapes, len(picture.shapes)):
-        kinds = ["yes/no"]
-        kinds += ["which colour"] if shape in _unique(picture.shapes, 1) else []
-        kinds += ["which shape"] if shape in _unique(picture.shapes, 0) else []
-        kind = generator.choice(kinds)
-        turns.append((kind, *_question(picture, shape, kind, generator)))
-    return turns
-
-
-def _question(picture: Picture, shape: tuple[str, str], kind: str, generator: random.Random) -> tuple[str, str]:
-    color, name = shape
-    if kind == "which colour":
-        return f"what color is the {name}?", color
-    if kind == "which shape":
-        return f"what is the {color} shape?", name
-    # If the answer is no, colour and shape are both there, but not together.
-    absent = sorted({(color, other) for _, other in picture.shapes} - set(picture.shapes))
-    if absent and generator.random() < 0.5:
-        return f"is there a {color} {generator.choice(absent)[1]} in the image?", "no"
-    return f"is there a {color} {name} in the image?", "yes"
-
-
-def guess_rate(picture: Picture, kind: str) -> float:
-    """How often somebody guesses right who knows which colours and shapes are there, but not which belong together."""
-    part = {"which colour": 0, "which shape": 1}.get(kind)
-    return 0.5 if part is None else 1 / len({shape[part] for shape in picture.shapes})
-
-
-def write_llava_format(folder: Path, split: str, pictures: list[Picture], seed: int) -> None:
+def ask(picture: Picture, generator: random.Random, count: int = 1) -> list[tuple[str, str]]:
     """
-    Writes pictures to `folder/split`, and samples in LLaVA's format to `folder/split.json`: a conversation about each picture
-    of `"train"`, and questions with their type about those of `"test"`.
+    Questions with their answers: whether a colour and whether a shape is there, `count` of each, and what colour and shape
+    the only one has. About half of the answers to the former are yes.
+    """
+    colors = [str(scene.color) for scene in picture.scenes]
+    shapes = [str(scene.shape) for scene in picture.scenes]
+    questions = [
+        *(
+            (f"is there a {color} shape in the image?", answer)
+            for color, answer in _draw(COLORS, colors, count, generator)
+        ),
+        *((f"is there a {shape} in the image?", answer) for shape, answer in _draw(SHAPES, shapes, count, generator)),
+    ]
+    if len(colors) == 1:
+        questions += [("what color is the shape?", colors[0]), ("what shape is in the image?", shapes[0])]
+    return questions
+
+
+def _draw(names: tuple[str, ...], present: list[str], count: int, generator: random.Random) -> list[tuple[str, str]]:
+    """Different colours or shapes, each with "yes" if it is there."""
+    groups = {
+        "yes": [name for name in names if name in present],
+        "no": [name for name in names if name not in present],
+    }
+    drawn = []
+    for _ in range(count):
+        answer = generator.choice(["yes", "no"])
+        if not groups[answer]:
+            answer = "no" if answer == "yes" else "yes"
+        drawn.append((groups[answer].pop(generator.randrange(len(groups[answer]))), answer))
+    return drawn
+
+
+def write_llava_format(folder: Path, split: str, pictures: list[Picture], seed: int = 0) -> None:
+    """
+    Writes pictures to `folder/split`, and samples in LLaVA's format to `folder/split.json`: for `"train"` one conversation
+    about each picture, for `"test"` questions with their type.
     """
     (folder / split).mkdir(parents=True, exist_ok=True)
     samples = []
@@ -142,16 +122,19 @@ def write_llava_format(folder: Path, split: str, pictures: list[Picture], seed: 
         image, generator = f"{split}/{index}.png", random.Random(f"{split} {seed} {index}")
         picture.draw().save(folder / image)
         if split == "train":
-            samples.append(_llava_sample(str(index), image, converse(picture, generator)))
-            continue
-        for question in ask(picture, generator):
-            samples.append({**_llava_sample(f"{index} {question[0]}", image, [question]), "type": question[0]})
+            questions = ask(picture, generator, count=2)
+            generator.shuffle(questions)
+            samples.append(_llava_sample(str(index), image, questions))
+        else:
+            for number, (question, answer) in enumerate(ask(picture, generator)):
+                sample = _llava_sample(f"{index}-{number}", image, [(question, answer)])
+                samples.append({**sample, "type": question_type(question, answer)})
     (folder / f"{split}.json").write_text(json.dumps(samples), encoding="utf-8")
 
 
-def _llava_sample(name: str, image: str, questions: list[tuple[str, str, str]]) -> dict[str, Any]:
+def _llava_sample(name: str, image: str, questions: list[tuple[str, str]]) -> dict[str, Any]:
     turns = []
-    for number, (_, question, answer) in enumerate(questions):
+    for number, (question, answer) in enumerate(questions):
         turns.append({"from": "human", "value": question if number else f"<image>\n{question}"})
         turns.append({"from": "gpt", "value": answer})
     return {"id": name, "image": image, "conversations": turns}
