@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-real test-versions lint docs train-tiny train-llava-tiny train-small evaluate-tiny tables instructions bench bench-full bench-gpu photographs space space-folder test-space test-quantization test-vllm bench-vllm dist clean
+.PHONY: help demo test test-real test-versions lint docs train-tiny train-llava-tiny train-llava-next-tiny train-small evaluate-tiny tables instructions bench bench-full bench-gpu photographs space space-folder test-space test-quantization test-vllm bench-vllm dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -58,6 +58,9 @@ train-tiny: $(VENV)/installed-dev  ## train the shipped TA-LLaVA from nothing (3
 train-llava-tiny: $(VENV)/installed-dev  ## train a small LLaVA on easy-VQA by the recipes of LLaVA-1.5 (16 minutes; resumes)
 	$(BIN)/python experiments/train_llava_tiny.py --output-dir runs/llava-tiny
 	$(BIN)/ta-llava evaluate runs/llava-tiny/model --batch-size 128 -o runs/llava-tiny/easy-vqa-test
+
+train-llava-next-tiny: $(VENV)/installed-dev  ## train a small LLaVA-NeXT on pictures of several shapes, and score it with fewer tokens (25 minutes on one core; resumes)
+	OMP_NUM_THREADS=1 $(BIN)/python experiments/train_llava_next_tiny.py --output-dir runs/llava-next-tiny
 
 train-small: $(VENV)/installed-real-parts  ## train a TA-LLaVA of SmolLM2-135M and DINOv2-small (47 minutes on 2 cores; resumes)
 	$(BIN)/python experiments/train_ta_llava_small.py --output-dir runs/ta-llava-small --results benchmarks/results

@@ -3,10 +3,15 @@ Measures what VMTC saves in LLaVA-NeXT, compared with `transformers.LlavaNextFor
 tiles: 2,928 tokens against 322 and 162. All variants share the same random weights, and take turns in one run.
 
     python benchmarks/compare_llava_next.py --output benchmarks/results/compare_llava_next.md
+
+In bfloat16 a CPU without instructions for it is slow; one round of the prefill alone, on random visual tokens:
+
+    python benchmarks/compare_llava_next.py --dtypes bfloat16 --prefill-only --repeats 1
 """
 
 import argparse
 from collections import defaultdict
+from copy import deepcopy
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -71,11 +76,23 @@ def build_models(name: str, dtype: torch.dtype) -> dict[str, Any]:
     return models
 
 
+def count_tokens(model: Any, pixels: torch.Tensor, image_sizes: torch.Tensor) -> int:
+    """The visual tokens of a picture, from a run of the model without weights."""
+    with torch.device("meta"):
+        empty = type(model)(deepcopy(model.config)).eval().float()
+        return len(
+            empty.model.get_image_features(pixels.float().to("meta"), image_sizes, return_dict=True).pooler_output[0]
+        )
+
+
 @torch.inference_mode()
 def measure(
-    name: str, batch_size: int, repeats: int, dtype: torch.dtype
+    name: str, batch_size: int, repeats: int, dtype: torch.dtype, prefill_only: bool = False
 ) -> tuple[dict[str, int], dict[tuple[str, str], float], dict[str, int]]:
-    """By variant: visual tokens of a picture, median seconds of each quantity, and bytes of the cache after the prefill."""
+    """
+    By variant: visual tokens of a picture, median seconds of each quantity, and bytes of the cache after the prefill. With
+    `prefill_only`, the visual tokens are random, and there is no round to warm up.
+    """
     with torch.inference_mode(False):
         models = build_models(name, dtype)
     setup = LLAVA_SETUPS[name]
@@ -85,23 +102,28 @@ def measure(
     words = torch.randint(FIRST_WORD_ID, setup.text_config["vocab_size"], (batch_size, NUM_TEXT_TOKENS))
     samples, lengths, cache_bytes = defaultdict(list), {}, {}
     turns = list(models.items())
-    for number in tqdm(range(repeats + 1), desc=f"{name}, {dtype}, batch {batch_size}", unit="round"):
+    for number in tqdm(range(prefill_only, repeats + 1), desc=f"{name}, {dtype}, batch {batch_size}", unit="round"):
         turns.reverse()
         for variant, model in turns:
-            outputs, tower = timed(model.get_image_features, pixels, image_sizes, return_dict=True)
-            features = torch.stack(list(outputs.pooler_output))
+            if prefill_only:
+                width = setup.text_config["hidden_size"]
+                features = torch.randn(batch_size, count_tokens(model, pixels, image_sizes), width, dtype=dtype)
+            else:
+                outputs, tower = timed(model.get_image_features, pixels, image_sizes, return_dict=True)
+                features = torch.stack(list(outputs.pooler_output))
             lengths[variant] = features.shape[1]
             placeholders = torch.full((batch_size, features.shape[1]), IMAGE_TOKEN_ID)
             ids = torch.cat([placeholders, words], dim=1)
             with last_layer_timer(model) as of_layer:
                 (token, cache), prefill = timed(run_prefill, model, ids, features=features, project=lambda x: x)
             cache_bytes[variant] = count_bytes(cache)
-            _, decode = timed(run_decode, model, token, cache)
+            seconds = {PREFILL: prefill, LAST_LAYER: sum(of_layer)}
+            if not prefill_only:
+                _, decode = timed(run_decode, model, token, cache)
+                seconds |= {TOWER: tower, DECODE: decode / NUM_DECODE_TOKENS}
             if number > 0:  # the first round warms up
-                samples[TOWER, variant].append(tower)
-                samples[PREFILL, variant].append(prefill)
-                samples[LAST_LAYER, variant].append(sum(of_layer))
-                samples[DECODE, variant].append(decode / NUM_DECODE_TOKENS)
+                for quantity, value in seconds.items():
+                    samples[quantity, variant].append(value)
     return lengths, {key: median(values) for key, values in samples.items()}, cache_bytes
 
 
@@ -110,15 +132,14 @@ def format_table(
 ) -> str:
     setup = LLAVA_SETUPS[name]
     missing = setup.full_depth - setup.num_layers
-    full: dict[str, dict[str, float]] = {
-        "vision tower": {variant: seconds[TOWER, variant] for variant in lengths},
-        "prefill behind it": {
-            variant: seconds[PREFILL, variant] + missing * seconds[LAST_LAYER, variant] for variant in lengths
-        },
-        "decoding step": {variant: seconds[DECODE, variant] for variant in lengths},
-    }
-    full["both"] = {variant: full["vision tower"][variant] + full["prefill behind it"][variant] for variant in lengths}
-    order = ["vision tower", "prefill behind it", "both", "decoding step"]
+    prefill = {variant: seconds[PREFILL, variant] + missing * seconds[LAST_LAYER, variant] for variant in lengths}
+    full = {"prefill behind it": prefill}
+    if (TOWER, STOCK) in seconds:
+        tower = {variant: seconds[TOWER, variant] for variant in lengths}
+        full = {"vision tower": tower, **full}
+        full["both"] = {variant: tower[variant] + prefill[variant] for variant in lengths}
+        full["decoding step"] = {variant: seconds[DECODE, variant] for variant in lengths}
+    order = list(full)
     lines = [f"| | tokens | {' | '.join(order)} | cache |", "|---" + "|---:" * (len(order) + 2) + "|"]
     for variant, length in sorted(lengths.items(), key=lambda item: -item[1]):
         cells = [
@@ -142,12 +163,22 @@ def main() -> None:
     parser.add_argument("--config", choices=list(BUDGETS), default="7B")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=2, help="take the median of this many rounds, after one")
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=["float32", "bfloat16"],
+        help="default: bfloat16 too if the CPU has instructions for it",
+    )
+    parser.add_argument(
+        "--prefill-only", action="store_true", help="neither tower nor decoding, and no round to warm up"
+    )
     parser.add_argument("--output", type=Path, help="also write the tables to this Markdown file")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     sections = [f"### {arguments.config}: {LLAVA_SETUPS[arguments.config].description}"]
-    for dtype in (torch.float32, torch.bfloat16) if has_fast_bfloat16() else (torch.float32,):
-        measured = measure(arguments.config, arguments.batch_size, arguments.repeats, dtype)
+    dtypes = arguments.dtypes or (["float32", "bfloat16"] if has_fast_bfloat16() else ["float32"])
+    for dtype in (getattr(torch, name) for name in dtypes):
+        measured = measure(arguments.config, arguments.batch_size, arguments.repeats, dtype, arguments.prefill_only)
         sections += [f"Batch {arguments.batch_size}, rounds: {arguments.repeats}, {describe_machine(dtype)}:"]
         sections += [format_table(arguments.config, *measured)]
     report = "\n\n".join([*sections, NOTES])

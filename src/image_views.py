@@ -128,7 +128,20 @@ def count_packed_tokens(layout: ViewLayout, settings: Any, num_visual_tokens: in
 
 def total_of_call(settings: Any, num_visual_tokens: int | None = None) -> int | None:
     """The budget of a whole picture, if there is one and a call names no other for each view."""
-    return settings.vmtc_total_visual_tokens if settings.use_vmtc and num_visual_tokens is None else None
+    if not settings.use_vmtc or num_visual_tokens is not None:
+        return None
+    check_one_budget(settings)
+    return settings.vmtc_total_visual_tokens
+
+
+def check_one_budget(settings: Any) -> None:
+    """Raises `ValueError` if a config or processor has a budget for each view and one for a whole picture."""
+    each, total = settings.vmtc_num_visual_tokens, settings.vmtc_total_visual_tokens
+    if each is not None and total is not None:
+        raise ValueError(
+            f"`vmtc_num_visual_tokens` is {each} for each view, but `vmtc_total_visual_tokens` is {total} for the whole "
+            "picture. A picture has one budget: set the other to `None`."
+        )
 
 
 def _check_total(total: int, patches: list[int]) -> None:
@@ -200,6 +213,7 @@ class ViewCompression(TowerCompression):
     num_blocks (`int`): Blocks up to the one whose output is used.
     budget, total (`int`, *optional*): Tokens of each view, or of each picture.
     plans (`list[dict[int, VmtcStage]]`): For each view, as `plan_stages` makes it. With a total, the first stage makes it.
+    masks (`dict`): The attention mask after each number of stages on each device, once it is made.
     """
 
     layouts: list[ViewLayout] = field(default_factory=list)
@@ -209,6 +223,7 @@ class ViewCompression(TowerCompression):
     budget: int | None = None
     total: int | None = None
     plans: list[dict[int, VmtcStage]] = field(default_factory=list)
+    masks: dict[tuple[int, torch.device], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.layers = stage_layers(self.config, self.num_blocks)
@@ -267,6 +282,13 @@ class ViewCompression(TowerCompression):
         num_stages = sum(layer < block_index for layer in self.layers)
         if num_stages == 0 or len(set(self.lengths(num_stages))) == 1:
             return None  # before the first stage the tower sees the padding, as in the stock model
+        key = num_stages, hidden_states.device
+        if key not in self.masks:
+            self.masks[key] = self._mask(num_stages, hidden_states)
+        return self.masks[key]
+
+    def _mask(self, num_stages: int, hidden_states: torch.Tensor) -> Any:
+        """The attention mask of the blocks after the first stages."""
         is_real = self._is_real(num_stages, hidden_states)
         # A view without any patch is read by nothing, but must not give NaN.
         is_real = is_real | ~is_real.any(dim=1, keepdim=True)

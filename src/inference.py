@@ -98,6 +98,8 @@ def load(
                 family_of(config.model_type).processor if config.model_type in VIEWS_TYPES else AutoProcessor
             )
             processor = processor_class.from_pretrained(model, trust_remote_code=False)
+    if compiled:
+        _check_compilable(kwargs.get("config", config))
     # The library would widen some weights of a model that bitsandbytes has quantised, and leave others.
     is_quantised = getattr(config, "quantization_config", None) is not None
     dtype = "auto" if on_gpu or is_quantised else torch.float32
@@ -119,8 +121,8 @@ def compile_model(model: PreTrainedModel, backend: str = "inductor") -> PreTrain
         backend (`str`): A backend of `torch.compile`.
 
     Raises:
-        `ValueError`: The model is of another class or on several devices, its quantised weights cannot be compiled, or there
-            is no C++ compiler.
+        `ValueError`: The model is of another class or on several devices, has a total budget of pictures in views, its
+            quantised weights cannot be compiled, or there is no C++ compiler.
     """
     on_gpu = model.device.type == "cuda"
     if not hasattr(model, "_static_cache"):  # by name: the class may have come with a checkpoint
@@ -128,6 +130,7 @@ def compile_model(model: PreTrainedModel, backend: str = "inductor") -> PreTrain
     devices = set(getattr(model, "hf_device_map", {}).values())
     if len(devices) > 1:
         raise ValueError(f"A model on {len(devices)} devices cannot be compiled. Load it on one, or do not compile.")
+    _check_compilable(model.config)
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.is_compileable:
         method = quantizer.quantization_config.quant_method
@@ -145,6 +148,16 @@ def compile_model(model: PreTrainedModel, backend: str = "inductor") -> PreTrain
     base.vision_tower.compile(fullgraph=True, backend=backend, mode=mode)
     model.compile(fullgraph=True, backend=backend, mode=mode)
     return model
+
+
+def _check_compilable(config: Any) -> None:
+    """Raises `ValueError` if a config has a budget that depends on what is in a picture."""
+    total = getattr(config, "vmtc_total_visual_tokens", None)
+    if total is not None and config.use_vmtc:
+        raise ValueError(
+            f"`vmtc_total_visual_tokens` is {total}, but a compiled vision tower cannot wait for what is in a picture. Use "
+            "`vmtc_num_visual_tokens` (`--visual-tokens`), or do not compile."
+        )
 
 
 def _conversation(images: Iterable[Any], question: str) -> list[dict[str, Any]]:

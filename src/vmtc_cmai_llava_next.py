@@ -29,6 +29,7 @@ from transformers.models.llava_next.modeling_llava_next import (
     LlavaNextPreTrainedModel,
 )
 
+from .image_views import check_one_budget
 from .safe_loading import check_image_size, check_sizes
 from .vision_language_model import VisionLanguageModelMixin
 from .vmtc_cmai_mixins import VmtcCmaiHeadMixin, auto_map_of, register_checkpoints
@@ -120,6 +121,7 @@ class VmtcCmaiLlavaNextProcessor(VmtcCmaiViewsProcessorMixin, LlavaNextProcessor
         self.vmtc_num_visual_tokens = vmtc_num_visual_tokens
         self.vmtc_keep_ratio = vmtc_keep_ratio
         self.vmtc_total_visual_tokens = vmtc_total_visual_tokens
+        check_one_budget(self)
         super().__init__(
             image_processor,
             tokenizer,

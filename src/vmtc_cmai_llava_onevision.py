@@ -40,7 +40,7 @@ from transformers.models.llava_onevision.modeling_llava_onevision import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .image_views import ViewLayout, layout_of
+from .image_views import ViewLayout, check_one_budget, layout_of
 from .safe_loading import check_image_size, check_sizes
 from .vision_language_model import VisionLanguageModelMixin
 from .vmtc_cmai_mixins import VmtcCmaiHeadMixin, auto_map_of, register_checkpoints
@@ -248,6 +248,10 @@ class VmtcCmaiLlavaOnevisionProcessor(VmtcCmaiViewsProcessorMixin, LlavaOnevisio
     """
 
     has_rows_of_images = True
+    video_remedy = (
+        "Prepare videos with the library's `LlavaOnevisionProcessor` (`pip install torchvision`), or pass the frames as "
+        "`images`."
+    )
 
     def __init__(
         self,
@@ -271,6 +275,7 @@ class VmtcCmaiLlavaOnevisionProcessor(VmtcCmaiViewsProcessorMixin, LlavaOnevisio
         self.vmtc_num_visual_tokens = vmtc_num_visual_tokens
         self.vmtc_keep_ratio = vmtc_keep_ratio
         self.vmtc_total_visual_tokens = vmtc_total_visual_tokens
+        check_one_budget(self)
         super().__init__(
             image_processor,
             tokenizer,

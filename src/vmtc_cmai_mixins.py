@@ -656,9 +656,11 @@ class VmtcCmaiProcessorMixin(TypedPlaceholdersMixin, VisualBudgetMixin):
     What the processors share. It stands before the library's processor among the bases.
 
     has_rows_of_images (`bool`): Whether the image processor must know which images belong to one prompt.
+    video_remedy (`str`): What a user who gives it a video can do.
     """
 
     has_rows_of_images: ClassVar[bool] = False
+    video_remedy: ClassVar[str] = "Pass the frames of a video as `images`."
 
     valid_processor_kwargs: Any = VmtcCmaiProcessorKwargs
 
@@ -686,7 +688,7 @@ class VmtcCmaiProcessorMixin(TypedPlaceholdersMixin, VisualBudgetMixin):
                 possible.
         """
         if videos is not None:
-            raise ValueError("LLaVA reads images and text. Pass the frames of a video as `images`.")
+            raise ValueError(f"{type(self).__name__} does not read `videos`. {self.video_remedy}")
         opened: Any = open_images(images)
         texts = [text] if isinstance(text, str) else text or []
         expected = [sample.count(self.image_token) for sample in texts]

@@ -28,7 +28,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .image_views import ViewCompression, ViewLayout, count_packed_tokens, layout_of, pack_views, total_of_call
+from .image_views import (
+    ViewCompression,
+    ViewLayout,
+    check_one_budget,
+    count_packed_tokens,
+    layout_of,
+    pack_views,
+    total_of_call,
+)
 from .vision_language_model import is_compiled
 from .vision_towers import TowerCompression, count_blocks, has_class_token
 from .vmtc import at_least_1, count_visual_tokens
@@ -48,11 +56,15 @@ class VmtcCmaiViewsConfig(VmtcCmaiConfig):
 
     Args:
         vmtc_total_visual_tokens (`int`, *optional*):
-            Visual tokens of a whole picture, newlines not counted. It replaces the two fields above: the more important
-            tiles get more of it, and every view at least one.
+            Visual tokens of a whole picture, newlines not counted, in place of a budget for each view: the more important
+            tiles get more of it, and every view at least one. `vmtc_num_visual_tokens` must be `None` then.
     """
 
     vmtc_total_visual_tokens: int | None = validated_field(at_least_1, default=None)
+
+    def validate_budget(self):
+        """Checks that a picture has one budget. `@strict` calls it."""
+        check_one_budget(self)
 
 
 class VmtcCmaiViewsModelMixin(VmtcCmaiModelMixin):

@@ -69,8 +69,9 @@ def build_stock(family: str) -> torch.nn.Module:
 
 
 def build(family: str, backbone: str = "llama", **kwargs) -> Any:
-    """A model with VMTC to 9 tokens of each view, and CMAI."""
-    flags = {"use_vmtc": True, "vmtc_num_visual_tokens": 9, "vmtc_merge_weights": "normalized", "use_cmai": True}
+    """A model with VMTC to 9 tokens of each view, if no total is given, and CMAI."""
+    each = None if "vmtc_total_visual_tokens" in kwargs else 9
+    flags = {"use_vmtc": True, "vmtc_num_visual_tokens": each, "vmtc_merge_weights": "normalized", "use_cmai": True}
     config = ours(family, "Config")(**{**config_fields(family, backbone), **flags, **kwargs})
     torch.manual_seed(0)
     return make_lively(ours(family, "ForConditionalGeneration")(config)).eval()

@@ -8,6 +8,7 @@ import torch
 from families import PINPOINTS, VIEWS, build, pictures_of
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
+from ta_llava import image_views
 from ta_llava.image_views import (
     ViewLayout,
     count_packed_tokens,
@@ -67,7 +68,7 @@ def test_tokens_are_counted_view_by_view(size):
     )
     assert count_packed_tokens(layout, settings) == sum(min(9, int(view.sum())) for view in views) + rows
     assert count_packed_tokens(layout, settings, 20) == sum(min(20, int(view.sum())) for view in views) + rows
-    settings.vmtc_total_visual_tokens = 60
+    settings.vmtc_num_visual_tokens, settings.vmtc_total_visual_tokens = None, 60
     assert count_packed_tokens(layout, settings) == min(60, int(views.sum())) + rows
     assert count_packed_tokens(layout, settings, 20) == sum(min(20, int(view.sum())) for view in views) + rows
 
@@ -79,7 +80,7 @@ def test_a_single_view_is_padded_to_a_square():
 
 
 def test_a_total_that_is_too_small_is_named():
-    settings = SimpleNamespace(use_vmtc=True, vmtc_total_visual_tokens=4)
+    settings = SimpleNamespace(use_vmtc=True, vmtc_num_visual_tokens=None, vmtc_total_visual_tokens=4)
     with pytest.raises(ValueError, match="`vmtc_total_visual_tokens` is 4, but a picture has 5 views with content"):
         count_packed_tokens(layout_of((48, 48), PINPOINTS, 24, SIDE), settings)
     assert count_packed_tokens(layout_of((10, 20000), PINPOINTS, 24, SIDE), settings) == 4 + 1  # no tile has content
@@ -231,6 +232,21 @@ def test_with_a_total_the_important_tiles_keep_more(family):
     weights = [0.2, *(0.8 * mass / sum(masses) for mass in masses)]
     assert lengths == slow_share(30, [36] * 5, weights)
     assert len(set(lengths[1:])) > 1
+
+
+@torch.no_grad()
+def test_a_mask_is_made_once_after_each_stage(monkeypatch):
+    made = []
+    make = image_views.create_bidirectional_mask
+    monkeypatch.setattr(
+        image_views, "create_bidirectional_mask", lambda *args, **kwargs: made.append(1) or make(*args, **kwargs)
+    )
+    model = build("llava_next", vmtc_layers=[0, 1], vmtc_total_visual_tokens=30)  # of 4 blocks
+    pictures = pictures_of(model, [[(48, 48)]])
+    model.get_image_features(**pictures)
+    assert len(made) == 2
+    model.get_image_features(**pictures_of(model, [[(30, 120)]]))  # another call has masks of its own
+    assert len(made) == 4
 
 
 def test_stages_need_a_block():

@@ -21,6 +21,7 @@ from families import (
     ours,
     pictures_of,
 )
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, DynamicCache, StaticCache
@@ -279,9 +280,11 @@ def test_compiled_answers_are_the_same():
         expected = generate(model, inputs)
         static = {"cache_implementation": "static", "disable_compile": True}
         assert torch.equal(generate(compiled, inputs, **static), expected)
-    compiled.config.vmtc_total_visual_tokens = 20
-    with pytest.raises(ValueError, match="`vmtc_total_visual_tokens` is 20, but a compiled vision tower"):
-        generate(compiled, inputs)
+    total = build("llava_next", vmtc_total_visual_tokens=20)
+    for refuse in (lambda: compile_model(total, backend="eager"), lambda: generate(compiled, inputs)):
+        with pytest.raises(ValueError, match="`vmtc_total_visual_tokens` is 20, but a compiled vision tower"):
+            refuse()
+        compiled.config.vmtc_num_visual_tokens, compiled.config.vmtc_total_visual_tokens = None, 20
 
 
 # --- training ------------------------------------------------------------------------------------------------------
@@ -379,6 +382,7 @@ def test_a_budget_for_views_may_be_set_for_a_call_or_for_good(family):
         model(input_ids=torch.tensor([[BOS, IMAGE, 20]]), **pictures)
     model.set_visual_budget(4)
     assert torch.equal(model.get_image_features(**pictures).pooler_output[0], fewer)
+    model.config.vmtc_num_visual_tokens = None
     for size, message in (((30, 60), "20 visual tokens|is 2, but a picture has 3 views"), ((7, 5), "is 2, but")):
         model.config.vmtc_total_visual_tokens = 2
         with pytest.raises(ValueError, match=message):
@@ -389,6 +393,41 @@ def test_a_budget_for_views_may_be_set_for_a_call_or_for_good(family):
     model.config.use_vmtc = False
     with pytest.raises(ValueError, match="`num_visual_tokens` is 4, but `use_vmtc` is off"):
         model.get_image_features(**pictures, num_visual_tokens=4)
+
+
+@pytest.mark.parametrize("family", VIEWS)
+def test_a_picture_has_one_budget(family, tmp_path):
+    both = (
+        "(?s)`vmtc_num_visual_tokens` is 9 for each view, but `vmtc_total_visual_tokens` is 20 .*the other to `None`"
+    )
+    with pytest.raises(StrictDataclassError, match=both):
+        build(family, vmtc_num_visual_tokens=9, vmtc_total_visual_tokens=20)
+    with pytest.raises(ValueError, match=both):
+        build_processor(family, use_vmtc=True, vmtc_num_visual_tokens=9, vmtc_total_visual_tokens=20)
+    model = build(family, vmtc_total_visual_tokens=20)
+    processor = build_processor(family, use_vmtc=True, vmtc_total_visual_tokens=20)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(StrictDataclassError, match=both):
+        type(model).from_pretrained(tmp_path, vmtc_num_visual_tokens=9)
+    each = type(model).from_pretrained(tmp_path, vmtc_num_visual_tokens=9, vmtc_total_visual_tokens=None)
+    pictures = pictures_of(model, [[(30, 60)]])
+    assert len(each.get_image_features(**pictures).pooler_output[0]) == 3 * 9 + 1
+    model.config.vmtc_num_visual_tokens = processor.vmtc_num_visual_tokens = 9  # set later
+    for call in (
+        lambda: model.get_image_features(**pictures),
+        lambda: processor(images=picture((30, 60)), text="<image> a"),
+    ):
+        with pytest.raises(ValueError, match=both):
+            call()
+    assert len(model.get_image_features(**pictures, num_visual_tokens=4).pooler_output[0]) == 3 * 4 + 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_processor_of_pictures_says_what_to_do_with_a_video(family):
+    processor = build_processor(family)
+    remedy = "`LlavaOnevisionProcessor`.*frames" if family == "llava_onevision" else "Pass the frames"
+    with pytest.raises(ValueError, match=f"{type(processor).__name__} does not read `videos`. .*{remedy}"):
+        processor(text="<video> a", videos=np.zeros((2, 24, 24, 3), dtype=np.uint8))
 
 
 @pytest.mark.parametrize("family", VIEWS)

@@ -220,10 +220,9 @@ def build_without_data(config: Any) -> Any:
     """
     total = getattr(config, "vmtc_total_visual_tokens", None)
     if total is not None:
-        changed = {
-            "vmtc_total_visual_tokens": None,
-            "vmtc_num_visual_tokens": max(round(total / count_views(config)), 1),
-        }
+        patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+        of_view = min(max(round(total / count_views(config)), 1), patches)  # no view keeps more than it has
+        changed = {"vmtc_total_visual_tokens": None, "vmtc_num_visual_tokens": of_view}
         config = type(config).from_dict({**config.to_dict(), **changed})
     with no_init_weights():  # the initialization of DINOv2 reads its numbers
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).eval()

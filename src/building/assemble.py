@@ -10,7 +10,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, LlavaConfig
 
-from ..common.errors import one_line
+from ..common.errors import why_refused
 from ..common.files import atomic_folder
 from ..configuration_ta_llava import TaLlavaConfig
 from ..modeling_ta_llava import TaLlavaForConditionalGeneration
@@ -237,7 +237,7 @@ def _build_config(config_class: Any, **settings: Any) -> Any:
     try:
         return config_class(**settings)
     except (StrictDataclassError, TypeError) as error:
-        raise ValueError(one_line(error.__cause__ or error)) from error
+        raise ValueError(why_refused(error)) from error
 
 
 def _write_model(out: str | Path, parts: Parts, model_class: Any, config: Any, processor: Any, seed: int) -> list[str]:
@@ -246,7 +246,7 @@ def _write_model(out: str | Path, parts: Parts, model_class: Any, config: Any, p
         with torch.device("meta"), torch.no_grad():
             model_class(deepcopy(config)).eval().get_image_features(parts.pixel_values.to("meta"))
     except (ValueError, StrictDataclassError) as error:
-        raise ValueError(f"These settings do not fit the parts: {one_line(error.__cause__ or error)}") from error
+        raise ValueError(f"These settings do not fit the parts: {why_refused(error)}") from error
     tower, language_model = parts.load_tower(), parts.load_language_model()
     dtype = language_model.dtype
     if tower.dtype != dtype:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from ..common.errors import one_line
+from ..common.errors import one_line, why_refused
 from ..common.families import Family, family_of, has_views
 from ..common.files import atomic_folder, check_new_folder
 from ..common.loading import check_format
@@ -78,8 +79,8 @@ def compress_llava(
             Show a progress bar.
         preset (`str`, *optional*):
             How VMTC works (`VMTC_PRESETS`). `"training-free"`: for weights that are used as they are. `"paper"`: for weights
-            that you will train with VMTC. By default, a stock LLaVA gets `"training-free"`, and one that is compressed
-            already keeps its settings.
+            that you will train with VMTC. By default, a LLaVA whose VMTC was off gets `"training-free"`, and any other
+            keeps its settings.
         total_visual_tokens (`int`, *optional*):
             In place of `num_visual_tokens`, for a model that cuts pictures into views: turns VMTC on and keeps this many
             visual tokens of a whole picture.
@@ -315,11 +316,13 @@ def _compressed_config(source: str | Path, folder: Path, flags: dict[str, Any], 
             flags = _without_total(family.config) | flags
         if preset is None and stock.get("model_type") == family.stock_type:  # it was not trained with VMTC
             preset = "training-free"
+        elif preset is None and flags.get("use_vmtc"):
+            flags |= training_free_fields(SimpleNamespace(**stock))
         if preset is not None:
             flags |= {"vmtc_layers": None, **VMTC_PRESETS[preset]}
         config = family.config.from_pretrained(folder, **flags)
     except StrictDataclassError as error:
-        raise ValueError(f"{source}: {one_line(error.__cause__ or error)}") from error
+        raise ValueError(f"{source}: {why_refused(error)}") from error
     except Exception as error:  # the file may be damaged in any way
         raise ValueError(f"The config.json of {source} cannot be used for VMTC and CMAI: {one_line(error)}") from error
     config.architectures = [family.head.__name__]
@@ -448,6 +451,4 @@ def _working(source: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the config may be damaged in any way
-        raise ValueError(
-            f"{source} does not work with these settings: {one_line(error.__cause__ or error)}"
-        ) from error
+        raise ValueError(f"{source} does not work with these settings: {why_refused(error)}") from error

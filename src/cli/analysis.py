@@ -151,14 +151,16 @@ def cost(
 
         from ..analysis.cost import FULL_SIZE, REFERENCES, count_cost, format_cost, read_config
         from ..building.compress import with_vmtc_and_cmai
+        from ..evaluation.results import describe_vmtc_and_cmai
 
         logging.set_verbosity_error()
-        settings = [f"{visual_tokens} visual tokens"] if visual_tokens is not None else []
-        settings += [f"CMAI {cmai or 'off'}"] if cmai is not None else []
         configs = {}  # all are read before anything is counted
-        for name in models or (FULL_SIZE[1:2] if settings else FULL_SIZE[:1]):
+        changes = visual_tokens is not None or cmai is not None
+        for name in models or (FULL_SIZE[1:2] if changes else FULL_SIZE[:1]):
             config, size = configs[name] = read_config(name)
-            if settings:
+            if changes:
+                settings = describe_vmtc_and_cmai(visual_tokens, None, config.model_type)
+                settings += [f"CMAI {cmai or 'off'}"] if cmai is not None else []
                 configs[", ".join([name, *settings])] = with_vmtc_and_cmai(config, visual_tokens, cmai), size
         configs |= {name: read_config(name) for name in REFERENCES}
         costs = {name: count_cost(config, text_tokens, images, size) for name, (config, size) in configs.items()}

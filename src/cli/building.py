@@ -49,7 +49,7 @@ def compress(
         str | None,
         typer.Option(
             help="Set how VMTC works: training-free, for weights that are used as they are, or paper, for weights that you "
-            "will train with VMTC. Default: training-free for a stock LLaVA.",
+            "will train with VMTC. Default: training-free for a LLaVA whose VMTC is off.",
             show_default=False,
         ),
     ] = None,
@@ -80,9 +80,10 @@ def compress(
             preset=preset,
             total_visual_tokens=total_visual_tokens,
         )
-    total = getattr(config, "vmtc_total_visual_tokens", None)
+    total, has_views = getattr(config, "vmtc_total_visual_tokens", None), hasattr(config, "image_grid_pinpoints")
     budget = total or config.vmtc_num_visual_tokens or f"{config.vmtc_keep_ratio:.0%} of the"
-    settings = [f"VMTC with {budget} visual tokens"] if config.use_vmtc else []
+    of_what = "" if not has_views else " of each view" if total is None else " of a whole picture"
+    settings = [f"VMTC with {budget} visual tokens{of_what}"] if config.use_vmtc else []
     settings += [f"CMAI up to {config.cmai_max_ratio}"] if config.use_cmai else []
     typer.echo(f"Wrote {out}: {', '.join(settings) or 'neither VMTC nor CMAI'}.")
     if settings:

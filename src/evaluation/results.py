@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Self, get_type_hints
 
 from ..common.errors import one_line
+from ..common.families import VIEWS_TYPES
 from ..common.files import write_text
 from ..common.sources import is_repo_name
 
@@ -88,18 +89,12 @@ class EvaluationSettings:
         named = _DATASETS.get(self.task)
         return data if named is None else f"{named} on {data}" if data else named
 
-    @property
-    def labels(self) -> list[str]:
-        """How it was asked, in words: the settings that change the scores."""
-        labels = describe_vmtc_and_cmai(self.visual_tokens, self.cmai)
+    def labels(self, model_type: str | None) -> list[str]:
+        """How a model of some type was asked, in words: the settings that change the scores."""
+        labels = describe_vmtc_and_cmai(self.visual_tokens, self.cmai, model_type)
         labels += [] if self.strategy is None else [f"{self.strategy} objects"]
         labels += ["descriptions instead of images"] if self.describe_first else []
         return labels
-
-    @property
-    def title(self) -> str:
-        """What was asked and how, in words."""
-        return ", ".join([self.dataset, f"{self.num_questions:,} questions", *self.labels])
 
 
 @dataclass
@@ -155,6 +150,16 @@ class EvaluationResults:
             raise ValueError(f"{path} is not as `ta-llava evaluate` writes it: {one_line(error)}") from error
         return results
 
+    @property
+    def labels(self) -> list[str]:
+        """How the model was asked, in words."""
+        return self.settings.labels(self.model_type)
+
+    @property
+    def title(self) -> str:
+        """What was asked and how, in words."""
+        return ", ".join([self.settings.dataset, f"{self.settings.num_questions:,} questions", *self.labels])
+
     def to_dict(self) -> dict[str, Any]:
         """The results as they are saved."""
         return {
@@ -170,7 +175,7 @@ class EvaluationResults:
     def write(self, folder: Path) -> None:
         """Writes `results.json`, and `results.md` with its table."""
         write_text(folder / RESULTS, _as_json(self.to_dict()))
-        table = f"# {self.model}: {self.settings.title}\n\n{format_table(self.scores)}\n\n{self.note}\n"
+        table = f"# {self.model}: {self.title}\n\n{format_table(self.scores)}\n\n{self.note}\n"
         write_text(folder / TABLE, table)
 
 
@@ -181,9 +186,10 @@ def _as_json(content: Any) -> str:
 # --- in words ------------------------------------------------------------------------------------------------------
 
 
-def describe_vmtc_and_cmai(visual_tokens: int | None, cmai: float | None) -> list[str]:
-    """The settings that are not `None`, in words."""
-    labels = [] if visual_tokens is None else [f"{visual_tokens} visual tokens"]
+def describe_vmtc_and_cmai(visual_tokens: int | None, cmai: float | None, model_type: str | None) -> list[str]:
+    """The settings of a model that are not `None`, in words."""
+    of_what = " of each view" if model_type in VIEWS_TYPES else ""
+    labels = [] if visual_tokens is None else [f"{visual_tokens} visual tokens{of_what}"]
     return labels if cmai is None else [*labels, f"CMAI {cmai}"]
 
 

@@ -51,7 +51,7 @@ class Evaluation:
 
     @property
     def title(self) -> str:
-        return ", ".join([self.results.settings.title, *self._other_model])
+        return ", ".join([self.results.title, *self._other_model])
 
     @property
     def note(self) -> str:
@@ -92,7 +92,7 @@ class Evaluation:
                 dataset_split="test" if settings.task == "easy-vqa" else None,
                 dataset_args={"num_questions": settings.num_questions},
                 metric_type=name,
-                metric_name=", ".join([name.replace("_", " "), *settings.labels, *self._other_model]),
+                metric_name=", ".join([name.replace("_", " "), *self.results.labels, *self._other_model]),
                 metric_value=value,
             )
             for name, value in self.metrics.items()
@@ -150,7 +150,7 @@ def _why_of_another(results: EvaluationResults, model_type: str, patches: int) -
     if evaluated is not None and evaluated not in types:
         return f"a {evaluated!r} model was evaluated, and this one is a {model_type!r}"
     if is_ta_llava and (settings.visual_tokens is not None or settings.cmai is not None):
-        return f"the settings were {', '.join(settings.labels)}, which a TA-LLaVA does not have"
+        return f"the settings were {', '.join(results.labels)}, which a TA-LLaVA does not have"
     if settings.visual_tokens is not None and settings.visual_tokens > patches:
         return f"it was evaluated with {settings.visual_tokens} visual tokens, but an image has {patches} patches here"
     return None
@@ -164,12 +164,14 @@ def _why_no_benchmark(settings: EvaluationSettings, model: str | Path, config: A
         return f"{settings.model} was evaluated"
     if config.model_type == TaLlavaConfig.model_type:
         return None  # it has none of these settings
-    visual_tokens = count_visual_tokens(config, patches)
+    total = getattr(config, "vmtc_total_visual_tokens", None) if config.use_vmtc else None
+    visual_tokens = count_visual_tokens(config, patches) if total is None else None
     cmai = config.cmai_max_ratio if config.use_cmai else 0
     if settings.visual_tokens in (None, visual_tokens) and settings.cmai in (None, cmai):
         return None
-    labels = describe_vmtc_and_cmai(visual_tokens, cmai)
-    return f"it was evaluated with {', '.join(settings.labels)}, and has {', '.join(labels)}"
+    labels = [] if total is None else [f"{total} visual tokens of a whole picture"]
+    labels += describe_vmtc_and_cmai(visual_tokens, cmai, config.model_type)
+    return f"it was evaluated with {', '.join(settings.labels(config.model_type))}, and has {', '.join(labels)}"
 
 
 # --- leaderboards --------------------------------------------------------------------------------------------------

@@ -19,3 +19,13 @@ def test_the_benchmark_runs(tmp_path):
     for row in rows[2:]:
         size, stock = (8 * 2 * (count + 40) * 2 * 32 * 4 / 1024 for count in (tokens[row[0]], tokens["LLaVA-NeXT"]))
         assert row[-1] == f"{size:,.0f} KiB ({stock / size:.2f}x)"
+    assert len(rows[0]) == 7
+
+    # The prefill alone, on as many tokens
+    subprocess.run(
+        [*command, "--prefill-only", "--dtypes", "bfloat16", "--output", out], check=True, capture_output=True
+    )
+    text = out.read_text()
+    alone = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[:1] == "|"]
+    assert alone[0] == ["", "tokens", "prefill behind it", "cache"] and "bfloat16" in text and "float32" not in text
+    assert {row[0]: int(row[1]) for row in alone[2:]} == tokens

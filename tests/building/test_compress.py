@@ -164,6 +164,20 @@ def test_the_papers_settings_on_request(stock, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_a_llava_that_was_trained_without_vmtc_gets_the_preset_too(stock, tmp_path):
+    """Its `config.json` is of our own type, with the fields of the paper, but its weights never saw VMTC."""
+    own = tmp_path / "own"
+    load(stock)[0].save_pretrained(own)
+    load(stock)[1].save_pretrained(own)
+    assert vmtc_settings(load(own)[0].config) == VMTC_PRESETS["paper"]
+    for arguments in ((9,), ()):
+        config = compress_llava(own, tmp_path / f"free-{len(arguments)}", *arguments)
+        assert config.use_vmtc and vmtc_settings(config) == TRAINING_FREE_VMTC
+    assert vmtc_settings(compress_llava(own, tmp_path / "cmai", cmai_max_ratio=0.6)) == VMTC_PRESETS["paper"]  # off
+    assert vmtc_settings(compress_llava(own, tmp_path / "paper", 9, preset="paper")) == VMTC_PRESETS["paper"]
+    assert vmtc_settings(compress_llava(tmp_path / "paper", tmp_path / "on", 12)) == VMTC_PRESETS["paper"]
+
+
 def test_the_folder_has_all_that_the_hub_needs(stock, tmp_path):
     out = tmp_path / "out"
     compress_llava(stock, out)

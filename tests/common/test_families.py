@@ -70,7 +70,8 @@ def test_an_unknown_family_is_told_which_are_known(stock, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_compressed_checkpoint_answers_and_can_be_exported(family, stock, tmp_path):
     code, output, error = run("compress", stock[family], tmp_path / "out", "--visual-tokens", "9", "--cmai", "0.6")
-    assert code == 0 and "VMTC with 9 visual tokens, CMAI up to 0.6" in output, error
+    of_each_view = " of each view" if family in VIEWS else ""
+    assert code == 0 and f"VMTC with 9 visual tokens{of_each_view}, CMAI up to 0.6" in output, error
     assert {path.name for path in (tmp_path / "out").glob("*.py")} >= {"vmtc_cmai_mixins.py"}
     weights = [load_file(folder / "model.safetensors") for folder in (stock[family], tmp_path / "out")]
     assert weights[0].keys() == weights[1].keys()
@@ -116,7 +117,7 @@ def test_a_compressed_checkpoint_answers_and_can_be_exported(family, stock, tmp_
 @pytest.mark.parametrize("family", VIEWS)
 def test_a_total_budget_is_written(family, stock, tmp_path):
     code, output, error = run("compress", stock[family], tmp_path / "total", "--total-visual-tokens", "20")
-    assert code == 0 and "VMTC with 20 visual tokens." in output, error
+    assert code == 0 and "VMTC with 20 visual tokens of a whole picture." in output, error
     model, processor = load(tmp_path / "total")
     assert (model.config.vmtc_total_visual_tokens, model.config.vmtc_num_visual_tokens) == (20, None)
     assert (
@@ -135,6 +136,10 @@ def test_a_total_budget_is_written(family, stock, tmp_path):
             compress_llava(stock[family], tmp_path / "other", total_visual_tokens=total)
     with pytest.raises(ValueError, match="shares 20 visual tokens among the views"):
         visualize(stock[family] / "photo.png", tmp_path / "total")
+    with pytest.raises(ValueError, match="`vmtc_total_visual_tokens` is 20, but a compiled vision tower"):
+        load(tmp_path / "total", compiled=True)
+    with pytest.raises(ValueError, match="`vmtc_total_visual_tokens` must be at least 1, got 0"):
+        compress_llava(stock[family], tmp_path / "other", total_visual_tokens=0)
 
 
 @pytest.mark.parametrize("family", VIEWS)
@@ -193,8 +198,10 @@ def test_the_cost_is_that_of_the_picture_with_most_tiles(family, stock):
     few = count_cost(with_vmtc_and_cmai(config, 9, 0.6), 10, 2, size)
     assert few.num_tokens == 2 * (5 * 9 + 2) + 10
     total = with_vmtc_and_cmai(config, 9)
-    total.vmtc_total_visual_tokens = 20
-    assert count_cost(total, 10, 1, size).num_tokens == 5 * 4 + 2 + 10
+    total.vmtc_num_visual_tokens = None
+    for budget, of_view in ((20, 4), (180, 36), (1000, 36)):
+        total.vmtc_total_visual_tokens = budget
+        assert count_cost(total, 10, 1, size).num_tokens == 5 * of_view + 2 + 10
 
 
 def test_the_cost_of_llava_next_at_its_published_size():
@@ -203,7 +210,7 @@ def test_the_cost_of_llava_next_at_its_published_size():
     assert code == 0 and costs["llava-next-7b"]["num_tokens"] == 2880 + 48 + 40, (
         error
     )  # a newline for each row of the grid
-    assert costs["llava-next-7b, 64 visual tokens"]["num_tokens"] == 320 + 2 + 40
+    assert costs["llava-next-7b, 64 visual tokens of each view"]["num_tokens"] == 320 + 2 + 40
 
 
 @pytest.mark.parametrize("family", VIEWS)

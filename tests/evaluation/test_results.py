@@ -58,7 +58,7 @@ def test_results_of_earlier_versions_are_read(tmp_path):
     path = tmp_path / "results.json"
     path.write_text(json.dumps(EARLIER))
     results = EvaluationResults.read(path)
-    assert results.model_type is None and results.settings.title == "shapes, 2 questions"
+    assert results.model_type is None and results.title == "shapes, 2 questions"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import pytest
 import yaml
 from conftest import EXAMPLE_IMAGE, SHIPPED_MODEL, build_config, build_llava_config
+from families import config_fields, ours
 from hub_server import HubServer
 from huggingface_hub import EvalResultEntry, ModelCard, parse_eval_result_entries
 from model_cards import count_nothing, save_config, section
@@ -138,6 +139,27 @@ def test_a_score_is_published_of_the_model_as_it_is_only(counted, tmp_path, capl
     message = f"The score on me/mine is left out of .eval_results: {reason}. Evaluate {model} as it is."
     assert not caplog.text if reason is None else message in caplog.text
     assert "| all | 2 | 50.00% |" in write_model_card(model, "my-model", [results])  # which names what was evaluated
+
+
+@pytest.mark.parametrize(
+    ("budget", "has"),
+    [
+        ({"vmtc_num_visual_tokens": 9}, None),
+        ({"vmtc_num_visual_tokens": 12}, "12 visual tokens of each view"),
+        ({"vmtc_total_visual_tokens": 45}, "45 visual tokens of a whole picture"),
+        ({"vmtc_total_visual_tokens": 45, "vmtc_keep_ratio": 0.25}, "45 visual tokens of a whole picture"),
+    ],
+)
+def test_a_budget_of_each_view_is_no_budget_of_a_picture(counted, tmp_path, caplog, budget, has):
+    model, results = tmp_path / "model", tmp_path / "results"
+    save_config(model, ours("llava_next", "Config")(**config_fields("llava_next"), use_vmtc=True, **budget))
+    results.mkdir()
+    content = json.loads(evaluation(None, {"model": str(model), "visual_tokens": 9}))
+    content |= {"benchmark": "me/mine", "model_type": "vmtc_cmai_llava_next"}
+    (results / "results.json").write_text(json.dumps(content))
+    assert len(write_eval_results(model, [results])) == (has is None)
+    assert has is None or f"with 9 visual tokens of each view, and has {has}, CMAI 0" in caplog.text
+    assert "questions, 9 visual tokens of each view**" in write_model_card(model, "my-model", [results])
 
 
 @pytest.mark.parametrize(
