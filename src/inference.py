@@ -92,12 +92,7 @@ def load(
     if compiled and config.model_type in LLAVA_TYPES:  # the stock classes keep no cache for compiled graphs
         model_class, kwargs = family_of(config.model_type).head, {"config": with_vmtc_and_cmai(config)}
     if num_visual_tokens is None and cmai_max_ratio is None:
-        with loading_from(model):  # before any weights are downloaded
-            # The stock processor of LLaVA-OneVision needs torchvision, though only for videos.
-            processor_class = (
-                family_of(config.model_type).processor if config.model_type in VIEWS_TYPES else AutoProcessor
-            )
-            processor = processor_class.from_pretrained(model, trust_remote_code=False)
+        processor = load_processor(model, config)  # before any weights are downloaded
     if compiled:
         _check_compilable(kwargs.get("config", config))
     # The library would widen some weights of a model that bitsandbytes has quantised, and leave others.
@@ -107,6 +102,21 @@ def load(
     check_processor(processor, model)
     loaded = loaded.to("cuda" if on_gpu else "cpu").eval()
     return compile_model(loaded) if compiled else loaded, processor
+
+
+def load_processor(model: str | Path, config: Any) -> ProcessorMixin:
+    """
+    The processor of a folder or Hub repo, whose config is known. Models with views get ours: the stock processor of
+    LLaVA-OneVision needs torchvision, though only for videos.
+
+    Raises:
+        `ValueError`: It cannot be loaded.
+    """
+    processor_class: Any = AutoProcessor
+    if config.model_type in VIEWS_TYPES:
+        processor_class = family_of(config.model_type).processor
+    with loading_from(model):
+        return processor_class.from_pretrained(model, trust_remote_code=False)
 
 
 def compile_model(model: PreTrainedModel, backend: str = "inductor") -> PreTrainedModel:

@@ -281,6 +281,23 @@ def test_several_images_are_read_in_order_and_their_place_in_the_batch_does_not_
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_all_views_of_a_large_picture_are_read_through_one_prefix(model):
+    """The recipe of `docs/ta_llava.md`: the whole picture and four tiles are the images of a row."""
+    inputs = row_inputs(images=5)
+    logits = model(**inputs).logits
+    assert logits.shape[1] == inputs["input_ids"].shape[1] == row_inputs(images=1)["input_ids"].shape[1]
+    for view in range(5):
+        pixel_values = inputs["pixel_values"].clone()
+        pixel_values[:, view] = random_images(1, 1, seed=9)[:, 0]
+        changed = model(**{**inputs, "pixel_values": pixel_values}).logits
+        assert (changed - logits)[:, -1].abs().max() > 1e-3
+    generated = [
+        model.generate(**inputs, max_new_tokens=5, do_sample=False, use_cache=use_cache) for use_cache in (True, False)
+    ]
+    assert torch.equal(*generated)
+
+
 def test_image_index_embeddings_tell_images_apart(model, tmp_path):
     """A trained model that is given them stays what it is; then they are what its checkpoint has."""
     model.save_pretrained(tmp_path)

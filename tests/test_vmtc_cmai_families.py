@@ -92,10 +92,20 @@ def test_with_both_flags_off_it_is_the_stock_model(family, stock):
     model = ours(family, "ForConditionalGeneration").from_pretrained(folder).eval()
     inputs = inputs_of(theirs)
     assert torch.equal(model(**inputs).logits, theirs(**inputs).logits)
-    for kwargs in ({"num_beams": 2}, {"use_cache": False}, {"do_sample": True}):
+    static = {"cache_implementation": "static", "disable_compile": True}
+    for kwargs in ({"num_beams": 2}, {"use_cache": False}, {"do_sample": True}, static):
         assert torch.equal(generate(model, inputs, **kwargs), generate(theirs, inputs, **kwargs))
-    labels = inputs["input_ids"]
-    assert torch.equal(model(**inputs, labels=labels).loss, theirs(**inputs, labels=labels).loss)
+    for rows in ([[size] for size in SIZES], [ROWS[0]], [[]]):  # each shape, a single row, and no picture
+        several = inputs_of(theirs, rows, side="right")
+        assert torch.equal(model(**several).logits, theirs(**several).logits)
+    with torch.enable_grad():
+        gradients = []
+        for one in (model, copy.deepcopy(theirs)):
+            loss = one.train()(**inputs, labels=inputs["input_ids"], use_cache=False).loss
+            loss.backward()
+            gradients.append({name: p.grad for name, p in one.named_parameters() if p.grad is not None} | {"": loss})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -24,14 +24,14 @@ from typing import Any
 import datasets
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
-from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 from ..common.adapters import is_adapter, model_of_adapter
 from ..common.errors import one_line
-from ..common.loading import config_of, loading_from
+from ..common.loading import config_of
 from ..common.sources import REPO_NAME
 from ..data.samples import find_damaged_files
-from ..inference import answer, load
+from ..inference import answer, load, load_processor
 from .questions import HeldImage, Question
 from .results import DESCRIPTIONS, PREDICTIONS, SETTINGS, EvaluationResults, EvaluationSettings, full_path
 from .tasks import TASKS, Task, TaskOptions, build_task
@@ -188,8 +188,7 @@ def _check_model(model: str | Path) -> tuple[str, str]:
         model_type, of_base = _check_model(model_of_adapter(model))
         return model_type, _digest_of_files(model, of_base)
     config = config_of(model)
-    with loading_from(model):
-        processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
+    processor = load_processor(model, config)
     if getattr(processor, "image_processor", None) is None:
         raise ValueError(
             f"{model} has no image processor, so it cannot be asked about images. Is it a language model alone, or is its "

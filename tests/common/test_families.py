@@ -114,6 +114,31 @@ def test_a_compressed_checkpoint_answers_and_can_be_exported(family, stock, tmp_
     assert "averaged over squares" not in write_model_card(tmp_path / "cmai", "name")
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_scored_as_it_is_and_with_fewer_tokens(family, stock, tmp_path):
+    photo = str(stock[family] / "photo.png")
+    turns = [[{"from": "human", "value": f"<image>{text}"}, {"from": "gpt", "value": "a"}] for text in ("what", "b c")]
+    samples = [{"id": str(id), "image": photo, "conversations": turn} for id, turn in enumerate(turns)]
+    (tmp_path / "test.json").write_text(json.dumps(samples))
+    asked = ("--task", "json", "--data", tmp_path / "test.json", "--max-new-tokens", "3")
+    for number, (options, title) in enumerate(
+        (
+            ((), "# {model}: test, 2 questions\n"),
+            (("--visual-tokens", "9"), "test, 2 questions, 9 visual tokens{of_each_view}\n"),
+            (("--visual-tokens", "9", "--cmai", "0.6"), "9 visual tokens{of_each_view}, CMAI 0.6\n"),
+        )
+    ):
+        code, output, error = run("evaluate", stock[family], *asked, *options, "-o", tmp_path / str(number))
+        of_each_view = " of each view" if family in VIEWS else ""
+        assert code == 0 and title.format(model=stock[family], of_each_view=of_each_view) in output, error
+        settings = json.loads((tmp_path / str(number) / "results.json").read_text())["settings"]
+        assert settings["num_questions"] == 2
+        model, processor = load(stock[family], *[9, 0.6][:number], *[None] * (2 - number))
+        expected = list(answer(model, processor, [([photo], "what"), ([photo], "b c")], max_new_tokens=3))
+        lines = (tmp_path / str(number) / "predictions.jsonl").read_text().splitlines()
+        assert [json.loads(line)["answer"] for line in lines] == expected
+
+
 @pytest.mark.parametrize("family", VIEWS)
 def test_a_total_budget_is_written(family, stock, tmp_path):
     code, output, error = run("compress", stock[family], tmp_path / "total", "--total-visual-tokens", "20")
