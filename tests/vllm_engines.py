@@ -24,7 +24,8 @@ os.environ |= {
 }
 
 import torch
-from conftest import make_lively
+from conftest import make_lively, text_config
+from families import build, build_processor
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_parts import LANGUAGE_MODELS, save_language_model, save_tower
@@ -81,6 +82,7 @@ def engine(folder: str | Path, **kwargs: Any) -> LLM:
         "max_model_len": 256,
         "max_num_seqs": 16,
         "disable_log_stats": True,
+        "kv_cache_memory_bytes": 2**27,
         **kwargs,
     }
     return LLM(str(folder), **settings)
@@ -169,6 +171,16 @@ def save_random_model(
     model.save_pretrained(folder / "lively")
     AutoProcessor.from_pretrained(folder / "new").save_pretrained(folder / "lively")
     return folder / "lively"
+
+
+def save_model_of_views(folder: Path, family: str, **fields: Any) -> Path:
+    """A LLaVA of `VIEWS`, with lively random weights."""
+    processor = build_processor(family, **fields)
+    sizes = {"vocab_size": len(processor.tokenizer), "num_hidden_layers": 4, "max_position_embeddings": 512, **SIZES}
+    model = build(family, text_config=text_config("llama", **sizes), use_cmai=False, **fields)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
 
 
 def num_preemptions(llm: LLM) -> int:

@@ -16,7 +16,7 @@ def register() -> None:
     except ImportError as error:
         # Under the name of vLLM, whose logging then shows it
         logging.getLogger(f"vllm.{__name__}").warning(
-            "ta_llava needs vLLM 0.32 or newer, so its models are not registered: %s", error
+            "ta_llava needs vLLM 0.30 or newer, so its models are not registered: %s", error
         )
 
 

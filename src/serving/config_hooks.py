@@ -9,6 +9,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from ..vmtc import TRAINING_FREE_VMTC, single_feature_layer
 from ..vmtc_cmai_patch import VmtcCmaiLlavaConfig
+from .media import read_images_with_package
 
 
 # Under the name of vLLM, whose logging then shows what is logged here.
@@ -25,11 +26,13 @@ class VmtcLlavaHook(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
         """
-        Gives a stock LLaVA that `hf_overrides` turn into one with VMTC the config of this package.
+        Gives a stock LLaVA that `hf_overrides` turn into one with VMTC the config of this package, and has this package read
+        the images.
 
         Raises:
             `ValueError`: The config asks for CMAI, for several feature layers, or for a tower that vLLM cannot compress.
         """
+        read_images_with_package(model_config)
         config = model_config.hf_config
         if config.model_type not in (LlavaConfig.model_type, VmtcCmaiLlavaConfig.model_type):
             raise ValueError(
@@ -66,11 +69,12 @@ class TaLlavaHook(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
         """
-        Chooses the renderer of TA-LLaVA.
+        Chooses the renderer of TA-LLaVA, and has this package read the images.
 
         Raises:
             `ValueError`: The language model is not one of `BACKBONES`.
         """
+        read_images_with_package(model_config)
         if model_config.tokenizer_mode in ("auto", "hf"):
             model_config.tokenizer_mode = RENDERER
         text_config = model_config.hf_config.text_config

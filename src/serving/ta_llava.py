@@ -39,7 +39,7 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFieldConfig, PlaceholderRange
-from vllm.multimodal.parse import MultiModalDataParser, ProcessorBatchItems
+from vllm.multimodal.parse import ProcessorBatchItems
 from vllm.multimodal.processing import (
     BaseDummyInputsBuilder,
     BaseMultiModalProcessor,
@@ -54,6 +54,7 @@ from ..modeling_ta_llava import TaLlavaModel, find_instruction_end
 from ..prefix_adapters import PrefixReader, adapter_after_layer
 from ..processing_ta_llava import TaLlavaProcessor
 from .config_hooks import check_whole_prompts, split_graphs
+from .media import RgbImageParser
 from .suppressed_tokens import suppress, suppressed_tokens
 
 
@@ -76,7 +77,7 @@ class ImagesOfPrompt(ProcessorBatchItems):
         return [self._unwrap(image) for image in self.data[index]]
 
 
-class TaLlavaDataParser(MultiModalDataParser):
+class TaLlavaDataParser(RgbImageParser):
     def _parse_image_data(self, data: Any) -> Any:
         if isinstance(data, (list, tuple)) and len(data) == 1 and isinstance(data[0], list):
             return ImagesOfPrompt(data[0])  # an item that comes back
@@ -90,7 +91,7 @@ class TaLlavaProcessingInfo(BaseProcessingInfo):
     def get_hf_processor(self, **kwargs: object) -> Any:
         return self.ctx.get_hf_processor(TaLlavaProcessor, **kwargs)
 
-    def get_data_parser(self) -> MultiModalDataParser:
+    def get_data_parser(self) -> TaLlavaDataParser:
         return TaLlavaDataParser()
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
@@ -113,24 +114,23 @@ class TaLlavaDummyInputsBuilder(BaseDummyInputsBuilder[TaLlavaProcessingInfo]):
             )
         }
 
+    def get_dummy_processor_inputs(self, *args: Any, **kwargs: Any) -> Any:  # vLLM 0.30 asks here
+        return with_marker(super().get_dummy_processor_inputs(*args, **kwargs), self.info)
+
+
+def with_marker(inputs: Any, info: TaLlavaProcessingInfo) -> Any:
+    """The images from which vLLM measures its memory, with an empty instruction."""
+    return replace(inputs, prompt=list(info.get_hf_config().response_marker_ids))
+
 
 class TaLlavaMultiModalProcessor(BaseMultiModalProcessor[TaLlavaProcessingInfo]):
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
-        """Images with an empty instruction, from which vLLM measures its memory."""
-        inputs = super().get_dummy_inputs(*args, **kwargs)
-        return replace(inputs, prompt=list(self.info.get_hf_config().response_marker_ids))
+        return with_marker(super().get_dummy_inputs(*args, **kwargs), self.info)
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
         return {"pixel_values": MultiModalFieldConfig.batched("image")}
-
-    def _get_mm_hashes(self, inputs: Any) -> Any:
-        uuids = (inputs.mm_uuid_items or {}).get("image")
-        if uuids:  # one for each image
-            uuid = None if None in uuids else "+".join(uuids)
-            inputs = replace(inputs, mm_uuid_items={**inputs.mm_uuid_items, "image": [uuid]})
-        return super()._get_mm_hashes(inputs)
 
     def _postprocess_prompt(self, prompt: list[int]) -> list[int]:
         """
@@ -146,7 +146,8 @@ class TaLlavaMultiModalProcessor(BaseMultiModalProcessor[TaLlavaProcessingInfo])
             raise ValueError(
                 "A prompt with images has no response marker "
                 f"(`config.response_marker_ids` {list(config.response_marker_ids)}), as chats have it. On vLLM the prefix "
-                "needs it to know its instruction. Use the chat template: `/v1/chat/completions`, or `LLM.chat`."
+                "needs it to know its instruction. Use the chat template (`/v1/chat/completions`, `LLM.chat`), and raise "
+                "`truncate_prompt_tokens` if it cuts the marker off."
             )
         return ids
 
@@ -162,6 +163,10 @@ class TaLlavaMultiModalProcessor(BaseMultiModalProcessor[TaLlavaProcessingInfo])
         The inputs of vLLM, where the item of the images reaches to the end of the instruction. vLLM never splits or
         truncates an item.
         """
+        uuids = (inputs.mm_uuid_items or {}).get("image")
+        if uuids:  # one for each image
+            uuid = None if None in uuids else "+".join(uuids)
+            inputs = replace(inputs, mm_uuid_items={**inputs.mm_uuid_items, "image": [uuid]})
         mm_inputs = super().apply(inputs, timing_ctx)
         length = end_of_instruction(torch.tensor(mm_inputs["prompt_token_ids"]), self.info.get_hf_config()) + 1
         is_prefix = torch.arange(length) < self.info.get_hf_config().num_prefix_tokens

@@ -21,6 +21,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from ..vision_towers import TowerCompression
 from ..vmtc import count_visual_tokens, plan_stages, spatial_downsample
 from ..vmtc_cmai_patch import VmtcCmaiLlavaProcessor
+from .media import RgbImageParser
 from .suppressed_tokens import suppress, suppressed_tokens
 
 
@@ -28,6 +29,12 @@ class VmtcLlavaProcessingInfo(LlavaProcessingInfo):
     def get_hf_processor(self, **kwargs: object) -> Any:
         # It loads the processor of a stock LLaVA too. vLLM uses it for the images alone.
         return self.ctx.get_hf_processor(VmtcCmaiLlavaProcessor, **kwargs)
+
+    def get_data_parser(self) -> RgbImageParser:
+        return RgbImageParser(
+            expected_hidden_size=self._get_expected_hidden_size(),
+            allow_missing_mm_embeddings=self.allow_missing_mm_embeddings,
+        )
 
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
         """Placeholders of an image. All images have one size when the tower gets them."""
@@ -48,6 +55,16 @@ class VmtcLlavaMultiModalProcessor(LlavaMultiModalProcessor):
                 "`--hf-overrides '{\"vmtc_num_visual_tokens\": ...}'`."
             )
         return super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
+
+    def _apply_prompt_updates(self, token_ids: list[int], mm_prompt_updates: Any) -> Any:
+        num_images = len(mm_prompt_updates.get("image", ()))
+        num_places = token_ids.count(self.info.get_hf_config().image_token_id)
+        if num_places < num_images:
+            raise ValueError(
+                f"The prompt has {num_places} `<image>` for {num_images} images. Write one for each image, and raise "
+                "`truncate_prompt_tokens` if it cuts them off."
+            )
+        return super()._apply_prompt_updates(token_ids, mm_prompt_updates)
 
 
 @cache

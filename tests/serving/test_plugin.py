@@ -18,10 +18,11 @@ def test_vllm_finds_the_plugin():
 
 def test_a_vllm_that_is_too_old_starts_without_the_plugin(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "vllm.renderers.registry", None)
-    logging.getLogger("vllm").propagate = True
-    with caplog.at_level(logging.WARNING):
+    logger = logging.getLogger("vllm.ta_llava.serving")
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    with caplog.at_level(logging.WARNING, logger=logger.name):
         register()
-    assert "vLLM 0.32 or newer" in caplog.text
+    assert "vLLM 0.30 or newer" in caplog.text
 
 
 def test_importing_the_package_does_not_import_vllm():

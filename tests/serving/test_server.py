@@ -1,6 +1,7 @@
 """The OpenAI server of vLLM with both systems, asked by the `openai` client over loopback."""
 
 import base64
+import io
 import os
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import openai
 import pytest
 from conftest import EXAMPLE_IMAGE, ROOT, SHIPPED_LLAVA, SHIPPED_MODEL
@@ -19,6 +21,7 @@ from transformers import AutoTokenizer
 from vllm_engines import Request, ask_generate
 
 from ta_llava.building.compress import compress_llava
+from ta_llava.encoded_images import shorten
 
 
 START_SECONDS = 240
@@ -122,12 +125,42 @@ def test_several_clients_at_once(server):
     assert [answer.choices[0].message.content for answer in answers] == texts
 
 
-@pytest.mark.parametrize("content", [b"not an image", EXAMPLE_IMAGE.read_bytes()[:60]], ids=["text", "truncated"])
-def test_a_bad_image_is_refused_and_the_server_lives_on(server, content):
+BAD_IMAGES = {
+    "text": (base64_url(b"not an image"), "is not a readable image, or truncated: its format is unknown"),
+    "truncated": (base64_url(EXAMPLE_IMAGE.read_bytes()[:60]), "is not a readable image, or truncated: "),
+    "no base64": ("data:image/png;base64,a$b", "is not encoded in base64"),
+    "no file": ((ROOT / "examples" / "missing.png").as_uri(), "cannot be read: No such file"),
+    "a page": ("{files}/questions.jsonl", "is not a readable image, or truncated: its format is unknown"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_a_bad_image_is_refused_and_the_server_lives_on(server, files, name):
     client, _, _ = server
-    with pytest.raises(openai.BadRequestError, match="image"):
-        ask(client, QUESTIONS[0], base64_url(content))
+    url, reason = BAD_IMAGES[name]
+    url = url.format(files=files)
+    with pytest.raises(openai.BadRequestError) as error:
+        ask(client, QUESTIONS[0], url)
+    shown = "file://<path>" if url.startswith("file") else shorten(url)  # vLLM takes paths out of messages
+    assert f"The image {shown!r} {reason}" in error.value.body["message"]
     assert_alive(server)
+
+
+def test_images_that_are_not_rgb_are_read_as_by_generate(server):
+    """Of 16 bits and half transparent."""
+    client, folder, _ = server
+    gray = Image.fromarray(np.asarray(Image.open(EXAMPLE_IMAGE).convert("L")).astype(np.uint16) * 257)
+    transparent = Image.open(EXAMPLE_IMAGE).convert("RGBA")
+    transparent.putalpha(Image.linear_gradient("L").resize(transparent.size))
+    asked = []
+    for image in (gray, transparent):
+        image.save(buffer := io.BytesIO(), "PNG")
+        asked.append(buffer.getvalue())
+    requests = [Request([Image.open(io.BytesIO(content))], QUESTIONS[0]) for content in asked]
+    for content, expected in zip(asked, ask_generate(folder, requests)):
+        answer = ask(client, QUESTIONS[0], base64_url(content), logprobs=True)
+        [first, *_] = answer.choices[0].logprobs.content
+        assert abs(first.logprob - float(expected.log_probabilities[expected.ids[0]])) < 2e-3
 
 
 def test_a_prompt_that_is_too_long_is_refused(server):
@@ -148,9 +181,12 @@ def test_aborted_requests_leave_the_server_alive(server):
 
 
 def test_truncation_never_cuts_an_image(server):
+    """Whether it is the prompt as it is written that is cut, or the one with all placeholders."""
     client, _, _ = server
-    with pytest.raises(openai.APIStatusError):
-        ask(client, QUESTIONS[0], base64_url(EXAMPLE_IMAGE.read_bytes()), extra_body={"truncate_prompt_tokens": 8})
+    url = base64_url(EXAMPLE_IMAGE.read_bytes())
+    for limit in (2, 8, 20):
+        with pytest.raises(openai.BadRequestError, match="truncate_prompt_tokens"):
+            ask(client, QUESTIONS[0], url, extra_body={"truncate_prompt_tokens": limit})
     assert_alive(server)
 
 

@@ -129,6 +129,17 @@ def test_requests_that_are_preempted_answer_the_same(expected):
     assert num_preemptions(llm) > 0
 
 
+def test_a_compiled_decoder_answers_the_same(expected, monkeypatch, tmp_path):
+    """In a process of its own, because nothing is compiled in this one."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    llm = engine(SHIPPED_MODEL, enforce_eager=False)
+    assert any((tmp_path / "torch_compile_cache").rglob("*.so"))
+    assert_same(ask_vllm(llm, requests(20)), expected[:20])
+
+
 MODELS = {
     "gemma and siglip": ("gemma", "siglip", {}, {}),
     "llama 2 and clip": ("llama2", "clip_vision", {"adapter_interval": 2}, {}),
