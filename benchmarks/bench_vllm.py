@@ -3,7 +3,7 @@ Measures both systems on vLLM against stock LLaVA on vLLM, with the same backbon
 and time to first token of 64 requests that are offered at once, and how many requests fit a KV cache of 1 GiB.
 
     make bench-vllm
-    .venv-vllm/bin/python benchmarks/bench_vllm.py --setup tiny --num-requests 4   # tries it out
+    .venv-vllm-0.32.0/bin/python benchmarks/bench_vllm.py --setup tiny --num-requests 4   # tries it out
 
 All engines run at the same time, each in its process, and are asked by turns. Each request has an image of its own and 40
 text tokens; an answer has 16 tokens.
@@ -30,7 +30,8 @@ os.environ |= {
 }
 
 import torch
-from compare_with_llava import NUM_TEXT_TOKENS, SETUPS, Setup, describe_machine
+import transformers
+from compare_with_llava import NUM_TEXT_TOKENS, SETUPS, Setup, cpu_name
 from PIL import Image
 from transformers import AutoProcessor, LlavaConfig, PreTrainedConfig
 from vllm import LLM, SamplingParams
@@ -195,8 +196,8 @@ def main() -> None:
     results = measure(setup, arguments.num_requests, arguments.rounds)
     heading = (
         f"{setup.description}; {arguments.num_requests} requests at once, {NUM_TEXT_TOKENS} text tokens and an image each, "
-        f"{NUM_ANSWER_TOKENS} answer tokens, rounds: {arguments.rounds}. vLLM {vllm_version}, eager, "
-        f"{describe_machine(torch.float32)}."
+        f"{NUM_ANSWER_TOKENS} answer tokens, rounds: {arguments.rounds}. vLLM {vllm_version}, eager, torch "
+        f"{torch.__version__}, transformers {transformers.__version__}, float32, {cpu_name()}. vLLM chooses its threads."
     )
     report = f"{heading}\n\n{format_table(results)}\n"
     print(report)

@@ -82,19 +82,28 @@ class TowerCompression:
         Returns `row` if the attention has made an `attention_row`. If not, computes it from the projections of `attention`
         and its input `normed` `(B, tokens, d)`. The weights of eager attention are no such row: dropout and half precision
         have changed them.
+
+        Raises:
+            `ValueError`: Only some of the heads are in this process, so that each would keep other patches.
         """
-        if row is not None and row.shape[-2] == 1:
-            return row
         num_heads = attention.num_heads if hasattr(attention, "num_heads") else attention.num_attention_heads
-        scaling = attention.scale if hasattr(attention, "scale") else attention.scaling
-        if hasattr(attention, "qkv_proj"):  # fused by vLLM's Transformers backend
-            query, key, _ = attention.qkv_proj(normed).chunk(3, dim=-1)
-            query = query[:, :1] if self.has_class_token else query
-        else:
-            query = attention.q_proj(normed[:, :1] if self.has_class_token else normed)
-            key = attention.k_proj(normed)
-        query, key = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key))
-        return self.attention_row(query, key, scaling, stage)
+        if row is None or row.shape[-2] != 1:
+            scaling = attention.scale if hasattr(attention, "scale") else attention.scaling
+            if hasattr(attention, "qkv_proj"):  # fused by vLLM's Transformers backend
+                query, key, _ = attention.qkv_proj(normed).chunk(3, dim=-1)
+                query = query[:, :1] if self.has_class_token else query
+            else:
+                query = attention.q_proj(normed[:, :1] if self.has_class_token else normed)
+                key = attention.k_proj(normed)
+            head_dim = normed.shape[-1] // num_heads
+            query, key = (x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in (query, key))
+            row = self.attention_row(query, key, scaling, stage)
+        if row.shape[1] != num_heads:
+            raise ValueError(
+                f"VMTC needs all {num_heads} heads of the vision tower, but this process has {row.shape[1]}: tensor "
+                "parallel has divided them. Use one process, or vLLM with the plugin of this package, which shares them."
+            )
+        return row
 
     def __call__(self, hidden_states: torch.Tensor, row: torch.Tensor, stage: VmtcStage) -> torch.Tensor:
         """Compresses `hidden_states` `(B, tokens, d)` by the `attention_row` `(B, heads, 1, tokens)`."""

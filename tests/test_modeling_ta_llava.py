@@ -281,9 +281,8 @@ def test_several_images_are_read_in_order_and_their_place_in_the_batch_does_not_
 
 
 @torch.no_grad()
-@torch.no_grad()
 def test_all_views_of_a_large_picture_are_read_through_one_prefix(model):
-    """The recipe of `docs/ta_llava.md`: the whole picture and four tiles are the images of a row."""
+    """As in `docs/ta_llava.md`, the whole picture and four tiles are the images of a row."""
     inputs = row_inputs(images=5)
     logits = model(**inputs).logits
     assert logits.shape[1] == inputs["input_ids"].shape[1] == row_inputs(images=1)["input_ids"].shape[1]

@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ta_llava import TaLlavaConfig, TaLlavaForConditionalGeneration
-from ta_llava.vision_towers import TowerCompression, compression_of_call, make_compressible
+from ta_llava.vision_towers import TowerCompression, blocks_of, compression_of_call, make_compressible
 from ta_llava.vmtc import TRAINING_FREE_VMTC, VmtcConfig, VmtcStage, compress_tokens
 
 
@@ -199,6 +199,22 @@ def test_what_decides_is_float32_under_autocast():
         assert torch.equal(compression.attention_row(query, key, 0.3), row)
         assert torch.equal(compression(states, row, VmtcStage(10, 5)), expected)
     assert torch.equal(compression.trace[0], compression.trace[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_tower_with_a_part_of_its_heads_is_refused(implementation):
+    """As tensor parallel leaves it in each process. Each part would keep other patches."""
+    tower = build_tower("clip", implementation)
+    for block in blocks_of(tower):
+        attention = block.self_attn
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
+            linear.weight.data, linear.bias.data = linear.weight.data[:8], linear.bias.data[:8]
+        attention.out_proj.weight.data = attention.out_proj.weight.data[:, :8]
+    pixel_values = torch.randn(1, 3, 24, 24)
+    compression = compression_of_call(tower_settings(tower), tower, pixel_values, -2)
+    with pytest.raises(ValueError, match="needs all 3 heads of the vision tower, but this process has 1"):
+        tower(pixel_values, compression=compression)
 
 
 @pytest.mark.parametrize("kind", list(VISION_CONFIGS))

@@ -5,6 +5,7 @@ which reads its environment when it is imported.
 
 import gc
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +49,7 @@ FAMILIES = {"gemma3": "gemma", "qwen3": "chatml"}
 class Request(NamedTuple):
     images: list[Any]
     question: str
+    uuids: Sequence[str] = ()  # of the images, for vLLM
 
 
 class Answer(NamedTuple):
@@ -89,7 +91,10 @@ def engine(folder: str | Path, **kwargs: Any) -> LLM:
 
 
 def messages(request: Request, kind: str) -> list[dict[str, Any]]:
-    images = [{"type": kind, kind: image} for image in request.images]
+    images: list[dict[str, Any]] = [{"type": kind, kind: image} for image in request.images]
+    if kind == "image_pil":
+        for image, uuid in zip(images, request.uuids):
+            image["uuid"] = uuid
     return [{"role": "user", "content": [*images, {"type": "text", "text": request.question}]}]
 
 

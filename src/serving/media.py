@@ -2,6 +2,8 @@
 
 import binascii
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,11 +60,27 @@ class TaLlavaMediaConnector(MediaConnector):
 
     def fetch_image(self, image_url: str, *, image_mode: str | None = "RGB") -> Image.Image:
         reader = self._reader(image_url, image_mode)
-        return self.load_from_url(image_url, reader, fetch_timeout=envs.VLLM_IMAGE_FETCH_TIMEOUT)
+        with fetching(reader.name):
+            return self.load_from_url(image_url, reader, fetch_timeout=envs.VLLM_IMAGE_FETCH_TIMEOUT)
 
     async def fetch_image_async(self, image_url: str, *, image_mode: str | None = "RGB") -> Image.Image:
         reader = self._reader(image_url, image_mode)
-        return await self.load_from_url_async(image_url, reader, fetch_timeout=envs.VLLM_IMAGE_FETCH_TIMEOUT)
+        with fetching(reader.name):
+            return await self.load_from_url_async(image_url, reader, fetch_timeout=envs.VLLM_IMAGE_FETCH_TIMEOUT)
+
+
+@contextmanager
+def fetching(name: str) -> Iterator[None]:
+    """
+    Raises `ValueError` if the image `name` cannot be fetched: its URL does not answer, or is of a kind that the server does
+    not read.
+    """
+    try:
+        yield
+    except ValueError:  # it says which image
+        raise
+    except Exception as error:
+        raise ValueError(f"{name} cannot be fetched: {str(error) or type(error).__name__}") from error
 
 
 class RgbImageParser(MultiModalDataParser):
@@ -77,7 +95,7 @@ def _to_rgb(data: Any) -> Any:
         return [_to_rgb(item) for item in data]
     if isinstance(data, MediaWithBytes):
         return replace(data, media=_to_rgb(data.media))
-    return load_rgb_image(data) if isinstance(data, Image.Image) and data.mode != "RGB" else data
+    return load_rgb_image(data) if isinstance(data, Image.Image) else data
 
 
 def read_images_with_package(model_config: Any) -> None:
@@ -86,4 +104,4 @@ def read_images_with_package(model_config: Any) -> None:
     conversion to `RgbImageParser`.
     """
     os.environ.setdefault("VLLM_MEDIA_CONNECTOR", CONNECTOR)
-    model_config.multimodal_config.media_io_kwargs.setdefault("image", {"image_mode": None})
+    model_config.multimodal_config.media_io_kwargs.setdefault("image", {}).setdefault("image_mode", None)

@@ -14,6 +14,7 @@ them: the states between two layers are complete in every process, so all comput
 Conventions of this file: those of `modeling_ta_llava.py`. T: tokens of a step, which are those of its requests in a row.
 """
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -165,7 +166,7 @@ class TaLlavaMultiModalProcessor(BaseMultiModalProcessor[TaLlavaProcessingInfo])
         """
         uuids = (inputs.mm_uuid_items or {}).get("image")
         if uuids:  # one for each image
-            uuid = None if None in uuids else "+".join(uuids)
+            uuid = None if None in uuids else json.dumps(uuids)  # `"a+b"` is not `"a", "b"`
             inputs = replace(inputs, mm_uuid_items={**inputs.mm_uuid_items, "image": [uuid]})
         mm_inputs = super().apply(inputs, timing_ctx)
         length = end_of_instruction(torch.tensor(mm_inputs["prompt_token_ids"]), self.info.get_hf_config()) + 1

@@ -130,6 +130,9 @@ BAD_IMAGES = {
     "truncated": (base64_url(EXAMPLE_IMAGE.read_bytes()[:60]), "is not a readable image, or truncated: "),
     "no base64": ("data:image/png;base64,a$b", "is not encoded in base64"),
     "no file": ((ROOT / "examples" / "missing.png").as_uri(), "cannot be read: No such file"),
+    "no base64 URL": ("data:image/png,abc", "cannot be fetched: "),
+    "no page": ("{files}/missing.png", "cannot be fetched: "),
+    "no server": ("http://127.0.0.1:9/image.png", "cannot be fetched: "),
     "a page": ("{files}/questions.jsonl", "is not a readable image, or truncated: its format is unknown"),
 }
 
@@ -147,14 +150,15 @@ def test_a_bad_image_is_refused_and_the_server_lives_on(server, files, name):
 
 
 def test_images_that_are_not_rgb_are_read_as_by_generate(server):
-    """Of 16 bits and half transparent."""
+    """Of 16 bits, half transparent, and with one transparent colour."""
     client, folder, _ = server
     gray = Image.fromarray(np.asarray(Image.open(EXAMPLE_IMAGE).convert("L")).astype(np.uint16) * 257)
     transparent = Image.open(EXAMPLE_IMAGE).convert("RGBA")
     transparent.putalpha(Image.linear_gradient("L").resize(transparent.size))
+    opaque = Image.open(EXAMPLE_IMAGE).convert("RGB")
     asked = []
-    for image in (gray, transparent):
-        image.save(buffer := io.BytesIO(), "PNG")
+    for image, options in ((gray, {}), (transparent, {}), (opaque, {"transparency": opaque.getpixel((0, 0))})):
+        image.save(buffer := io.BytesIO(), "PNG", **options)
         asked.append(buffer.getvalue())
     requests = [Request([Image.open(io.BytesIO(content))], QUESTIONS[0]) for content in asked]
     for content, expected in zip(asked, ask_generate(folder, requests)):

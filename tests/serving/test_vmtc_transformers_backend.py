@@ -3,7 +3,11 @@ LLaVAs with VMTC on vLLM's Transformers backend. This backend changes the activa
 process, so this file comes last, and makes all that it compares with before the first engine.
 """
 
+import base64
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +66,7 @@ def expected(folder, models):
         drop_suppressed_tokens(path)
     return {
         "vmtc": ask_generate(folder / "vmtc", requests(40)),
+        "alone": ask_generate(folder / "vmtc", [Request([picture(3)], "what color is it?")]),
         "small": ask_generate(folder / "small", requests(5)),
         **{name: ask_generate(models[name], requests(8)) for name in MODELS},
         "llava-onevision": ask_generate(models["llava-onevision"], ONE_IMAGE),
@@ -85,6 +90,35 @@ def test_40_requests_in_16_slots_alone_and_in_either_order(folder, expected):
     assert_same(ask_vllm(llm, requests(40)), expected["vmtc"])
     assert_same(ask_vllm(llm, requests(40)[::-1]), expected["vmtc"][::-1])
     assert_same([ask_vllm(llm, [request])[0] for request in requests(6)], expected["vmtc"][:6])
+
+
+ALONE = """
+import json, sys
+sys.modules["ta_llava"] = None  # importing it fails, as where it is not installed
+from vllm import LLM, SamplingParams
+llm = LLM(
+    sys.argv[1], model_impl="transformers", trust_remote_code=True, dtype="float32", enforce_eager=True, max_model_len=256,
+    kv_cache_memory_bytes=2**27,
+)
+content = [{"type": "image_url", "image_url": {"url": sys.argv[2]}}, {"type": "text", "text": "what color is it?"}]
+[output] = llm.chat([{"role": "user", "content": content}], SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
+print(json.dumps([output.prompt_token_ids, list(output.outputs[0].token_ids)]))
+"""
+
+
+def test_an_exported_folder_is_served_by_its_own_code_where_the_package_is_not_installed(folder, expected, tmp_path):
+    picture(3).save(tmp_path / "picture.png")
+    [answer] = expected["alone"]
+    url = "data:image/png;base64," + base64.b64encode((tmp_path / "picture.png").read_bytes()).decode()
+    run = subprocess.run(
+        [sys.executable, "-c", ALONE, str(folder / "vmtc"), url],
+        env={**os.environ, "VLLM_PLUGINS": ""},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert json.loads(run.stdout.splitlines()[-1]) == [answer.prompt_ids, answer.ids]
 
 
 def test_prompts_may_come_in_chunks_and_prefixes_from_the_cache(folder, expected):
