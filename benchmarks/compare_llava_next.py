@@ -4,17 +4,20 @@ tiles: 2,928 tokens against 322 and 162. All variants share the same random weig
 
     python benchmarks/compare_llava_next.py --output benchmarks/results/compare_llava_next.md
 
-In bfloat16 a CPU without instructions for it is slow; one round of the prefill alone, on random visual tokens:
+In bfloat16 a CPU without instructions for it is slow; the prefill alone, in one thread, beside other programs:
 
-    python benchmarks/compare_llava_next.py --dtypes bfloat16 --prefill-only --repeats 1
+    OMP_NUM_THREADS=1 python benchmarks/compare_llava_next.py --dtypes bfloat16 --prefill-only --cpu-time --repeats 1
 """
 
 import argparse
+import time
 from collections import defaultdict
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from compare_vmtc_cmai import SETUPS as LLAVA_SETUPS
@@ -172,14 +175,23 @@ def main() -> None:
     parser.add_argument(
         "--prefill-only", action="store_true", help="neither tower nor decoding, and no round to warm up"
     )
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="measure CPU time, which other programs hardly change, for one thread"
+    )
     parser.add_argument("--output", type=Path, help="also write the tables to this Markdown file")
     arguments = parser.parse_args()
+    if arguments.cpu_time and torch.get_num_threads() > 1:
+        parser.error(f"--cpu-time is for one thread, not {torch.get_num_threads()}: set OMP_NUM_THREADS=1.")
     torch.manual_seed(0)
     sections = [f"### {arguments.config}: {LLAVA_SETUPS[arguments.config].description}"]
     dtypes = arguments.dtypes or (["float32", "bfloat16"] if has_fast_bfloat16() else ["float32"])
     for dtype in (getattr(torch, name) for name in dtypes):
-        measured = measure(arguments.config, arguments.batch_size, arguments.repeats, dtype, arguments.prefill_only)
-        sections += [f"Batch {arguments.batch_size}, rounds: {arguments.repeats}, {describe_machine(dtype)}:"]
+        with patch("time.perf_counter", time.process_time) if arguments.cpu_time else nullcontext():
+            measured = measure(
+                arguments.config, arguments.batch_size, arguments.repeats, dtype, arguments.prefill_only
+            )
+        clock = ", CPU time" if arguments.cpu_time else ""
+        sections += [f"Batch {arguments.batch_size}, rounds: {arguments.repeats}{clock}, {describe_machine(dtype)}:"]
         sections += [format_table(arguments.config, *measured)]
     report = "\n\n".join([*sections, NOTES])
     print(report)

@@ -1,5 +1,6 @@
 """The benchmark of LLaVA-NeXT runs, and counts tokens and bytes rightly."""
 
+import os
 import subprocess
 import sys
 
@@ -22,10 +23,12 @@ def test_the_benchmark_runs(tmp_path):
     assert len(rows[0]) == 7
 
     # The prefill alone, on as many tokens
-    subprocess.run(
-        [*command, "--prefill-only", "--dtypes", "bfloat16", "--output", out], check=True, capture_output=True
-    )
+    slow = [*command, "--prefill-only", "--dtypes", "bfloat16", "--cpu-time", "--output", out]
+    subprocess.run(slow, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     text = out.read_text()
+    assert "rounds: 1, CPU time, torch" in text and "threads: 1" in text
+    two = subprocess.run(slow, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    assert two.returncode == 2 and "--cpu-time is for one thread, not 2: set OMP_NUM_THREADS=1" in two.stderr
     alone = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[:1] == "|"]
     assert alone[0] == ["", "tokens", "prefill behind it", "cache"] and "bfloat16" in text and "float32" not in text
     assert {row[0]: int(row[1]) for row in alone[2:]} == tokens
