@@ -21,6 +21,7 @@ def register() -> None:
 
 
 def _register() -> None:
+    from transformers.models.pixtral import modeling_pixtral
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.renderers.registry import RENDERER_REGISTRY
@@ -29,6 +30,9 @@ def _register() -> None:
     from .. import auto_classes  # noqa: F401 - registers configs and processors, so that no code of a checkpoint is run
     from .config_hooks import RENDERER, TaLlavaHook, VmtcLlavaHook
 
+    # The LLaVA of vLLM 0.30 imports them for Pixtral towers. Transformers 5.17 has renamed them.
+    for name in ("PixtralRotaryEmbedding", "position_ids_in_meshgrid"):
+        vars(modeling_pixtral).setdefault(name, None)
     for architecture, module, name, hook in (
         ("VmtcCmaiLlavaForConditionalGeneration", "vmtc_llava", "VllmVmtcLlava", VmtcLlavaHook),
         ("TaLlavaForConditionalGeneration", "ta_llava", "VllmTaLlava", TaLlavaHook),

@@ -185,11 +185,9 @@ def test_aborted_requests_leave_the_server_alive(server):
 
 
 def test_truncation_never_cuts_an_image(server):
-    """Whether it is the prompt as it is written that is cut, or the one with all placeholders."""
     client, _, _ = server
     url = base64_url(EXAMPLE_IMAGE.read_bytes())
-    num_tokens = ask(client, QUESTIONS[0], url).usage.prompt_tokens
-    for limit in (2, 8, num_tokens - 1):
+    for limit in (2, 8):
         with pytest.raises(openai.BadRequestError, match="truncate_prompt_tokens"):
             ask(client, QUESTIONS[0], url, extra_body={"truncate_prompt_tokens": limit})
     assert_alive(server)
