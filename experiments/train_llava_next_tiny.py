@@ -9,6 +9,7 @@ has two to four tiles of that size, beside the whole picture. The result never s
 """
 
 import json
+import shutil
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,9 +18,10 @@ from unittest.mock import patch
 
 import torch
 from PIL import Image
+from scipy import stats
 from shape_pictures import build_pictures, write_llava_format
 from train_llava_tiny import RECIPES
-from train_ta_llava_tiny import argument_parser
+from train_ta_llava_tiny import argument_parser, claim_folder
 from transformers import AutoProcessor, LlavaForConditionalGeneration, set_seed
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
@@ -95,6 +97,7 @@ def train_llava_next_tiny(output_dir: Path, seed: int = 0, scale: float = 1.0) -
         seed (`int`): Seed of the training. The pictures of the test are always the same.
         scale (`float`): Factor for the number of steps and pictures. Small values make a quick trial.
     """
+    claim_folder(output_dir, seed, scale)
     data, start = output_dir / "data", output_dir / "init"
     if not data.is_dir():
         with atomic_folder(data) as unfinished:
@@ -125,15 +128,18 @@ def train_llava_next_tiny(output_dir: Path, seed: int = 0, scale: float = 1.0) -
 
 
 def with_budget(output_dir: Path, name: str) -> Path:
-    """The folder of the trained model with one of `BUDGETS`. Random tokens need `random_importance` too."""
+    """
+    Writes the folder of the trained model with one of `BUDGETS` anew, since the model may be another one by now. Random
+    tokens need `random_importance` too.
+    """
     model, folder = output_dir / "model", output_dir / "budgets" / name
     if not BUDGETS[name]:
         return model
-    if not folder.is_dir():
-        compress_llava(model, folder, **BUDGETS[name])
-        if name.endswith("random"):
-            pruned = {"vmtc_method": "last_layer_prune", "vmtc_kept_tokens": "importance"}
-            VmtcCmaiLlavaNextConfig.from_pretrained(folder, **pruned).save_pretrained(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    compress_llava(model, folder, **BUDGETS[name])
+    if name.endswith("random"):
+        pruned = {"vmtc_method": "last_layer_prune", "vmtc_kept_tokens": "importance"}
+        VmtcCmaiLlavaNextConfig.from_pretrained(folder, **pruned).save_pretrained(folder)
     return folder
 
 
@@ -147,7 +153,8 @@ def score(output_dir: Path) -> str:
     Asks the questions of the test with each of `BUDGETS`, as `ta-llava evaluate` does.
 
     Returns:
-        `str`: A Markdown table of accuracies in percent, with Wilson's 95 % intervals over all questions.
+        `str`: A Markdown table of accuracies in percent, with Wilson's 95 % intervals, which take the
+            questions about a picture as independent.
     """
     test = output_dir / "data" / "test.json"
     samples = json.loads(test.read_text(encoding="utf-8"))
@@ -190,15 +197,10 @@ def _scores_of_a_guess(samples: list[dict[str, Any]]) -> dict[str, dict[str, flo
 
 def _row(name: str, tokens: str, scores: dict[str, dict[str, float]]) -> str:
     cells = [f"{scores[kind]['accuracy']:.1%}" if kind in scores else "" for kind in (*QUESTION_TYPES, "all")]
-    low, high = wilson_interval(scores["all"]["accuracy"], int(scores["all"]["questions"]))
+    asked = int(scores["all"]["questions"])
+    right = round(scores["all"]["accuracy"] * asked)
+    low, high = stats.binomtest(right, asked).proportion_ci(method="wilson")
     return f"| {name} | {tokens} | {' | '.join(cells)} | {low:.1%} to {high:.1%} |"
-
-
-def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval of a share of `count`, by default of 95 %."""
-    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z / (1 + z**2 / count) * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
-    return middle - half, middle + half
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from train_ta_llava_tiny import ChatDataset, argument_parser, run_stage, text_items
+from train_ta_llava_tiny import ChatDataset, argument_parser, claim_folder, run_stage, text_items
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -83,6 +83,7 @@ def train_llava_tiny(output_dir: Path, seed: int = 0, scale: float = 1.0) -> Non
         seed (`int`): Seed of every part.
         scale (`float`): Factor for the number of steps. Small values make a quick trial.
     """
+    claim_folder(output_dir, seed, scale)
     data, start = output_dir / "easy-vqa", output_dir / "init"
     if not (data / "test.json").is_file():
         write_llava_format(data)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from real_parts import GGUF_FILE, package_folder, write_dinov2
-from train_ta_llava_tiny import argument_parser
+from train_ta_llava_tiny import argument_parser, claim_folder
 
 from ta_llava.building.assemble import assemble_ta_llava
 from ta_llava.data.easy_vqa import write_llava_format
@@ -56,6 +56,7 @@ def train_small(output_dir: Path, seed: int = 0, scale: float = 1.0) -> list[tup
     Returns:
         `list[tuple[str, Path]]`: Names and folders of the untrained model and of the model after each phase.
     """
+    claim_folder(output_dir, seed, scale)
     data, start = output_dir / "easy-vqa", output_dir / "init"
     if not (data / "test.json").is_file():
         write_llava_format(data)

@@ -39,7 +39,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from ta_llava.building.chat_templates import GEMMA_CHAT_TEMPLATE
-from ta_llava.common.files import atomic_file
+from ta_llava.common.files import atomic_file, write_text
 from ta_llava.configuration_ta_llava import TaLlavaConfig
 from ta_llava.data.easy_vqa import CAPTION_PROMPT, COLORS, SHAPES, Scene, load_easy_vqa
 from ta_llava.modeling_ta_llava import TaLlavaForConditionalGeneration
@@ -394,6 +394,20 @@ def compute_features(model: TaLlavaForConditionalGeneration, scenes: list[Scene]
     return torch.cat(features)
 
 
+def claim_folder(folder: Path, seed: int, scale: float) -> None:
+    """
+    Remembers the arguments of a run, since its parts are used again.
+
+    Raises:
+        `ValueError`: The folder was begun with others.
+    """
+    path, now = folder / "arguments.json", {"seed": seed, "scale": scale}
+    then = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else now
+    if then != now:
+        raise ValueError(f"{folder} was begun with {then}, not {now}. Choose another --output-dir.")
+    write_text(path, json.dumps(now))
+
+
 def train_tiny(output_dir: Path, seed: int = 0, scale: float = 1.0) -> None:
     """
     Runs all stages, and writes the trained model with its processor to `output_dir/model`.
@@ -407,6 +421,7 @@ def train_tiny(output_dir: Path, seed: int = 0, scale: float = 1.0) -> None:
     def steps(number: int) -> int:
         return max(int(number * scale), 1)
 
+    claim_folder(output_dir, seed, scale)
     set_seed(seed)
     scenes = load_easy_vqa("train")
     processor = build_processor(scenes, num_prefix_tokens=4, max_length=512)

@@ -5,6 +5,7 @@ import torch
 import train_llava_next_tiny
 from PIL import Image
 from shape_pictures import GRIDS
+from train_ta_llava_tiny import claim_folder
 from transformers import LlavaForConditionalGeneration
 
 from ta_llava import VmtcCmaiLlavaNextForConditionalGeneration, VmtcCmaiLlavaNextProcessor
@@ -58,8 +59,9 @@ def test_a_quick_trial_gives_a_model_that_is_scored_with_each_budget(tmp_path):
     assert configs["ninth-random"].vmtc_method == "last_layer_prune"
 
 
-def test_the_interval_is_wilsons():
-    low, high = train_llava_next_tiny.wilson_interval(0.5, 100)
-    assert (low, high) == (pytest.approx(0.404, abs=1e-3), pytest.approx(0.596, abs=1e-3))
-    low, high = train_llava_next_tiny.wilson_interval(1.0, 100)
-    assert (low, high) == (pytest.approx(0.963, abs=1e-3), pytest.approx(1))
+def test_a_trial_is_not_taken_for_a_part_of_another_run(tmp_path):
+    claim_folder(tmp_path, seed=0, scale=0.1)
+    claim_folder(tmp_path, seed=0, scale=0.1)
+    with pytest.raises(ValueError, match=r"begun with {'seed': 0, 'scale': 0.1}, not {'seed': 0, 'scale': 1.0}"):
+        train_llava_next_tiny.train_llava_next_tiny(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["arguments.json"]
