@@ -187,9 +187,8 @@ def test_aborted_requests_leave_the_server_alive(server):
 def test_truncation_never_cuts_an_image(server):
     client, _, _ = server
     url = base64_url(EXAMPLE_IMAGE.read_bytes())
-    for limit in (2, 8):
-        with pytest.raises(openai.BadRequestError, match="truncate_prompt_tokens"):
-            ask(client, QUESTIONS[0], url, extra_body={"truncate_prompt_tokens": limit})
+    with pytest.raises(openai.BadRequestError, match="truncate_prompt_tokens"):
+        ask(client, QUESTIONS[0], url, extra_body={"truncate_prompt_tokens": 2})
     assert_alive(server)
 
 
