@@ -94,7 +94,7 @@ def train_llava_next_tiny(output_dir: Path, seed: int = 0, scale: float = 1.0) -
 
     Args:
         output_dir (`Path`): Folder for the model, and for the data and the checkpoints to resume from.
-        seed (`int`): Seed of the training. The pictures of the test are always the same.
+        seed (`int`): Seed of the training. The questions of the test are always the same.
         scale (`float`): Factor for the number of steps and pictures. Small values make a quick trial.
     """
     claim_folder(output_dir, seed, scale)
@@ -102,7 +102,8 @@ def train_llava_next_tiny(output_dir: Path, seed: int = 0, scale: float = 1.0) -
     if not data.is_dir():
         with atomic_folder(data) as unfinished:
             for split, count in (("train", TRAIN_PICTURES), ("test", TEST_PICTURES)):
-                write_llava_format(unfinished, split, build_pictures(split, max(int(count * scale), 5)), seed)
+                pictures = build_pictures(split, max(int(count * scale), 5))
+                write_llava_format(unfinished, split, pictures, seed if split == "train" else 0)
     if not start.is_dir():
         build_start(start, seed)
     settings = {

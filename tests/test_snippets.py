@@ -42,7 +42,7 @@ NOT_RUN = {
     "ta-llava cost": "is slow, and has tests of its own",
     "ta-llava evaluate MODEL --task if16": "needs a model that follows instructions",
     "ta-llava evaluate checkpoints/llava-tiny": "9,673 questions",
-    "ta-llava evaluate runs/llava-next-tiny": "comes after 16 minutes of training",
+    "ta-llava evaluate runs/llava-next-tiny/model": "comes after 16 minutes of training",
     "ta-llava merge runs/ta-llava/phase3-lora": "comes after hours of training",
     "ta-llava push runs/ta-llava/phase3": "comes after hours of training",
     "ta-llava train": "minutes to hours of training",
