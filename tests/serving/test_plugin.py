@@ -4,6 +4,7 @@ import ast
 import logging
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import entry_points
 
 from conftest import ROOT
@@ -17,6 +18,8 @@ def test_vllm_finds_the_plugin():
 
 
 def test_a_vllm_that_is_too_old_starts_without_the_plugin(monkeypatch, caplog):
+    with suppress(ImportError):
+        import vllm.logger  # noqa: F401 - takes all handlers off its loggers when it is first imported
     monkeypatch.setitem(sys.modules, "vllm.renderers.registry", None)
     logger = logging.getLogger("vllm.ta_llava.serving")
     monkeypatch.setattr(logger, "handlers", [caplog.handler])
