@@ -297,6 +297,7 @@ def test_all_views_of_a_large_picture_are_read_through_one_prefix(model):
     assert torch.equal(*generated)
 
 
+@torch.no_grad()
 def test_image_index_embeddings_tell_images_apart(model, tmp_path):
     """A trained model that is given them stays what it is; then they are what its checkpoint has."""
     model.save_pretrained(tmp_path)
