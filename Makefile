@@ -59,7 +59,7 @@ train-llava-tiny: $(VENV)/installed-dev  ## train a small LLaVA on easy-VQA by t
 	$(BIN)/python experiments/train_llava_tiny.py --output-dir runs/llava-tiny
 	$(BIN)/ta-llava evaluate runs/llava-tiny/model --batch-size 128 -o runs/llava-tiny/easy-vqa-test
 
-train-llava-next-tiny: $(VENV)/installed-dev  ## train a small LLaVA-NeXT on pictures of several shapes, and score it with fewer tokens (25 minutes on one core; resumes)
+train-llava-next-tiny: $(VENV)/installed-dev  ## train a small LLaVA-NeXT on pictures of several shapes, and score it with fewer tokens (about 45 minutes on one core; resumes)
 	OMP_NUM_THREADS=1 $(BIN)/python experiments/train_llava_next_tiny.py --output-dir runs/llava-next-tiny
 
 train-small: $(VENV)/installed-real-parts  ## train a TA-LLaVA of SmolLM2-135M and DINOv2-small (47 minutes on 2 cores; resumes)

@@ -144,6 +144,16 @@ def check_one_budget(settings: Any) -> None:
         )
 
 
+def check_compilable(settings: Any, num_visual_tokens: int | None = None) -> None:
+    """Raises `ValueError` if the number of tokens of a view depends on what is in the picture."""
+    total = total_of_call(settings, num_visual_tokens)
+    if total is not None:
+        raise ValueError(
+            f"`vmtc_total_visual_tokens` is {total}, but a compiled vision tower cannot wait for what is in a picture. Use "
+            "`vmtc_num_visual_tokens` (`--visual-tokens`), or do not compile."
+        )
+
+
 def _check_total(total: int, patches: list[int]) -> None:
     needed = sum(count > 0 for count in patches)
     if total < needed:

@@ -12,10 +12,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from .building.compress import compressed_parts, with_vmtc_and_cmai
 from .common.adapters import is_adapter, merge_into, model_of_adapter
-from .common.families import LLAVA_TYPES, VIEWS_TYPES, family_of
+from .common.families import LLAVA_TYPES, VIEWS_TYPES, family_of, has_views
 from .common.loading import check_processor, config_of, load_complete, loading_from
 from .common.shipped_models import DEFAULT_MODEL
 from .image_loading import open_images
+from .image_views import check_compilable
 from .vision_language_model import is_compiled
 
 
@@ -91,10 +92,10 @@ def load(
         config = config_of(model)
     if compiled and config.model_type in LLAVA_TYPES:  # the stock classes keep no cache for compiled graphs
         model_class, kwargs = family_of(config.model_type).head, {"config": with_vmtc_and_cmai(config)}
+        if has_views(config):
+            check_compilable(kwargs["config"])
     if num_visual_tokens is None and cmai_max_ratio is None:
         processor = load_processor(model, config)  # before any weights are downloaded
-    if compiled:
-        _check_compilable(kwargs.get("config", config))
     # The library would widen some weights of a model that bitsandbytes has quantised, and leave others.
     is_quantised = getattr(config, "quantization_config", None) is not None
     dtype = "auto" if on_gpu or is_quantised else torch.float32
@@ -140,7 +141,8 @@ def compile_model(model: PreTrainedModel, backend: str = "inductor") -> PreTrain
     devices = set(getattr(model, "hf_device_map", {}).values())
     if len(devices) > 1:
         raise ValueError(f"A model on {len(devices)} devices cannot be compiled. Load it on one, or do not compile.")
-    _check_compilable(model.config)
+    if has_views(model.config):
+        check_compilable(model.config)
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.is_compileable:
         method = quantizer.quantization_config.quant_method
@@ -158,16 +160,6 @@ def compile_model(model: PreTrainedModel, backend: str = "inductor") -> PreTrain
     base.vision_tower.compile(fullgraph=True, backend=backend, mode=mode)
     model.compile(fullgraph=True, backend=backend, mode=mode)
     return model
-
-
-def _check_compilable(config: Any) -> None:
-    """Raises `ValueError` if a config has a budget that depends on what is in a picture."""
-    total = getattr(config, "vmtc_total_visual_tokens", None)
-    if total is not None and config.use_vmtc:
-        raise ValueError(
-            f"`vmtc_total_visual_tokens` is {total}, but a compiled vision tower cannot wait for what is in a picture. Use "
-            "`vmtc_num_visual_tokens` (`--visual-tokens`), or do not compile."
-        )
 
 
 def _conversation(images: Iterable[Any], question: str) -> list[dict[str, Any]]:

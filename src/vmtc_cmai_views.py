@@ -31,6 +31,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from .image_views import (
     ViewCompression,
     ViewLayout,
+    check_compilable,
     check_one_budget,
     count_packed_tokens,
     layout_of,
@@ -197,12 +198,9 @@ class VmtcCmaiViewsModelMixin(VmtcCmaiModelMixin):
         config, num_patches = self.config, layouts[0].side ** 2
         for layout in layouts:
             count_packed_tokens(layout, config, num_visual_tokens)  # raises if the budget is not possible
+        if torch.compiler.is_compiling() or is_compiled(self.vision_tower):
+            check_compilable(config, num_visual_tokens)
         total, budget = total_of_call(config, num_visual_tokens), None
-        if total is not None and (torch.compiler.is_compiling() or is_compiled(self.vision_tower)):
-            raise ValueError(
-                f"`vmtc_total_visual_tokens` is {total}, but a compiled vision tower cannot wait for what is in a picture. "
-                "Use `vmtc_num_visual_tokens`, or do not compile."
-            )
         if total is None:
             budget = count_visual_tokens(config, num_patches, num_visual_tokens)
             if all(count == num_patches for layout in layouts for count in layout.count_patches()):

@@ -364,6 +364,9 @@ def test_lora_on_the_language_model_trains_and_leaves_the_rest(family):
         else:
             short = name.removeprefix("base_model.model.").replace(".base_layer", "")
             assert torch.equal(parameter, before[short]), name
+    with torch.no_grad():
+        expected = wrapped(**inputs).logits
+        torch.testing.assert_close(wrapped.merge_and_unload()(**inputs).logits, expected, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("family", VIEWS)

@@ -157,7 +157,7 @@ def _load_settings(model: str | Path) -> tuple[Any, Any]:
         feature_layer = getattr(settings, "vision_feature_layer", VmtcCmaiLlavaConfig.vision_feature_layer)
         settings = VmtcCmaiLlavaConfig(vision_config=vision_config, vision_feature_layer=feature_layer)
     check_image_size(image_processor)
-    settings.update({"use_vmtc": True, **training_free_fields(settings)})
+    settings.update({"use_vmtc": True, **training_free_fields(settings.to_dict())})
     return settings, image_processor
 
 

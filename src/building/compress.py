@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -180,7 +179,7 @@ def with_vmtc_and_cmai(
     config_class = family_of(config.model_type).config
     flags = vmtc_cmai_flags(num_visual_tokens, cmai_max_ratio)
     if flags.get("use_vmtc"):
-        flags |= training_free_fields(config) | _without_total(config_class)
+        flags |= training_free_fields(config.to_dict()) | _without_total(config_class)
     return config_class.from_dict({**config.to_dict(), "model_type": config_class.model_type, **flags})
 
 
@@ -189,15 +188,16 @@ def _without_total(config_class: Any) -> dict[str, Any]:
     return {"vmtc_total_visual_tokens": None} if hasattr(config_class, "vmtc_total_visual_tokens") else {}
 
 
-def training_free_fields(config: Any) -> dict[str, str]:
-    """The fields of the training-free preset that a config gets when VMTC, which is off, is turned on: those not set yet."""
-    if getattr(config, "use_vmtc", False):
+def training_free_fields(fields: dict[str, Any]) -> dict[str, str]:
+    """
+    The fields of the training-free preset that a config gets which has these fields, and VMTC off: those with the paper's
+    values.
+    """
+    if fields.get("use_vmtc"):
         return {}
     defaults = VMTC_PRESETS["paper"]
     return {
-        name: value
-        for name, value in TRAINING_FREE_VMTC.items()
-        if getattr(config, name, defaults[name]) == defaults[name]
+        name: value for name, value in TRAINING_FREE_VMTC.items() if fields.get(name, defaults[name]) == defaults[name]
     }
 
 
@@ -314,12 +314,10 @@ def _compressed_config(source: str | Path, folder: Path, flags: dict[str, Any], 
             )
         if flags.get("use_vmtc"):
             flags = _without_total(family.config) | flags
-        if preset is None and stock.get("model_type") == family.stock_type:  # it was not trained with VMTC
-            preset = "training-free"
-        elif preset is None and flags.get("use_vmtc"):
-            flags |= training_free_fields(SimpleNamespace(**stock))
         if preset is not None:
             flags |= {"vmtc_layers": None, **VMTC_PRESETS[preset]}
+        elif flags.get("use_vmtc") or stock.get("model_type") == family.stock_type:
+            flags |= training_free_fields(stock)
         config = family.config.from_pretrained(folder, **flags)
     except StrictDataclassError as error:
         raise ValueError(f"{source}: {why_refused(error)}") from error

@@ -68,6 +68,7 @@ def compress(
         from transformers.utils import logging
 
         from ..building.compress import compress_llava
+        from ..common.families import has_views
 
         logging.set_verbosity_error()
         config = compress_llava(
@@ -80,9 +81,9 @@ def compress(
             preset=preset,
             total_visual_tokens=total_visual_tokens,
         )
-    total, has_views = getattr(config, "vmtc_total_visual_tokens", None), hasattr(config, "image_grid_pinpoints")
+    total = getattr(config, "vmtc_total_visual_tokens", None)
     budget = total or config.vmtc_num_visual_tokens or f"{config.vmtc_keep_ratio:.0%} of the"
-    of_what = "" if not has_views else " of each view" if total is None else " of a whole picture"
+    of_what = "" if not has_views(config) else " of each view" if total is None else " of a whole picture"
     settings = [f"VMTC with {budget} visual tokens{of_what}"] if config.use_vmtc else []
     settings += [f"CMAI up to {config.cmai_max_ratio}"] if config.use_cmai else []
     typer.echo(f"Wrote {out}: {', '.join(settings) or 'neither VMTC nor CMAI'}.")
