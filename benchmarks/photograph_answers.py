@@ -6,6 +6,7 @@ The vision tower is frozen, so what it gives for pictures is computed once for a
 from, and the tokens of the methods that work inside it (VMTC and ToMe). Every finished piece is a file.
 """
 
+import copy
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,7 @@ from ta_llava import VmtcCmaiLlavaForConditionalGeneration
 from ta_llava.common.files import atomic_file, write_text
 from ta_llava.data.samples import open_image
 from ta_llava.inference import GREEDY
+from ta_llava.library_versions import CACHE
 from ta_llava.training.dataset import Collator, prepare_dataset
 from ta_llava.training.parts import train_only
 from ta_llava.vmtc import TRAINING_FREE_VMTC
@@ -43,7 +45,7 @@ from ta_llava.vmtc import TRAINING_FREE_VMTC
 ALL_TOKENS, TOME = "all tokens", "ToMe"
 PRESET, CMAI = "VMTC, training-free preset", "CMAI, all tokens"
 PRESET_AND_CMAI = f"{PRESET}, and CMAI"
-BATCH_SIZE = 64
+BATCH_SIZE = 100  # pictures that are asked about at once
 IMAGES_AT_ONCE = 20
 MAX_NEW_TOKENS = 20
 
@@ -53,12 +55,13 @@ MAX_NEW_TOKENS = 20
 
 def vmtc_variants(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Fields of VMTC by name: those of the config, and the package's own for models that were not trained with VMTC."""
-    return config["vmtc"] | {PRESET: TRAINING_FREE_VMTC}
+    return config["vmtc"] | config["ablations"] | {PRESET: TRAINING_FREE_VMTC}
 
 
-def methods(config: dict[str, Any]) -> list[str]:
-    """All ways to give the LLaVA fewer tokens."""
-    return [*vmtc_variants(config), PRESET_AND_CMAI, *RIVALS, TOME]
+def methods(config: dict[str, Any], tuned: bool = False) -> list[str]:
+    """All ways to give the LLaVA fewer tokens, or those of the short training."""
+    names = [*vmtc_variants(config), PRESET_AND_CMAI, *RIVALS, TOME]
+    return [name for name in names if not tuned or name not in (*config["ablations"], PRESET_AND_CMAI)]
 
 
 def file_name(name: str) -> str:
@@ -198,41 +201,56 @@ class Prompts:
         return self.known[text]
 
 
-@torch.no_grad()
-def answer(
-    model: Any,
-    processor: Any,
-    asked: Sequence[tuple[str, torch.Tensor]],
-    num_placeholders: int | None = None,
-    blind: bool = False,
-) -> list[str]:
-    """
-    Answers questions by greedy decoding.
+Asked = Sequence[tuple[str, int]]  # questions, each with the index of its picture
 
-    Args:
-        asked: Questions, each with the `vision_features` of its picture: `(M, d)` for a LLaVA, `(1, M, d)` for a TA-LLaVA.
-        num_placeholders, blind (*optional*): See [`Prompts`].
+
+@torch.no_grad()
+def answer(model: Any, prompts: Prompts, features: torch.Tensor, asked: Asked) -> list[str]:
     """
-    prompts = Prompts(processor, num_placeholders, blind)
+    Answers questions by greedy decoding, with the `vision_features` of all pictures: `(pictures, M, d)` for a LLaVA,
+    `(pictures, 1, M, d)` for a TA-LLaVA. A LLaVA reads a picture once for all questions about it. The prefix of a TA-LLaVA
+    reads the question first, so it reads the picture again for each.
+    """
+    answers = [""] * len(asked)
     ids = [prompts(text) for text, _ in asked]
-    pad = processor.tokenizer.pad_token_id
-    order = sorted(range(len(ids)), key=lambda index: (len(ids[index]), asked[index][0]))  # alike questions together
-    answers = [""] * len(ids)
-    for start in range(0, len(order), BATCH_SIZE):
-        chosen = order[start : start + BATCH_SIZE]
-        length = max(len(ids[index]) for index in chosen)
-        rows = [[pad] * (length - len(ids[index])) + ids[index] for index in chosen]
-        mask = [[0] * (length - len(ids[index])) + [1] * len(ids[index]) for index in chosen]
-        output = model.generate(
-            input_ids=torch.tensor(rows),
-            attention_mask=torch.tensor(mask),
-            vision_features=torch.stack([asked[index][1] for index in chosen]),
-            max_new_tokens=MAX_NEW_TOKENS,
-            **GREEDY,
-        )
-        for index, row in zip(chosen, output[:, length:]):
-            answers[index] = processor.tokenizer.decode(row, skip_special_tokens=True).strip()
+    shared = 0 if features.dim() == 4 else _last_index(ids[0], prompts.image_token_id) + 1
+    pictures = sorted({picture for _, picture in asked})
+    for start in range(0, len(pictures), BATCH_SIZE):
+        chosen = pictures[start : start + BATCH_SIZE]
+        cache = _read_pictures(model, ids[0][:shared], features[chosen]) if shared else None
+        by_length: dict[int, list[int]] = {}
+        for index, (_, picture) in enumerate(asked):
+            if picture in chosen:
+                by_length.setdefault(len(ids[index]), []).append(index)
+        for length, indices in by_length.items():  # of one length, so that nothing is padded
+            images = [asked[index][1] for index in indices]
+            if cache is None:
+                seen = {"vision_features": features[images]}
+            else:
+                seen = {CACHE: copy.deepcopy(cache)}
+                seen[CACHE].batch_select_indices(torch.tensor([chosen.index(image) for image in images]))
+            rows = torch.tensor([ids[index] for index in indices])
+            output = model.generate(
+                input_ids=rows,
+                attention_mask=torch.ones_like(rows),
+                max_new_tokens=MAX_NEW_TOKENS,
+                **seen,
+                **GREEDY,
+            )
+            texts = prompts.processor.batch_decode(output[:, length:], skip_special_tokens=True)
+            for index, text in zip(indices, texts):
+                answers[index] = text.strip()
     return answers
+
+
+def _last_index(ids: Sequence[int], token: int) -> int:
+    return len(ids) - 1 - list(reversed(ids)).index(token)
+
+
+def _read_pictures(model: Any, ids: list[int], features: torch.Tensor) -> Any:
+    """The KV cache of the columns `ids`, the end of which is an image, for pictures with `features` `(B, M, d)`."""
+    rows = torch.tensor([ids] * len(features))
+    return model(input_ids=rows, vision_features=features, use_cache=True, logits_to_keep=1)[CACHE]
 
 
 def write_scores(path: Path, questions: Sequence[Question], answers: Sequence[str]) -> None:
@@ -258,8 +276,8 @@ def _ask_about_test(
     model.config.use_cmai = method in (CMAI, PRESET_AND_CMAI)
     data = data_of(folder, config)
     places = {picture.path: index for index, picture in enumerate(data.test)}
-    asked = [(question.text, features[places[picture.path]]) for picture, question in data.questions]
-    answers = answer(model, processor, asked, features.shape[1])
+    asked = [(question.text, places[picture.path]) for picture, question in data.questions]
+    answers = answer(model, Prompts(processor, features.shape[1]), features, asked)
     write_scores(path, [question for _, question in data.questions], answers)
 
 
@@ -320,6 +338,8 @@ def answer_with_ta_llava(folder: Path, config: dict[str, Any], seed: int, length
     model, processor = load_once(folder, f"{name}-{seed}")
     features = open_cache(folder, "ta_llava", model, processor)
     data = data_of(folder, config)
-    by_path = {picture.path: features.get(str(picture.path.resolve()))[None].float() for picture in data.test}
-    asked = [(question.text, by_path[picture.path]) for picture, question in data.questions]
-    write_scores(path, [question for _, question in data.questions], answer(model, processor, asked, blind=blind))
+    places = {picture.path: index for index, picture in enumerate(data.test)}
+    held = torch.stack([features.get(str(picture.path.resolve()))[None].float() for picture in data.test])
+    asked = [(question.text, places[picture.path]) for picture, question in data.questions]
+    answers = answer(model, Prompts(processor, blind=blind), held, asked)
+    write_scores(path, [question for _, question in data.questions], answers)

@@ -108,7 +108,11 @@ class Results:
 
     def has_llava(self, tuned: bool) -> bool:
         """Whether the LLaVAs have answered with every method and budget, as they are or `tuned`."""
-        names = [f"{file_name(m)}-{budget}" for m in methods(self.config) for budget in self.config["budgets"]]
+        names = [
+            f"{file_name(method)}-{budget}"
+            for method in methods(self.config, tuned)
+            for budget in self.config["budgets"]
+        ]
         names += [f"{file_name(name)}-all" for name in (ALL_TOKENS, CMAI)]
         return all(self.has("llava-tuned" if tuned else "llava", name) for name in names)
 
@@ -116,7 +120,7 @@ class Results:
         return self.read("llava-tuned" if tuned else "llava", f"{file_name(method)}-{budget or 'all'}")
 
     def all_methods(self, budget: int, tuned: bool = False) -> dict[str, dict[str, np.ndarray]]:
-        return {method: self.llava(method, budget, tuned) for method in methods(self.config)}
+        return {method: self.llava(method, budget, tuned) for method in methods(self.config, tuned)}
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -130,7 +134,7 @@ def format_average(results: Results, tuned: bool = False) -> str:
     by_budget = {budget: results.all_methods(budget, tuned) for budget in budgets}
     rows = [
         [method, *(cell(by_budget[budget][method][AVERAGE]) for budget in budgets)]
-        for method in methods(results.config)
+        for method in methods(results.config, tuned)
     ]
     table = markdown(["visual tokens", *map(str, budgets)], rows)
     return (
@@ -151,7 +155,7 @@ def format_differences(results: Results, tuned: bool = False) -> str:
     for budget in results.config["budgets"]:
         scores = {method: result[AVERAGE] for method, result in results.all_methods(budget, tuned).items()}
         best = max(rivals, key=lambda name: scores[name][0])
-        for variant in vmtc_variants(results.config):
+        for variant in (name for name in vmtc_variants(results.config) if name in scores):
             others = [best, "SPD", "random"]
             row = [variant, str(budget), best, *(cell(scores[variant] - scores[name], "+") for name in others)]
             rows.append([*row, cell(scores[variant] - everything, "+")])

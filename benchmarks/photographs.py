@@ -78,11 +78,6 @@ ROUNDS = 7
 def list_jobs(config: dict[str, Any]) -> list[list[Job]]:
     """All jobs. The jobs of a list need those of the lists before it. The comparison without training comes first."""
     seeds = config["seeds"]
-    asked = [
-        (ALL_TOKENS, None),
-        (CMAI, None),
-        *((name, budget) for budget in config["budgets"] for name in methods(config)),
-    ]
     prefixes = [
         (ta_llava_name(length, blind), (seed, length, blind))
         for seed in seeds
@@ -94,7 +89,7 @@ def list_jobs(config: dict[str, Any]) -> list[list[Job]]:
         [
             Job(f"{kind}-{seed}-{name}-{budget}", function, (seed, name, budget))
             for seed in seeds
-            for name, budget in asked
+            for name, budget in list_asked(config, kind == "tuned")
         ]
         for kind, function in (("answers", answer_with_llava), ("tuned", tune_llava))
     )
@@ -112,9 +107,16 @@ def list_jobs(config: dict[str, Any]) -> list[list[Job]]:
     ]
 
 
+def list_asked(config: dict[str, Any], tuned: bool) -> list[tuple[str, int | None]]:
+    """The methods with which a LLaVA is asked, and their visual tokens, without training or after a short one."""
+    by_budget = [(name, budget) for budget in config["budgets"] for name in methods(config, tuned)]
+    return [(ALL_TOKENS, None), (CMAI, None), *by_budget]
+
+
 def list_tower_jobs(config: dict[str, Any], split: str) -> list[Job]:
     """The vision tower on the pictures of a split: its output for the rivals, and the methods that work inside it."""
-    inside = [(name, budget) for name in (*vmtc_variants(config), TOME) for budget in config["budgets"]]
+    names = [name for name in methods(config, split == "tuning") if name in (*vmtc_variants(config), TOME)]
+    inside = [(name, budget) for name in names for budget in config["budgets"]]
     return [Job(f"tower-{split}", compute_tower_outputs, (split,))] + [
         Job(f"tower-{split}-{name}-{budget}", compute_compressed, (split, name, budget)) for name, budget in inside
     ]
@@ -132,14 +134,15 @@ def check_config(folder: Path, config: dict[str, Any]) -> None:
         name: value for name, value in config.items() if name not in ("data", "seeds", "budgets", "prefix_lengths")
     }
     begun_with = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else fixed
-    common = begun_with["vmtc"].keys() & fixed["vmtc"].keys()
+    growing = ("vmtc", "ablations")
     for name in fixed.keys() | begun_with.keys():
         now, then = fixed.get(name), begun_with.get(name)
-        if name == "vmtc":
+        if name in growing and now is not None and then is not None:
+            common = now.keys() & then.keys()
             now, then = ({key: variants[key] for key in common} for variants in (now, then))
         if now != then:
             raise ValueError(f"{folder} was begun with `{name}` {then}, not {now}. Choose another --output-dir.")
-    write_text(path, json.dumps(fixed | {"vmtc": begun_with["vmtc"] | fixed["vmtc"]}, indent=1))
+    write_text(path, json.dumps(fixed | {name: begun_with[name] | fixed[name] for name in growing}, indent=1))
 
 
 # --- time ----------------------------------------------------------------------------------------------------------
@@ -256,11 +259,7 @@ def write_results(folder: Path, config: dict[str, Any], out: Path) -> None:
             name: cell(draws) for name, draws in results.llava(method, budget, tuned).items()
         }
         for tuned in finished
-        for method, budget in [
-            (ALL_TOKENS, None),
-            (CMAI, None),
-            *((m, b) for b in config["budgets"] for m in methods(config)),
-        ]
+        for method, budget in list_asked(config, tuned)
     }
     accuracy |= {
         name: {column: cell(draws) for column, draws in results.read(name, "all").items()} for name in prefixes

@@ -41,6 +41,7 @@ CONFIG = {
     "budgets": [12, 6],
     "prefix_lengths": [2],
     "vmtc": {"VMTC": {}},
+    "ablations": {"VMTC in one stage": {"vmtc_num_stages": 1}},
     "image_size": 56,
     "stages": {"tuning": {"steps": 2, "batch_size": 2, "learning_rate": 1e-3}},
     "train_grids": 3,
@@ -82,21 +83,29 @@ def pictures():
     return [Image.fromarray(generator.integers(0, 255, (24, 24, 3), dtype=np.uint8)) for _ in QUESTIONS]
 
 
-@pytest.mark.parametrize("kind", ["llava", "ta_llava"])
-def test_answers_with_features_are_those_about_the_images(kind, request):
-    """So prompts, placeholders and features are what `ta-llava ask` makes of the same images."""
-    model, processor = request.getfixturevalue(kind)
+@pytest.mark.parametrize("kind", ["llava", "ta_llava", "cmai"])
+def test_answers_with_features_are_those_about_the_images(kind, request, monkeypatch):
+    """So prompts, placeholders and features are what `ta-llava ask` makes of the same images. A LLaVA reads each once."""
+    model, processor = request.getfixturevalue("ta_llava" if kind == "ta_llava" else "llava")
+    monkeypatch.setattr(model.config, "use_cmai", kind == "cmai", raising=False)
+    monkeypatch.setattr(photograph_answers, "BATCH_SIZE", 2)
     images = pictures()
-    expected = list(
-        answer_about_images(model, processor, [([i], q) for i, q in zip(images, QUESTIONS)], max_new_tokens=20)
-    )
+    asked = [(question, index) for question in QUESTIONS for index in range(len(images))]
+    expected = list(answer_about_images(model, processor, [([images[i]], q) for q, i in asked], max_new_tokens=20))
     pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        features = model.get_vision_features(pixels if kind == "llava" else pixels[:, None])
+        features = model.get_vision_features(pixels[:, None] if kind == "ta_llava" else pixels)
     if kind == "ta_llava":
         features = features.reshape(len(images), 1, -1, features.shape[-1])
-    assert answer(model, processor, list(zip(QUESTIONS, features))) == expected
+    reads = []
+    hook = model.register_forward_pre_hook(
+        lambda _, __, given: reads.append(given.get("vision_features")), with_kwargs=True
+    )
+    assert answer(model, Prompts(processor), features, asked) == expected
+    hook.remove()
     assert len(set(expected)) > 1 and all(expected)
+    if kind != "ta_llava":
+        assert sum(len(read) for read in reads if read is not None) == len(images)
 
 
 def test_placeholders_for_fewer_tokens(llava):
@@ -202,14 +211,14 @@ def results(tmp_path):
 def test_tables(results):
     table = format_average(results)
     rows = {row.split("|")[1].strip(): row.split("|")[2:-1] for row in table.splitlines() if row.startswith("|")}
-    assert set(rows) == {"visual tokens", "---", "VMTC", PRESET, PRESET_AND_CMAI, *RIVALS, "ToMe"}
-    assert rows["ToMe"][0].strip().startswith("95.0 ±") and rows["VMTC"][0].strip().startswith("45.0 ±")
+    assert set(rows) == {"visual tokens", "---", "VMTC", "VMTC in one stage", PRESET, PRESET_AND_CMAI, *RIVALS, "ToMe"}
+    assert rows["ToMe"][0].strip().startswith("95.0 ±") and rows["VMTC"][0].strip().startswith("40.0 ±")
     (row, *_) = [
         line.split("|")[1:-1] for line in format_differences(results).splitlines() if line.startswith("| VMTC")
     ]
     cells = [cell.strip() for cell in row]
     assert cells[:3] == ["VMTC", "12", "ToMe"]
-    assert [cell.split(" ")[0] for cell in cells[3:]] == ["-50.0", "-25.0", "-15.0", "-55.0"]
+    assert [cell.split(" ")[0] for cell in cells[3:]] == ["-55.0", "-30.0", "-20.0", "-60.0"]
 
 
 def test_equal_methods_differ_by_nothing(results):
@@ -263,6 +272,7 @@ TINY = {
     "adapter_interval": 2,
     "budgets": [12],
     "vmtc": {"VMTC as in the paper": {}},
+    "ablations": {"VMTC in one stage": {"vmtc_num_stages": 1}},
 }
 
 
@@ -304,7 +314,8 @@ def test_a_whole_run(tmp_path, monkeypatch):
 def test_every_method_is_asked_with_every_budget_and_seed():
     jobs = [job for jobs in list_jobs(CONFIG) for job in jobs]
     names = [job.name for job in jobs if job.name.startswith(("answers", "tuned"))]
-    assert len(set(names)) == len(names) == 2 * 2 * (2 + 2 * (3 + len(RIVALS) + 1)) + 4
+    num_untrained, num_tuned = 4 + len(RIVALS) + 1, 2 + len(RIVALS) + 1  # the latter without ablations and CMAI
+    assert len(set(names)) == len(names) == 2 * (2 + 2 * num_untrained) + 2 * (2 + 2 * num_tuned) + 4
     assert {job.arguments for job in jobs if "DivPrune" in job.name and "tuned" in job.name} == {
         (seed, "DivPrune", budget) for seed in (0, 1) for budget in (12, 6)
     }
