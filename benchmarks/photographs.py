@@ -69,7 +69,7 @@ from ta_llava.common.files import write_text
 
 CONFIG = Path(__file__).parent / "photographs.yaml"
 IMAGES = 8  # timed at once
-ROUNDS = 7
+ROUNDS = 3
 
 
 # --- jobs ----------------------------------------------------------------------------------------------------------
