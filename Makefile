@@ -99,7 +99,7 @@ bench-gpu: $(VENV)-quantization/installed  ## measure both systems on one GPU, e
 
 GROCERY ?= data/GroceryStoreDataset
 
-photographs: $(VENV)/installed-real-parts  ## compare VMTC with its rivals on photographs (GROCERY=folder of the GroceryStoreDataset; almost 3 hours on 2 cores; resumes)
+photographs: $(VENV)/installed-real-parts  ## compare VMTC with its rivals on photographs (GROCERY=folder of the GroceryStoreDataset; resumes)
 	PYTHONPATH=experiments $(BIN)/python benchmarks/photographs.py --data $(GROCERY)
 
 # gradio needs an older Pillow than the tests, so the demo has an environment of its own.

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from grocery_questions import LOOK, Picture, Question, score
+from grocery_questions import LOOK, Picture, score
 from photograph_models import (
+    Data,
     cache_training_features,
     data_of,
     open_cache,
@@ -253,9 +254,14 @@ def _read_pictures(model: Any, ids: list[int], features: torch.Tensor) -> Any:
     return model(input_ids=rows, vision_features=features, use_cache=True, logits_to_keep=1)[CACHE]
 
 
-def write_scores(path: Path, questions: Sequence[Question], answers: Sequence[str]) -> None:
-    scores = [score(question, given) for question, given in zip(questions, answers)]
-    write_text(path, json.dumps({"scores": scores, "answers": list(answers)}))
+def write_answers(path: Path, data: Data, model: Any, prompts: Prompts, features: torch.Tensor) -> None:
+    """Writes the answers to all questions of the test, and their scores. `features` are those of all its pictures."""
+    places = {picture.path: index for index, picture in enumerate(data.test)}
+    answers = answer(
+        model, prompts, features, [(asked.text, places[picture.path]) for picture, asked in data.questions]
+    )
+    scores = [score(asked, given) for (_, asked), given in zip(data.questions, answers)]
+    write_text(path, json.dumps({"scores": scores, "answers": answers}))
 
 
 load_once = cache(trained_model)
@@ -274,11 +280,7 @@ def _ask_about_test(
 ) -> None:
     features = features_of(folder, config, "test", model, method, budget)
     model.config.use_cmai = method in (CMAI, PRESET_AND_CMAI)
-    data = data_of(folder, config)
-    places = {picture.path: index for index, picture in enumerate(data.test)}
-    asked = [(question.text, places[picture.path]) for picture, question in data.questions]
-    answers = answer(model, Prompts(processor, features.shape[1]), features, asked)
-    write_scores(path, [question for _, question in data.questions], answers)
+    write_answers(path, data_of(folder, config), model, Prompts(processor, features.shape[1]), features)
 
 
 def tune_llava(folder: Path, config: dict[str, Any], seed: int, method: str, budget: int | None) -> None:
@@ -338,8 +340,5 @@ def answer_with_ta_llava(folder: Path, config: dict[str, Any], seed: int, length
     model, processor = load_once(folder, f"{name}-{seed}")
     features = open_cache(folder, "ta_llava", model, processor)
     data = data_of(folder, config)
-    places = {picture.path: index for index, picture in enumerate(data.test)}
     held = torch.stack([features.get(str(picture.path.resolve()))[None].float() for picture in data.test])
-    asked = [(question.text, places[picture.path]) for picture, question in data.questions]
-    answers = answer(model, Prompts(processor, blind=blind), held, asked)
-    write_scores(path, [question for _, question in data.questions], answers)
+    write_answers(path, data, model, Prompts(processor, blind=blind), held)
