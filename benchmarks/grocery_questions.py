@@ -31,6 +31,7 @@ NUMBERS = ("one", "two", "three", "four")
 NUM_POPULAR = 8  # kinds that "popular" asks about in vain
 LOOK = ("Look at the picture.", "ok")  # the turn before the question, for a prefix that must not read the question
 GRID_SIDE = 224  # pixels
+DESCRIPTION_WORDS = 150  # at most; about as many tokens as the picture has
 TYPES = ("product", "kind", "group", "random", "popular", "place", "grid", "count", "list")
 
 
@@ -225,9 +226,27 @@ def score(question: Question, answer: str) -> float:
 # --- LLaVA's format ------------------------------------------------------------------------------------------------
 
 
-def conversation(picture: Picture, questions: Sequence[Question], name: str, blind: bool = False) -> dict[str, Any]:
+def describe(picture: Picture, generator: random.Random) -> str:
     """
-    A record in LLaVA's format with all `questions` about a picture. If it is `blind`, the turn `LOOK` comes first.
+    What a picture shows, in words. The description says it once or many times, so that questions follow in as many distances
+    as they follow pictures of few and of many visual tokens.
+    """
+    if len(picture.photos) == 1:
+        (photo,) = picture.photos
+        sentences = [f"{photo.product}, {photo.kind}, {photo.group}."]
+    else:
+        sentences = [f"{photo.kind} at the {place}." for photo, place in zip(picture.photos, PLACES)]
+    most = DESCRIPTION_WORDS / len(" ".join(sentences).split())
+    times = round(most ** generator.random())
+    return " ".join(sentence for sentence in sentences for _ in range(times))
+
+
+def conversation(
+    picture: Picture, questions: Sequence[Question], name: str, blind: bool = False, description: str = ""
+) -> dict[str, Any]:
+    """
+    A record in LLaVA's format with all `questions` about a picture, or about its `description`. If it is `blind`, the turn
+    `LOOK` comes first.
 
     Raises:
         `ValueError`: There is no question.
@@ -237,8 +256,9 @@ def conversation(picture: Picture, questions: Sequence[Question], name: str, bli
     turns = []
     for text, answer in [LOOK] * blind + [(question.text, question.answer) for question in questions]:
         turns += [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
-    turns[0]["value"] = "<image>\n" + turns[0]["value"]
-    return {"id": name, "image": str(picture.path.resolve()), "conversations": turns}
+    turns[0]["value"] = f"{description or '<image>'}\n{turns[0]['value']}"
+    image = {} if description else {"image": str(picture.path.resolve())}
+    return {"id": name, **image, "conversations": turns}
 
 
 def training_records(
@@ -248,11 +268,12 @@ def training_records(
     seed: int,
     one_each: bool = False,
     blind: bool = False,
+    as_text: bool = False,
 ) -> list[dict[str, Any]]:
     """
     Records to train on, with `copies` draws of the questions about each picture in a random order. Conversations with all
     questions teach a LLaVA most in the same time. A TA-LLaVA, whose prefix reads the first turn, needs `one_each`. If that
-    turn is `LOOK` (`blind`), the prefix does not know the question.
+    turn is `LOOK` (`blind`), the prefix does not know the question. With `as_text`, the questions are about descriptions.
     """
     records = []
     for copy in range(copies):
@@ -260,7 +281,10 @@ def training_records(
             generator = random.Random(f"train {seed} {copy} {index}")
             questions = list(dict.fromkeys(ask(picture, kinds, generator)))
             generator.shuffle(questions)
-            if one_each:
+            if as_text:
+                text = describe(picture, generator)
+                records.append(conversation(picture, questions, f"text-{copy}-{index}", description=text))
+            elif one_each:
                 records += [conversation(picture, [each], f"{copy}-{index}-{each.type}", blind) for each in questions]
             else:
                 records.append(conversation(picture, questions, f"{copy}-{index}"))

@@ -1,9 +1,9 @@
 """
 Trains the small models of `photographs.py` by what `ta-llava init-llava`, `init` and `train` run.
 
-The vision tower is DINOv2-small at 224 pixels, frozen. The language model is a small Llama without any training: what it
-knows of language it learns from the questions about pictures. With each seed a LLaVA is made of the two and trained. The
-TA-LLaVAs of the seed start from the language model of that LLaVA, as in their paper from one that has learned already. A
+The vision tower is DINOv2-small at 224 pixels, frozen. The language model is a small Llama that learns from text first: the
+same questions about descriptions of the pictures. With each seed a LLaVA is made of the two and trained. The TA-LLaVAs of
+the seed start from the language model of that LLaVA, as in their paper from one that has learned already. A
 TA-LLaVA is blind to the question if the question comes in the second turn: its prefix reads only the first.
 Finished work is kept in files and not repeated.
 """
@@ -104,8 +104,16 @@ def write_training_data(folder: Path, config: dict[str, Any], stage: str, seed: 
     if not path.is_file():
         data, copies = data_of(folder, config), config["stages"][stage.removesuffix("_blind")]["copies"]
         pictures = data.tuning if stage == "tuning" else data.train
-        one_each, blind = stage.startswith("ta_llava"), stage.endswith("_blind")
-        write_records(path, training_records(pictures, data.kinds, copies, seed, one_each, blind))
+        kind = {
+            "one_each": stage.startswith("ta_llava"),
+            "blind": stage.endswith("_blind"),
+            "as_text": stage == "text",
+        }
+        records = training_records(pictures, data.kinds, copies, seed, **kind)
+        if stage == "llava":  # text alone too, as in the mixture of LLaVA-1.5
+            text = training_records(pictures, data.kinds, copies, seed, as_text=True)
+            records += text[: int(len(records) * config["text_share"])]
+        write_records(path, records)
     return path
 
 
@@ -127,7 +135,11 @@ def prepare(folder: Path, config: dict[str, Any]) -> None:
 
 def write_language_model(folder: Path, config: dict[str, Any], data: Data, seed: int) -> None:
     """Writes a tokenizer with a token for each word of the questions, and a new Llama of the sizes in the config."""
-    records = training_records(data.train, data.kinds, 1, 0)
+    records = [
+        record
+        for as_text in (False, True)
+        for record in training_records(data.train, data.kinds, 1, 0, as_text=as_text)
+    ]
     tokenizer = train_tokenizer([turn["value"] for record in records for turn in record["conversations"]])
     tokenizer.chat_template = CHAT_TEMPLATE
     sizes = config["language_model"]
@@ -152,13 +164,20 @@ def write_language_model(folder: Path, config: dict[str, Any], data: Data, seed:
 
 
 def train_stage(
-    folder: Path, config: dict[str, Any], stage: str, seed: int, start: Path, recipe: str, parts: Sequence[str]
-) -> Path:
-    """Runs a recipe as `ta-llava train` does, from the model in `start`, and returns the folder of the trained model."""
+    folder: Path,
+    config: dict[str, Any],
+    stage: str,
+    seed: int,
+    start: Path,
+    out: Path,
+    recipe: str,
+    parts: Sequence[str],
+) -> None:
+    """Runs a recipe as `ta-llava train` does, from the model in `start`, and writes the trained model to `out`."""
     sizes = config["stages"][stage.removesuffix("_blind")]
     settings = {
         "model": start,
-        "output_dir": start.parent / "trained",
+        "output_dir": out,
         "train": list(parts),
         "data.path": write_training_data(folder, config, stage, seed),
         "data.image_folder": folder,
@@ -172,11 +191,12 @@ def train_stage(
         "training_arguments.gradient_checkpointing": "false",
         "training_arguments.dataloader_num_workers": 0,
         "training_arguments.save_steps": 100,
-        "training_arguments.train_sampling_strategy": "random",  # photographs and grids in each batch
+        # Photographs and grids in each batch; texts are of all lengths.
+        "training_arguments.train_sampling_strategy": "group_by_length" if stage == "text" else "random",
         "cache_vision_features": folder / "features" / stage.removesuffix("_blind"),
     }
     overrides = [f"{key}={value}" for key, value in settings.items()]
-    return train(load_recipe(RECIPES / f"{recipe}.yaml", overrides))
+    train(load_recipe(RECIPES / f"{recipe}.yaml", overrides))
 
 
 def cache_training_features(folder: Path, config: dict[str, Any], stage: str) -> None:
@@ -200,11 +220,16 @@ def open_cache(folder: Path, stage: str, model: Any, processor: Any) -> VisionFe
 
 
 def train_llava(folder: Path, config: dict[str, Any], seed: int) -> None:
-    """Makes and trains the LLaVA of a seed, and writes its language model on its own."""
+    """
+    Makes the LLaVA of a seed, trains its language model on text and then both parts on pictures, and writes its language
+    model on its own.
+    """
     run, new = folder / f"llava-{seed}", folder / f"language-model-{seed}"
     if not (run / "init").is_dir():
         assemble_llava(run / "init", folder / "tower", new, seed=seed)
-    train_stage(folder, config, "llava", seed, run / "init", "llava/finetune", ["projector", "language_model"])
+    train_stage(folder, config, "text", seed, run / "init", run / "text", "llava/finetune", ["language_model"])
+    parts = ["projector", "language_model"]
+    train_stage(folder, config, "llava", seed, run / "text", run / "trained", "llava/finetune", parts)
     if not (run / "language-model").is_dir():
         llava, _ = trained_model(folder, run.name)
         language_model = LlamaForCausalLM.from_pretrained(new, dtype=torch.float32)
@@ -232,7 +257,7 @@ def train_ta_llava(folder: Path, config: dict[str, Any], seed: int, length: int,
         )
     parts = ["projector", "prefix", "adapters", "language_model"]
     stage = "ta_llava_blind" if blind else "ta_llava"
-    train_stage(folder, config, stage, seed, start, "ta_llava/phase3", parts)
+    train_stage(folder, config, stage, seed, start, start.parent / "trained", "ta_llava/phase3", parts)
 
 
 def trained_model(folder: Path, name: str) -> tuple[Any, Any]:

@@ -7,12 +7,14 @@ from collections import Counter
 
 import pytest
 from grocery_questions import (
+    DESCRIPTION_WORDS,
     NUM_POPULAR,
     PLACES,
     TYPES,
     Question,
     ask,
     conversation,
+    describe,
     draw_grids,
     draw_photographs,
     held_out_questions,
@@ -179,6 +181,32 @@ def test_records_are_samples_in_the_format_of_llava(photos, tmp_path, one_each):
     else:
         assert len(turns) == 12 and set(turns) <= {8, 10}
     assert len({record["conversations"][0]["value"] for record in records}) >= 6  # orders differ
+
+
+def test_descriptions_answer_the_questions_and_are_of_all_lengths(photos, tmp_path):
+    (grid,) = draw_grids(photos, 4, tmp_path)[3:]
+    (photograph,) = draw_photographs(photos, 1)
+    for picture in (grid, photograph):
+        texts = [describe(picture, random.Random(index)) for index in range(200)]
+        lengths = sorted(len(text.split()) for text in texts)
+        assert lengths[0] < 0.2 * DESCRIPTION_WORDS and lengths[100] < 0.5 * DESCRIPTION_WORDS
+        assert 0.8 * DESCRIPTION_WORDS < lengths[-1] <= 1.1 * DESCRIPTION_WORDS
+        sentences = list(dict.fromkeys(texts[0].rstrip(".").split(". ")))
+        if picture is grid:
+            assert sentences == [f"{photo.kind} at the {place}" for photo, place in zip(grid.photos, PLACES)]
+        else:
+            assert sentences == [f"{picture.photos[0].product}, {picture.photos[0].kind}, {picture.photos[0].group}"]
+
+
+def test_text_is_asked_the_same_questions_without_an_image(photos, tmp_path):
+    kinds, pictures = rank_kinds(photos), draw_photographs(photos, 3) + draw_grids(photos, 3, tmp_path)
+    pictured, told = (training_records(pictures, kinds, 1, 0, as_text=as_text) for as_text in (False, True))
+    assert all("image" not in record and read_sample(record).images == [] for record in told)
+    for record in told:
+        (other,) = (each for each in pictured if f"text-{each['id']}" == record["id"])
+        description, question = record["conversations"][0]["value"].split("\n")
+        assert other["conversations"][0]["value"] == f"<image>\n{question}" and description.endswith(".")
+        assert other["conversations"][1:] == record["conversations"][1:]
 
 
 def test_a_conversation_needs_a_question(photos):

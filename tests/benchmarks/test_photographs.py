@@ -266,8 +266,9 @@ TINY = {
     },
     "stages": {
         name: {"steps": 1, "batch_size": 2, "learning_rate": 1e-3, "copies": 1}
-        for name in ("llava", "ta_llava", "tuning")
+        for name in ("text", "llava", "ta_llava", "tuning")
     },
+    "text_share": 0.5,
     "prefix_lengths": [2],
     "adapter_interval": 2,
     "budgets": [12],
@@ -309,6 +310,17 @@ def test_a_whole_run(tmp_path, monkeypatch):
     for jobs in list_jobs(config):
         assert all(run_job(job, folder, config) for job in jobs)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == written
+
+
+def test_a_llava_learns_from_pictures_and_text(tmp_path):
+    config = {**TINY, "data": str(write_photographs(tmp_path / "photographs"))}
+    records = {
+        stage: json.loads(photograph_models.write_training_data(tmp_path, config, stage, 0).read_text())
+        for stage in ("text", "llava", "tuning")
+    }
+    images = {stage: ["image" in record for record in of_stage] for stage, of_stage in records.items()}
+    assert not any(images["text"]) and all(images["tuning"])
+    assert sum(images["llava"]) == 24 and len(images["llava"]) == 24 + 12  # 20 photographs and 4 grids
 
 
 def test_every_method_is_asked_with_every_budget_and_seed():
