@@ -266,14 +266,13 @@ def training_records(
     kinds: Sequence[str],
     copies: int,
     seed: int,
-    one_each: bool = False,
     blind: bool = False,
     as_text: bool = False,
 ) -> list[dict[str, Any]]:
     """
-    Records to train on, with `copies` draws of the questions about each picture in a random order. Conversations with all
-    questions teach a LLaVA most in the same time. A TA-LLaVA, whose prefix reads the first turn, needs `one_each`. If that
-    turn is `LOOK` (`blind`), the prefix does not know the question. With `as_text`, the questions are about descriptions.
+    Conversations to train on, with all questions about a picture in a random order, `copies` times drawn anew. The prefix of
+    a TA-LLaVA reads the first turn: the question that comes first, or `LOOK` if it is to be `blind` to the questions. With
+    `as_text`, the questions are about descriptions.
     """
     records = []
     for copy in range(copies):
@@ -281,13 +280,13 @@ def training_records(
             generator = random.Random(f"train {seed} {copy} {index}")
             questions = list(dict.fromkeys(ask(picture, kinds, generator)))
             generator.shuffle(questions)
+            name = f"{copy}-{index}"
             if as_text:
-                text = describe(picture, generator)
-                records.append(conversation(picture, questions, f"text-{copy}-{index}", description=text))
-            elif one_each:
-                records += [conversation(picture, [each], f"{copy}-{index}-{each.type}", blind) for each in questions]
+                records.append(
+                    conversation(picture, questions, f"text-{name}", description=describe(picture, generator))
+                )
             else:
-                records.append(conversation(picture, questions, f"{copy}-{index}"))
+                records.append(conversation(picture, questions, name, blind))
     random.Random(f"order {seed}").shuffle(records)
     return records
 

@@ -104,12 +104,9 @@ def write_training_data(folder: Path, config: dict[str, Any], stage: str, seed: 
     if not path.is_file():
         data, copies = data_of(folder, config), config["stages"][stage.removesuffix("_blind")]["copies"]
         pictures = data.tuning if stage == "tuning" else data.train
-        kind = {
-            "one_each": stage.startswith("ta_llava"),
-            "blind": stage.endswith("_blind"),
-            "as_text": stage == "text",
-        }
-        records = training_records(pictures, data.kinds, copies, seed, **kind)
+        records = training_records(
+            pictures, data.kinds, copies, seed, blind=stage.endswith("_blind"), as_text=stage == "text"
+        )
         if stage == "llava":  # text alone too, as in the mixture of LLaVA-1.5
             text = training_records(pictures, data.kinds, copies, seed, as_text=True)
             records += text[: int(len(records) * config["text_share"])]

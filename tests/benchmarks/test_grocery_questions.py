@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 from grocery_questions import (
     DESCRIPTION_WORDS,
+    LOOK,
     NUM_POPULAR,
     PLACES,
     TYPES,
@@ -168,19 +169,16 @@ def test_draws_are_the_same_again_and_differ_between_seeds(photos, tmp_path):
     assert first == again != second
 
 
-@pytest.mark.parametrize("one_each", [False, True])
-def test_records_are_samples_in_the_format_of_llava(photos, tmp_path, one_each):
+@pytest.mark.parametrize("blind", [False, True])
+def test_records_are_samples_in_the_format_of_llava(photos, tmp_path, blind):
     kinds, pictures = rank_kinds(photos), draw_photographs(photos, 3) + draw_grids(photos, 3, tmp_path)
-    records = training_records(pictures, kinds, 2, 0, one_each)
+    records = training_records(pictures, kinds, 2, 0, blind=blind)
     samples = [read_sample(json.loads(json.dumps(record))) for record in records]
-    assert len({sample.id for sample in samples}) == len(samples)
+    assert len({sample.id for sample in samples}) == len(samples) == 12
     assert all(len(sample.images) == 1 for sample in samples)
-    turns = [len(sample.messages) for sample in samples]
-    if one_each:
-        assert set(turns) == {2} and 2 * 3 * (4 + 4) <= len(turns) <= 2 * 3 * (5 + 4)
-    else:
-        assert len(turns) == 12 and set(turns) <= {8, 10}
-    assert len({record["conversations"][0]["value"] for record in records}) >= 6  # orders differ
+    assert {len(sample.messages) for sample in samples} == {8 + 2 * blind, 10 + 2 * blind}
+    first = {record["conversations"][0]["value"] for record in records}
+    assert first == {f"<image>\n{LOOK[0]}"} if blind else len(first) >= 6  # orders differ
 
 
 def test_descriptions_answer_the_questions_and_are_of_all_lengths(photos, tmp_path):
