@@ -185,17 +185,28 @@ def format_types(results: Results) -> str:
     return "## Accuracy by type of question, without training\n\n" + "\n\n".join(parts)
 
 
-def format_ta_llava(results: Results, names: Sequence[str]) -> str:
-    types = [name for name in TYPES if name in results.types]
-    models = {
-        f"TA-LLaVA, {length} prefix tokens{', blind to the question' if blind else ''}": results.read(name, "all")
-        for length in results.config["prefix_lengths"]
-        for blind in (False, True)
-        if (name := ta_llava_name(length, blind)) in names
-    }
-    models["LLaVA, all tokens"] = results.llava(ALL_TOKENS, None)
-    rows = [[name, *(cell(result[column]) for column in (*types, AVERAGE))] for name, result in models.items()]
-    return f"## TA-LLaVA\n\n{markdown(['', *types, AVERAGE], rows)}"
+def format_ta_llava(results: Results, operations: dict[str, int], times: dict[str, Any]) -> str:
+    """The TA-LLaVAs whose `operations` are given, by name, what reading the question brings them, and LLaVA."""
+    columns = [*(name for name in TYPES if name in results.types), AVERAGE]
+    rows = []
+
+    def add(name: str, scores: dict[str, np.ndarray], count: str, sign: str = "") -> None:
+        rows.append([name, *(cell(scores[column], sign) for column in columns), count])
+
+    for length in results.config["prefix_lengths"]:
+        pair = []
+        for blind in (False, True):
+            name = ta_llava_name(length, blind)
+            if name in operations:
+                pair.append(results.read(name, "all"))
+                title = f"TA-LLaVA, {length} prefix tokens{', blind to the question' if blind else ''}"
+                add(title, pair[-1], f"{operations[name] / 1e9:.2f}")
+        if len(pair) == 2:
+            aware, blinded = pair
+            add("what reading it brings", {name: aware[name] - blinded[name] for name in columns}, "", "+")
+    count = times["rows"][0]["prefill_operations"]
+    add("LLaVA, all tokens", results.llava(ALL_TOKENS, None), f"{count / 1e9:.2f}")
+    return f"## TA-LLaVA\n\n{markdown(['', *columns, 'GFLOP, prefill'], rows)}"
 
 
 def format_times(times: dict[str, Any]) -> str:

@@ -70,6 +70,7 @@ from ta_llava.common.files import write_text
 CONFIG = Path(__file__).parent / "photographs.yaml"
 IMAGES = 8  # timed at once
 ROUNDS = 3
+QUESTION = "What kind of product is this?"  # of the prefill that is timed
 
 
 # --- jobs ----------------------------------------------------------------------------------------------------------
@@ -193,7 +194,7 @@ def list_calls(
     def add(method: str, budget: int, tower: Callable[[], torch.Tensor]) -> None:
         with torch.no_grad():
             features = tower()
-        ids = torch.tensor([Prompts(processor, features.shape[1])("What kind of product is this?")] * IMAGES)
+        ids = torch.tensor([Prompts(processor, features.shape[1])(QUESTION)] * IMAGES)
         calls[method, budget, "tower"] = tower
         calls[method, budget, "prefill"] = lambda: model(input_ids=ids, vision_features=features, logits_to_keep=1)
 
@@ -224,6 +225,16 @@ def count_operations(call: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
+def count_ta_llava(folder: Path, config: dict[str, Any], name: str) -> int:
+    """Operations of the prefill of a TA-LLaVA behind the tower, for one image."""
+    model, processor = trained_model(folder, f"{name}-{config['seeds'][0]}")
+    vision = model.config.vision_config
+    features = torch.zeros(1, 1, (config["image_size"] // vision.patch_size) ** 2, vision.hidden_size)
+    ids = torch.tensor([Prompts(processor, blind=name.endswith("-blind"))(QUESTION)])
+    with torch.no_grad():
+        return count_operations(lambda: model(input_ids=ids, vision_features=features, logits_to_keep=1))
+
+
 # --- results -------------------------------------------------------------------------------------------------------
 
 
@@ -252,7 +263,9 @@ def write_results(folder: Path, config: dict[str, Any], out: Path) -> None:
     prefixes = [name for name in prefixes if results.has(name, "all")]
     parts = [part(results, tuned) for tuned in finished for part in (format_average, format_differences)]
     parts += [format_types(results)]
-    parts += [format_ta_llava(results, prefixes)] if prefixes else []
+    if prefixes:
+        operations = {name: count_ta_llava(folder, config, name) for name in prefixes}
+        parts.append(format_ta_llava(results, operations, times))
     write_text(out / "photographs.md", "\n\n".join([head, *parts, format_times(times)]) + "\n")
     accuracy = {
         f"{method}-{budget or 'all'}{'-tuned' if tuned else ''}": {

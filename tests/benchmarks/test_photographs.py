@@ -301,7 +301,8 @@ def test_a_whole_run(tmp_path, monkeypatch):
         assert all(run_job(job, folder, config) for job in jobs), list((folder / "logs").iterdir())
     write_results(folder, config, tmp_path)
     table = (tmp_path / "photographs.md").read_text()
-    for name in ("VMTC as in the paper", "VisionZip", "ToMe", "random", "TA-LLaVA, 2 prefix tokens, blind"):
+    names = ("VMTC as in the paper", "VisionZip", "ToMe", "random", "TA-LLaVA, 2 prefix tokens, blind", "what reading it")
+    for name in names:
         assert name in table
     assert {"all tokens-all", "DivPrune-12-tuned", "ta-llava-2-blind"} <= json.loads(
         (tmp_path / "photographs.json").read_text()
