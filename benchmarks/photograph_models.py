@@ -43,6 +43,7 @@ from transformers import (
 
 from ta_llava.building.assemble import assemble_llava, assemble_ta_llava
 from ta_llava.common.files import atomic_folder
+from ta_llava.common.precision import has_fast_bfloat16
 from ta_llava.training.recipe import load_recipe
 from ta_llava.training.run import train
 from ta_llava.training.vision_feature_cache import VisionFeatureCache
@@ -184,7 +185,7 @@ def train_stage(
         "training_arguments.max_steps": sizes["steps"],
         "training_arguments.learning_rate": sizes["learning_rate"],
         "training_arguments.seed": seed,
-        "training_arguments.bf16": "false",  # models trained in bfloat16 were less accurate
+        "training_arguments.bf16": str(has_fast_bfloat16()).lower(),
         "training_arguments.gradient_checkpointing": "false",
         "training_arguments.dataloader_num_workers": 0,
         "training_arguments.save_steps": 100,
@@ -213,7 +214,8 @@ def cache_training_features(folder: Path, config: dict[str, Any], stage: str) ->
 
 def open_cache(folder: Path, stage: str, model: Any, processor: Any) -> VisionFeatureCache:
     """The cache of features that all models of a stage train with, in the dtype of the training."""
-    return VisionFeatureCache(folder / "features" / stage, model, processor, torch.float32)
+    dtype = torch.bfloat16 if has_fast_bfloat16() else None
+    return VisionFeatureCache(folder / "features" / stage, model, processor, dtype)
 
 
 def train_llava(folder: Path, config: dict[str, Any], seed: int) -> None:
