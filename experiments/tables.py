@@ -285,9 +285,9 @@ def format_tables(results: Results, operations: dict[str, int]) -> str:
     if not results.config["tuned_on_instructions"]:
         parts.append(format_erosion(results))
     for title, variants in LLAVA_TABLES.items():
-        variants = {name: variant for name, variant in variants.items() if variant in results.config["variants"]}
-        if len(variants) > 1:
-            parts.append(format_llava_table(results, title, variants))
+        measured = {name: variant for name, variant in variants.items() if variant in results.config["variants"]}
+        if 2 * len(measured) > len(variants):  # fewer rows do not show what the table compares
+            parts.append(format_llava_table(results, title, measured))
     return "\n\n".join([*parts, format_claims(results)]) + "\n"
 
 
