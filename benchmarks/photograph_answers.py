@@ -35,7 +35,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, Tr
 
 from ta_llava import VmtcCmaiLlavaForConditionalGeneration
 from ta_llava.common.files import atomic_file, write_text
-from ta_llava.common.precision import has_fast_bfloat16
 from ta_llava.data.samples import open_image
 from ta_llava.inference import GREEDY
 from ta_llava.library_versions import CACHE
@@ -321,7 +320,6 @@ def tune(model: Any, processor: Any, data: Path, features: Any, sizes: dict[str,
             per_device_train_batch_size=sizes["batch_size"],
             learning_rate=sizes["learning_rate"],
             lr_scheduler_type="cosine",
-            bf16=has_fast_bfloat16(),
             use_cpu=not torch.accelerator.is_available(),
             seed=seed,
             remove_unused_columns=False,

@@ -1,10 +1,11 @@
 """
 Trains the small models of `photographs.py` by what `ta-llava init-llava`, `init` and `train` run.
 
-The vision tower is DINOv2-small at 224 pixels, frozen. The language model is a small Llama that learns from text first: the
-same questions about descriptions of the pictures. With each seed a LLaVA is made of the two and trained. The TA-LLaVAs of
-the seed start from the language model of that LLaVA, as in their paper from one that has learned already. A
-TA-LLaVA is blind to the question if the question comes in the second turn: its prefix reads only the first.
+The vision tower is DINOv2-small at 224 pixels, frozen. The language model is a small Llama without any training. With each
+seed a LLaVA is made of the two and trained: what it knows of language it learns from the questions about pictures. For the
+TA-LLaVAs of the seed the same language model first learns from text, the questions about descriptions of the pictures, since
+in their paper it has learned already. A TA-LLaVA is blind to the question if the question comes in the second turn: its
+prefix reads only the first.
 Finished work is kept in files and not repeated.
 """
 
@@ -43,7 +44,6 @@ from transformers import (
 
 from ta_llava.building.assemble import assemble_llava, assemble_ta_llava
 from ta_llava.common.files import atomic_folder
-from ta_llava.common.precision import has_fast_bfloat16
 from ta_llava.training.recipe import load_recipe
 from ta_llava.training.run import train
 from ta_llava.training.vision_feature_cache import VisionFeatureCache
@@ -105,13 +105,8 @@ def write_training_data(folder: Path, config: dict[str, Any], stage: str, seed: 
     if not path.is_file():
         data, copies = data_of(folder, config), config["stages"][stage.removesuffix("_blind")]["copies"]
         pictures = data.tuning if stage == "tuning" else data.train
-        records = training_records(
-            pictures, data.kinds, copies, seed, blind=stage.endswith("_blind"), as_text=stage == "text"
-        )
-        if stage == "llava":  # text alone too, as in the mixture of LLaVA-1.5
-            text = training_records(pictures, data.kinds, copies, seed, as_text=True)
-            records += text[: int(len(records) * config["text_share"])]
-        write_records(path, records)
+        blind, as_text = stage.endswith("_blind"), stage == "text"
+        write_records(path, training_records(pictures, data.kinds, copies, seed, blind=blind, as_text=as_text))
     return path
 
 
@@ -133,11 +128,7 @@ def prepare(folder: Path, config: dict[str, Any]) -> None:
 
 def write_language_model(folder: Path, config: dict[str, Any], data: Data, seed: int) -> None:
     """Writes a tokenizer with a token for each word of the questions, and a new Llama of the sizes in the config."""
-    records = [
-        record
-        for as_text in (False, True)
-        for record in training_records(data.train, data.kinds, 1, 0, as_text=as_text)
-    ]
+    records = training_records(data.train, data.kinds, 1, 0)
     tokenizer = train_tokenizer([turn["value"] for record in records for turn in record["conversations"]])
     tokenizer.chat_template = CHAT_TEMPLATE
     sizes = config["language_model"]
@@ -162,20 +153,13 @@ def write_language_model(folder: Path, config: dict[str, Any], data: Data, seed:
 
 
 def train_stage(
-    folder: Path,
-    config: dict[str, Any],
-    stage: str,
-    seed: int,
-    start: Path,
-    out: Path,
-    recipe: str,
-    parts: Sequence[str],
-) -> None:
-    """Runs a recipe as `ta-llava train` does, from the model in `start`, and writes the trained model to `out`."""
+    folder: Path, config: dict[str, Any], stage: str, seed: int, start: Path, recipe: str, parts: Sequence[str]
+) -> Path:
+    """Runs a recipe as `ta-llava train` does, from the model in `start`, and returns the folder of the trained model."""
     sizes = config["stages"][stage.removesuffix("_blind")]
     settings = {
         "model": start,
-        "output_dir": out,
+        "output_dir": start.parent / "trained",
         "train": list(parts),
         "data.path": write_training_data(folder, config, stage, seed),
         "data.image_folder": folder,
@@ -185,7 +169,7 @@ def train_stage(
         "training_arguments.max_steps": sizes["steps"],
         "training_arguments.learning_rate": sizes["learning_rate"],
         "training_arguments.seed": seed,
-        "training_arguments.bf16": str(has_fast_bfloat16()).lower(),
+        "training_arguments.bf16": "false",  # models trained in bfloat16 were less accurate
         "training_arguments.gradient_checkpointing": "false",
         "training_arguments.dataloader_num_workers": 0,
         "training_arguments.save_steps": 100,
@@ -194,7 +178,7 @@ def train_stage(
         "cache_vision_features": folder / "features" / stage.removesuffix("_blind"),
     }
     overrides = [f"{key}={value}" for key, value in settings.items()]
-    train(load_recipe(RECIPES / f"{recipe}.yaml", overrides))
+    return train(load_recipe(RECIPES / f"{recipe}.yaml", overrides))
 
 
 def cache_training_features(folder: Path, config: dict[str, Any], stage: str) -> None:
@@ -214,28 +198,31 @@ def cache_training_features(folder: Path, config: dict[str, Any], stage: str) ->
 
 def open_cache(folder: Path, stage: str, model: Any, processor: Any) -> VisionFeatureCache:
     """The cache of features that all models of a stage train with, in the dtype of the training."""
-    dtype = torch.bfloat16 if has_fast_bfloat16() else None
-    return VisionFeatureCache(folder / "features" / stage, model, processor, dtype)
+    return VisionFeatureCache(folder / "features" / stage, model, processor, torch.float32)
 
 
 def train_llava(folder: Path, config: dict[str, Any], seed: int) -> None:
-    """
-    Makes the LLaVA of a seed, trains its language model on text and then both parts on pictures, and writes its language
-    model on its own.
-    """
-    run, new = folder / f"llava-{seed}", folder / f"language-model-{seed}"
+    """Makes and trains the LLaVA of a seed."""
+    start = folder / f"llava-{seed}" / "init"
+    if not start.is_dir():
+        assemble_llava(start, folder / "tower", folder / f"language-model-{seed}", seed=seed)
+    train_stage(folder, config, "llava", seed, start, "llava/finetune", ["projector", "language_model"])
+
+
+def train_language_model(folder: Path, config: dict[str, Any], seed: int) -> None:
+    """Trains the language model of a seed on text, as a part of a LLaVA that gets no image, and writes it on its own."""
+    run, new = folder / f"text-{seed}", folder / f"language-model-{seed}"
+    if (run / "language-model").is_dir():
+        return
     if not (run / "init").is_dir():
         assemble_llava(run / "init", folder / "tower", new, seed=seed)
-    train_stage(folder, config, "text", seed, run / "init", run / "text", "llava/finetune", ["language_model"])
-    parts = ["projector", "language_model"]
-    train_stage(folder, config, "llava", seed, run / "text", run / "trained", "llava/finetune", parts)
-    if not (run / "language-model").is_dir():
-        llava, _ = trained_model(folder, run.name)
-        language_model = LlamaForCausalLM.from_pretrained(new, dtype=torch.float32)
-        language_model.model.load_state_dict(llava.model.language_model.state_dict())
-        with atomic_folder(run / "language-model") as unfinished:
-            language_model.save_pretrained(unfinished)
-            AutoTokenizer.from_pretrained(new).save_pretrained(unfinished)
+    train_stage(folder, config, "text", seed, run / "init", "llava/finetune", ["language_model"])
+    llava, _ = trained_model(folder, run.name)
+    language_model = LlamaForCausalLM.from_pretrained(new, dtype=torch.float32)
+    language_model.model.load_state_dict(llava.model.language_model.state_dict())
+    with atomic_folder(run / "language-model") as unfinished:
+        language_model.save_pretrained(unfinished)
+        AutoTokenizer.from_pretrained(new).save_pretrained(unfinished)
 
 
 def ta_llava_name(length: int, blind: bool) -> str:
@@ -249,14 +236,14 @@ def train_ta_llava(folder: Path, config: dict[str, Any], seed: int, length: int,
         assemble_ta_llava(
             start,
             folder / "tower",
-            folder / f"llava-{seed}" / "language-model",
+            folder / f"text-{seed}" / "language-model",
             num_prefix_tokens=length,
             adapter_interval=config["adapter_interval"],
             seed=seed,
         )
     parts = ["projector", "prefix", "adapters", "language_model"]
     stage = "ta_llava_blind" if blind else "ta_llava"
-    train_stage(folder, config, stage, seed, start, start.parent / "trained", "ta_llava/phase3", parts)
+    train_stage(folder, config, stage, seed, start, "ta_llava/phase3", parts)
 
 
 def trained_model(folder: Path, name: str) -> tuple[Any, Any]:

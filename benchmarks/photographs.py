@@ -45,6 +45,7 @@ from photograph_models import (
     data_of,
     prepare,
     ta_llava_name,
+    train_language_model,
     train_llava,
     train_ta_llava,
     trained_model,
@@ -86,6 +87,7 @@ def list_jobs(config: dict[str, Any]) -> list[list[Job]]:
         for blind in (False, True)
     ]
     llavas = [Job(f"train-llava-{seed}", train_llava, (seed,)) for seed in seeds]
+    language_models = [Job(f"train-text-{seed}", train_language_model, (seed,)) for seed in seeds]
     answers, tuned = (
         [
             Job(f"{kind}-{seed}-{name}-{budget}", function, (seed, name, budget))
@@ -102,7 +104,11 @@ def list_jobs(config: dict[str, Any]) -> list[list[Job]]:
         [Job("features-llava", cache_training_features, ("llava",))],
         llavas + list_tower_jobs(config, "test"),
         answers,
-        [Job("features-ta_llava", cache_training_features, ("ta_llava",)), *list_tower_jobs(config, "tuning")],
+        [
+            Job("features-ta_llava", cache_training_features, ("ta_llava",)),
+            *language_models,
+            *list_tower_jobs(config, "tuning"),
+        ],
         tuned + ta_llavas,
         ta_answers,
     ]

@@ -268,7 +268,6 @@ TINY = {
         name: {"steps": 1, "batch_size": 2, "learning_rate": 1e-3, "copies": 1}
         for name in ("text", "llava", "ta_llava", "tuning")
     },
-    "text_share": 0.5,
     "prefix_lengths": [2],
     "adapter_interval": 2,
     "budgets": [12],
@@ -301,7 +300,14 @@ def test_a_whole_run(tmp_path, monkeypatch):
         assert all(run_job(job, folder, config) for job in jobs), list((folder / "logs").iterdir())
     write_results(folder, config, tmp_path)
     table = (tmp_path / "photographs.md").read_text()
-    names = ("VMTC as in the paper", "VisionZip", "ToMe", "random", "TA-LLaVA, 2 prefix tokens, blind", "what reading it")
+    names = (
+        "VMTC as in the paper",
+        "VisionZip",
+        "ToMe",
+        "random",
+        "TA-LLaVA, 2 prefix tokens, blind",
+        "what reading it",
+    )
     for name in names:
         assert name in table
     assert {"all tokens-all", "DivPrune-12-tuned", "ta-llava-2-blind"} <= json.loads(
@@ -313,15 +319,18 @@ def test_a_whole_run(tmp_path, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == written
 
 
-def test_a_llava_learns_from_pictures_and_text(tmp_path):
+def test_what_each_stage_learns_from(tmp_path):
     config = {**TINY, "data": str(write_photographs(tmp_path / "photographs"))}
-    records = {
-        stage: json.loads(photograph_models.write_training_data(tmp_path, config, stage, 0).read_text())
-        for stage in ("text", "llava", "tuning")
-    }
-    images = {stage: ["image" in record for record in of_stage] for stage, of_stage in records.items()}
-    assert not any(images["text"]) and all(images["tuning"])
-    assert sum(images["llava"]) == 24 and len(images["llava"]) == 24 + 12  # 20 photographs and 4 grids
+
+    def read(stage):
+        return json.loads(photograph_models.write_training_data(tmp_path, config, stage, 0).read_text())
+
+    assert len(read("text")) == len(read("llava")) == 24  # 20 photographs and 4 grids
+    assert not any("image" in record for record in read("text")) and all("image" in record for record in read("llava"))
+    assert read("ta_llava") == read("llava")
+    assert all(LOOK[0] in record["conversations"][0]["value"] for record in read("ta_llava_blind"))
+    tuned = {record["image"] for record in read("tuning")}
+    assert len(tuned) == 4 and tuned < {record["image"] for record in read("llava")}
 
 
 def test_every_method_is_asked_with_every_budget_and_seed():
