@@ -31,7 +31,7 @@ NUMBERS = ("one", "two", "three", "four")
 NUM_POPULAR = 8  # kinds that "popular" asks about in vain
 LOOK = ("Look at the picture.", "ok")  # the turn before the question, for a prefix that must not read the question
 GRID_SIDE = 224  # pixels
-DESCRIPTION_WORDS = 150  # at most; about as many tokens as the picture has
+DESCRIPTION_WORDS = 150  # of the longest descriptions, about
 TYPES = ("product", "kind", "group", "random", "popular", "place", "grid", "count", "list")
 
 
@@ -228,8 +228,8 @@ def score(question: Question, answer: str) -> float:
 
 def describe(picture: Picture, generator: random.Random) -> str:
     """
-    What a picture shows, in words. The description says it once or many times, so that questions follow in as many distances
-    as they follow pictures of few and of many visual tokens.
+    What a picture shows, in words. It is said once or many times, so that the distance to the start does not tell questions
+    apart.
     """
     if len(picture.photos) == 1:
         (photo,) = picture.photos
@@ -280,13 +280,8 @@ def training_records(
             generator = random.Random(f"train {seed} {copy} {index}")
             questions = list(dict.fromkeys(ask(picture, kinds, generator)))
             generator.shuffle(questions)
-            name = f"{copy}-{index}"
-            if as_text:
-                records.append(
-                    conversation(picture, questions, f"text-{name}", description=describe(picture, generator))
-                )
-            else:
-                records.append(conversation(picture, questions, name, blind))
+            description = describe(picture, generator) if as_text else ""
+            records.append(conversation(picture, questions, f"{copy}-{index}", blind, description))
     random.Random(f"order {seed}").shuffle(records)
     return records
 

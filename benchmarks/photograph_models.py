@@ -173,10 +173,11 @@ def train_stage(
         "training_arguments.gradient_checkpointing": "false",
         "training_arguments.dataloader_num_workers": 0,
         "training_arguments.save_steps": 100,
-        # Photographs and grids in each batch; texts are of all lengths.
+        # Random, so that each batch has photographs and grids; by length for texts, so that little is padded.
         "training_arguments.train_sampling_strategy": "group_by_length" if stage == "text" else "random",
-        "cache_vision_features": folder / "features" / stage.removesuffix("_blind"),
     }
+    if stage != "text":
+        settings["cache_vision_features"] = folder / "features" / stage.removesuffix("_blind")
     overrides = [f"{key}={value}" for key, value in settings.items()]
     return train(load_recipe(RECIPES / f"{recipe}.yaml", overrides))
 

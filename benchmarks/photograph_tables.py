@@ -185,27 +185,27 @@ def format_types(results: Results) -> str:
     return "## Accuracy by type of question, without training\n\n" + "\n\n".join(parts)
 
 
-def format_ta_llava(results: Results, operations: dict[str, int], times: dict[str, Any]) -> str:
-    """The TA-LLaVAs whose `operations` are given, by name, what reading the question brings them, and LLaVA."""
+def format_ta_llava(results: Results, operations: dict[tuple[int, bool], int], times: dict[str, Any]) -> str:
+    """
+    Accuracy and operations of TA-LLaVAs, by prefix tokens and whether they are blind to the question, the difference between
+    the two of a length, and those of LLaVA.
+    """
     columns = [*(name for name in TYPES if name in results.types), AVERAGE]
+
+    def cells(scores: dict[str, np.ndarray], sign: str = "") -> list[str]:
+        return [cell(scores[name], sign) for name in columns]
+
+    scores = {prefix: results.read(ta_llava_name(*prefix), "all") for prefix in operations}
     rows = []
-
-    def add(name: str, scores: dict[str, np.ndarray], count: str, sign: str = "") -> None:
-        rows.append([name, *(cell(scores[column], sign) for column in columns), count])
-
-    for length in results.config["prefix_lengths"]:
-        pair = []
-        for blind in (False, True):
-            name = ta_llava_name(length, blind)
-            if name in operations:
-                pair.append(results.read(name, "all"))
-                title = f"TA-LLaVA, {length} prefix tokens{', blind to the question' if blind else ''}"
-                add(title, pair[-1], f"{operations[name] / 1e9:.2f}")
-        if len(pair) == 2:
-            aware, blinded = pair
-            add("what reading it brings", {name: aware[name] - blinded[name] for name in columns}, "", "+")
+    for (length, blind), count in operations.items():
+        title = f"TA-LLaVA, {length} prefix tokens{', blind to the question' if blind else ''}"
+        rows.append([title, *cells(scores[length, blind]), f"{count / 1e9:.2f}"])
+        if blind and (length, False) in scores:
+            aware = scores[length, False]
+            gained = {name: aware[name] - scores[length, True][name] for name in columns}
+            rows.append([f"what reading the question brings, {length}", *cells(gained, "+"), ""])
     count = times["rows"][0]["prefill_operations"]
-    add("LLaVA, all tokens", results.llava(ALL_TOKENS, None), f"{count / 1e9:.2f}")
+    rows.append(["LLaVA, all tokens", *cells(results.llava(ALL_TOKENS, None)), f"{count / 1e9:.2f}"])
     return f"## TA-LLaVA\n\n{markdown(['', *columns, 'GFLOP, prefill'], rows)}"
 
 

@@ -71,7 +71,7 @@ from ta_llava.common.files import write_text
 CONFIG = Path(__file__).parent / "photographs.yaml"
 IMAGES = 8  # timed at once
 ROUNDS = 3
-QUESTION = "What kind of product is this?"  # of the prefill that is timed
+QUESTION = "What kind of product is this?"  # of the prefills that are timed or counted
 
 
 # --- jobs ----------------------------------------------------------------------------------------------------------
@@ -231,12 +231,12 @@ def count_operations(call: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def count_ta_llava(folder: Path, config: dict[str, Any], name: str) -> int:
+def count_ta_llava(folder: Path, config: dict[str, Any], length: int, blind: bool) -> int:
     """Operations of the prefill of a TA-LLaVA behind the tower, for one image."""
-    model, processor = trained_model(folder, f"{name}-{config['seeds'][0]}")
+    model, processor = trained_model(folder, f"{ta_llava_name(length, blind)}-{config['seeds'][0]}")
     vision = model.config.vision_config
     features = torch.zeros(1, 1, (config["image_size"] // vision.patch_size) ** 2, vision.hidden_size)
-    ids = torch.tensor([Prompts(processor, blind=name.endswith("-blind"))(QUESTION)])
+    ids = torch.tensor([Prompts(processor, blind=blind)(QUESTION)])
     with torch.no_grad():
         return count_operations(lambda: model(input_ids=ids, vision_features=features, logits_to_keep=1))
 
@@ -262,15 +262,19 @@ def write_results(folder: Path, config: dict[str, Any], out: Path) -> None:
         f"# Photographs\n\n{len(data.questions)} questions about {config['test_photographs']} photographs and "
         f"{config['test_grids']} grids of the official test split; seeds {seeds}. ± is half of a 95 % interval over {over}. "
         f"The language model has {config['language_model']['num_hidden_layers']} layers of width "
-        f"{config['language_model']['hidden_size']}, and was trained with all visual tokens of DINOv2-small."
+        f"{config['language_model']['hidden_size']}. The LLaVAs were trained with all visual tokens of DINOv2-small."
     )
     finished = [tuned for tuned in (False, True) if results.has_llava(tuned)]
-    prefixes = [ta_llava_name(length, blind) for length in config["prefix_lengths"] for blind in (False, True)]
-    prefixes = [name for name in prefixes if results.has(name, "all")]
+    prefixes = [
+        (length, blind)
+        for length in config["prefix_lengths"]
+        for blind in (False, True)
+        if results.has(ta_llava_name(length, blind), "all")
+    ]
     parts = [part(results, tuned) for tuned in finished for part in (format_average, format_differences)]
     parts += [format_types(results)]
     if prefixes:
-        operations = {name: count_ta_llava(folder, config, name) for name in prefixes}
+        operations = {prefix: count_ta_llava(folder, config, *prefix) for prefix in prefixes}
         parts.append(format_ta_llava(results, operations, times))
     write_text(out / "photographs.md", "\n\n".join([head, *parts, format_times(times)]) + "\n")
     accuracy = {
@@ -281,7 +285,8 @@ def write_results(folder: Path, config: dict[str, Any], out: Path) -> None:
         for method, budget in list_asked(config, tuned)
     }
     accuracy |= {
-        name: {column: cell(draws) for column, draws in results.read(name, "all").items()} for name in prefixes
+        name: {column: cell(draws) for column, draws in results.read(name, "all").items()}
+        for name in (ta_llava_name(*prefix) for prefix in prefixes)
     }
     record = {
         "config": {name: value for name, value in config.items() if name != "data"},

@@ -286,7 +286,7 @@ def format_tables(results: Results, operations: dict[str, int]) -> str:
         parts.append(format_erosion(results))
     for title, variants in LLAVA_TABLES.items():
         measured = {name: variant for name, variant in variants.items() if variant in results.config["variants"]}
-        if 2 * len(measured) > len(variants):  # fewer rows do not show what the table compares
+        if 2 * len(measured) > len(variants):  # with fewer rows it compares little
             parts.append(format_llava_table(results, title, measured))
     return "\n\n".join([*parts, format_claims(results)]) + "\n"
 
@@ -352,7 +352,7 @@ def format_erosion(results: Results) -> str:
     return (
         "## Instructions followed before and after the visual tuning, which has none\n\n"
         f"{markdown(['IF16, %', *(f'about the {source}' for source in sources)], rows)}\n\n"
-        f"{prompts} prompts. About its own description is the paper's upper limit."
+        f"{prompts} prompts. Following them about its own description is the paper's upper limit."
     )
 
 

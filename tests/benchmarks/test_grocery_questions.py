@@ -201,7 +201,7 @@ def test_text_is_asked_the_same_questions_without_an_image(photos, tmp_path):
     pictured, told = (training_records(pictures, kinds, 1, 0, as_text=as_text) for as_text in (False, True))
     assert all("image" not in record and read_sample(record).images == [] for record in told)
     for record in told:
-        (other,) = (each for each in pictured if f"text-{each['id']}" == record["id"])
+        (other,) = (each for each in pictured if each["id"] == record["id"])
         description, question = record["conversations"][0]["value"].split("\n")
         assert other["conversations"][0]["value"] == f"<image>\n{question}" and description.endswith(".")
         assert other["conversations"][1:] == record["conversations"][1:]

@@ -25,7 +25,17 @@ from photograph_answers import (
     methods,
     write_tensors,
 )
-from photograph_tables import AVERAGE, Resamples, Results, accuracies, format_average, format_differences, interval
+from photograph_models import ta_llava_name
+from photograph_tables import (
+    AVERAGE,
+    Resamples,
+    Results,
+    accuracies,
+    format_average,
+    format_differences,
+    format_ta_llava,
+    interval,
+)
 from photographs import check_config, list_jobs, write_results
 from PIL import Image
 from rivals import RIVALS
@@ -221,6 +231,24 @@ def test_tables(results):
     assert [cell.split(" ")[0] for cell in cells[3:]] == ["-55.0", "-30.0", "-20.0", "-60.0"]
 
 
+def test_the_table_of_ta_llavas_says_what_the_question_brings(results):
+    for blind, wrong in ((False, 4), (True, 10)):
+        for seed in (0, 1):
+            path = results.folder / "scores" / f"{ta_llava_name(2, blind)}-{seed}" / "all.json"
+            path.parent.mkdir()
+            path.write_text(json.dumps({"scores": [0.0] * wrong + [1.0] * (40 - wrong)}))
+    times = {"rows": [{"prefill_operations": 5_000_000_000}]}
+    table = format_ta_llava(results, {(2, False): 1_000_000_000, (2, True): 1_200_000_000}, times)
+    rows = {row.split("|")[1].strip(): row.split("|")[2:-1] for row in table.splitlines()[4:]}
+    average = {name: (cells[-2].split("±")[0].strip(), cells[-1].strip()) for name, cells in rows.items()}
+    assert average == {
+        "TA-LLaVA, 2 prefix tokens": ("90.0", "1.00"),
+        "TA-LLaVA, 2 prefix tokens, blind to the question": ("75.0", "1.20"),
+        "what reading the question brings, 2": ("+15.0", ""),
+        "LLaVA, all tokens": ("100.0", "5.00"),
+    }
+
+
 def test_equal_methods_differ_by_nothing(results):
     scores = results.all_methods(12)
     assert interval(scores["VMTC"][AVERAGE] - scores["VMTC"][AVERAGE]) == (0, 0)
@@ -306,7 +334,7 @@ def test_a_whole_run(tmp_path, monkeypatch):
         "ToMe",
         "random",
         "TA-LLaVA, 2 prefix tokens, blind",
-        "what reading it",
+        "what reading the question",
     )
     for name in names:
         assert name in table

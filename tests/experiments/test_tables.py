@@ -135,7 +135,7 @@ def test_all_tables_come_out_and_what_is_finished_is_not_done_again(tmp_path, to
     tables.write_results(folder, config, tmp_path / "results", "tables")
     text = (tmp_path / "results" / "tables.md").read_text()
     assert "| VMTC + CMAI | 32 | 0.0 ± 0.0 |" in text
-    assert "Table 3:" in text and "Table 5:" not in text  # two of its nine rows would compare nothing
+    assert "Table 3:" in text and "Table 5:" not in text  # it has two of nine rows
     assert "a claim" in text and "TIA" not in text
     record = json.loads((tmp_path / "results" / "tables.json").read_text())
     assert record["operations"]["2-blind"] < record["operations"]["2"] < record["operations"]["base"]
