@@ -481,23 +481,31 @@ def measure_llava(
         shutil.rmtree(run_folder / name)  # together they would be large
 
 
-def measure_erosion(folder: Path, config: dict[str, Any], seed: int) -> None:
+def measure_erosion(
+    folder: Path, config: dict[str, Any], seed: int, variants: dict[str, tuple[str, dict[str, Any]]]
+) -> None:
     """
     Writes to `folder/scores` how the LLaVA of a seed follows instructions before it has seen images, after its captions, and
-    after its visual tuning: about images, about its own descriptions of them, and about true descriptions.
+    after its visual tuning: about images, about its own descriptions of them, and about true descriptions. After its
+    captions it is also asked about images with the VMTC, CMAI or SPD of each of the `variants`: by name, the features and
+    the fields.
     """
     path = folder / "scores" / f"erosion-{seed}.json"
     if path.is_file():
         return
     parts, data = Parts.load(folder, config), load_data(config, seed)
-    held = load_file(folder / "features" / "base.safetensors")["test"]
-    chat, scores = parts.chat(held.shape[1]), {}
-    for stage in EROSION_STAGES:
-        model = parts.build(VmtcCmaiLlavaForConditionalGeneration, parts.llava_config({}))
+
+    def ask(stage: str, source: str, features: str = "base", fields: dict[str, Any] | None = None) -> float:
+        model = parts.build(VmtcCmaiLlavaForConditionalGeneration, parts.llava_config(fields or {}))
         if stage != "text":
             load_model(model, folder / f"llava-{seed}" / stage / "finished.safetensors")
-        sources = (TRUE_DESCRIPTION,) if stage == "text" else (IMAGE, OWN_DESCRIPTION, TRUE_DESCRIPTION)
-        scores[stage] = {source: measure_if16(model, chat, held, data, source)["average"] for source in sources}
+        held = load_file(folder / "features" / f"{features}.safetensors")["test"]
+        return measure_if16(model, parts.chat(held.shape[1]), held, data, source)["average"]
+
+    scores: dict[str, dict[str, float]] = {"text": {TRUE_DESCRIPTION: ask("text", TRUE_DESCRIPTION)}}
+    for stage in EROSION_STAGES[1:]:
+        scores[stage] = {source: ask(stage, source) for source in (IMAGE, OWN_DESCRIPTION, TRUE_DESCRIPTION)}
+    scores["pretrain"] |= {name: ask("pretrain", IMAGE, *variant) for name, variant in variants.items()}
     write_text(path, json.dumps(scores, indent=1))
 
 

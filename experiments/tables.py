@@ -74,7 +74,8 @@ def list_jobs(config: dict[str, Any]) -> list[list[Job]]:
         for blind in (False, True)
     ]
     if not config["tuned_on_instructions"]:
-        variants += [Job(f"erosion-{seed}", measure_erosion, (seed,)) for seed in config["seeds"]]
+        named = {name: (tower_name(fields), fields) for name, fields in config["variants"].items() if name != "base"}
+        variants += [Job(f"erosion-{seed}", measure_erosion, (seed, named)) for seed in config["seeds"]]
     return [parts, bases + prefixes, variants]
 
 
@@ -349,11 +350,23 @@ def format_erosion(results: Results) -> str:
         else:
             rows.append([name, *(cell(results.read("erosion", stage, source)) for source in sources)])
     prompts = results.config["if16_images"] * len(TASKS)
-    return (
+    text = (
         "## Instructions followed before and after the visual tuning, which has none\n\n"
         f"{markdown(['IF16, %', *(f'about the {source}' for source in sources)], rows)}\n\n"
         f"{prompts} prompts. Following them about its own description is the paper's upper limit."
     )
+    bases = results.read("erosion", "pretrain", IMAGE), results.if16("base", "training-free")
+    rows = [["LLaVA", cell(bases[0]), "", cell(bases[1]), ""]]
+    for name in (name for name in DRAWN if name in results.config["variants"] and name != "base"):
+        row = [DRAWN[name]]
+        for values, base in zip(
+            (results.read("erosion", "pretrain", name), results.if16(name, "training-free")), bases
+        ):
+            row += [cell(values), verdict(values, base)]
+        rows.append(row)
+    header = ["IF16 about the image, training-free, %"]
+    header += [cell for stage in list(names.values())[1:] for cell in (stage, "minus LLaVA")]
+    return f"{text}\n\n{markdown(header, rows)}"
 
 
 def format_llava_table(results: Results, title: str, variants: dict[str, str]) -> str:
