@@ -182,7 +182,10 @@ def test_the_instruction_experiment_tunes_without_instructions_and_tells_what_er
     record = json.loads((tmp_path / "results" / "instructions.json").read_text())
     assert set(record["scores"]["erosion-1"]["finetune"]) == {"image", "own description", "true description"}
     assert set(record["scores"]["erosion-1"]["pretrain"]) == {"image", "own description", "true description", "cmai"}
-    assert "| CMAI | 0.0 ± 0.0 | +0.0 ± 0.0: not seen | 0.0 ± 0.0 | +0.0 ± 0.0: not seen |" in text
+    values, base = (
+        [record["scores"][f"erosion-{seed}"]["pretrain"][name] for seed in (0, 1)] for name in ("cmai", "image")
+    )
+    assert f"| CMAI | {tables.cell(values)} | {tables.verdict(values, base)} |" in text
     assert [path.name for path in (tmp_path / "results").glob("*.png")] == ["instructions_vmtc_cmai.png"]
 
 
