@@ -365,7 +365,7 @@ def format_erosion(results: Results) -> str:
             row += [cell(values), verdict(values, base)]
         rows.append(row)
     header = ["IF16 about the image, training-free, %"]
-    header += [cell for stage in list(names.values())[1:] for cell in (stage, "minus LLaVA")]
+    header += [column for stage in EROSION_STAGES[1:] for column in (names[stage], "minus LLaVA")]
     return f"{text}\n\n{markdown(header, rows)}"
 
 
